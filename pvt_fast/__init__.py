@@ -1,0 +1,40 @@
+"""pvt_fast: Pyramid Vision Transformer v2 on fused kernels.
+
+import pvt_fast
+model = pvt_fast.pvt_v2_b2().eval()
+logits = model(image)  # image (B, 3, H, W)
+"""
+
+from . import _install  # first: says clearly when this copy of the package cannot work
+from ._version import __version__
+from .dispatch import BackendStatus, BackendUnavailable, backends, use_backend
+from .model import (
+    PVT_V2,
+    create_model,
+    list_models,
+    pvt_v2_b0,
+    pvt_v2_b1,
+    pvt_v2_b2,
+    pvt_v2_b2_li,
+    pvt_v2_b3,
+    pvt_v2_b4,
+    pvt_v2_b5,
+)
+
+__all__ = [
+    "PVT_V2",
+    "BackendStatus",
+    "BackendUnavailable",
+    "__version__",
+    "backends",
+    "create_model",
+    "list_models",
+    "pvt_v2_b0",
+    "pvt_v2_b1",
+    "pvt_v2_b2",
+    "pvt_v2_b2_li",
+    "pvt_v2_b3",
+    "pvt_v2_b4",
+    "pvt_v2_b5",
+    "use_backend",
+]

@@ -1,0 +1,3 @@
+from .dispatch import BackendUnavailable
+
+raise BackendUnavailable("the cpp backend is not written yet")

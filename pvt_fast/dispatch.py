@@ -1,0 +1,119 @@
+"""Which backend runs: the only place that decides, once per forward of the model.
+
+`select(facts, requested)` answers a module that implements the contract of `ops`. "auto" takes the first backend in
+`ORDER` that supports the facts and logs each refusal once; a backend asked for by name runs or raises
+`BackendUnavailable` with the same sentence, it never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+logger = logging.getLogger("pvt_fast")
+
+# Auto order; each name's module. Adding a backend is one module and one line here.
+ORDER = {"triton": "pvt_fast.kernels", "cpp": "pvt_fast.cpp", "reference": "pvt_fast.reference"}
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend asked for cannot run here, or not on this input; the message says why."""
+
+
+class Facts(NamedTuple):
+    """All that a choice of backend may look at."""
+
+    device: str  # "cpu", "cuda", ...
+    dtype: torch.dtype
+    dropout: bool = False  # a dropout rate above 0 is in force
+    autocast: bool = False
+
+
+class BackendStatus(NamedTuple):
+    """A backend's `name`, whether it can run on this machine, and if not the `reason`."""
+
+    name: str
+    available: bool
+    reason: str | None
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in ("auto", *ORDER):
+        raise ValueError(f"{source} must be one of {', '.join(('auto', *ORDER))}; got {name!r}")
+    return name
+
+
+# The environment is read once, at import; `use_backend` overrides it, a model's own `backend` overrides both.
+_default: ContextVar[str] = ContextVar(
+    "pvt_fast_backend", default=_check_name(os.environ.get("PVT_FAST_BACKEND") or "auto", "PVT_FAST_BACKEND")
+)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, models whose own `backend` is "auto" run on `name`."""
+    token = _default.set(_check_name(name, "use_backend: name"))
+    try:
+        yield
+    finally:
+        _default.reset(token)
+
+
+@cache
+def load(name: str) -> ModuleType | BackendUnavailable:
+    """The backend's module, or the error that says why it cannot be loaded here."""
+    try:
+        return importlib.import_module(ORDER[name])
+    except BackendUnavailable as error:
+        return error
+
+
+def select(facts: Facts, requested: str = "auto") -> ModuleType:
+    """The backend module that runs for these facts; `requested` is a model's own choice.
+
+    Raises BackendUnavailable when a backend is requested by name and cannot run.
+    """
+    name = _default.get() if requested == "auto" else requested
+    if name != "auto":
+        module = load(name)
+        reason = str(module) if isinstance(module, BackendUnavailable) else module.unsupported(facts)
+        if reason is None and isinstance(module, ModuleType):
+            return module
+        raise BackendUnavailable(f"backend {name!r} cannot run: {reason}")
+    for candidate in ORDER:
+        module = load(candidate)
+        reason = str(module) if isinstance(module, BackendUnavailable) else module.unsupported(facts)
+        if reason is None and isinstance(module, ModuleType):
+            return module
+        _log_refusal(candidate, reason)
+    raise BackendUnavailable(f"no backend supports {facts}")
+
+
+@cache
+def _log_refusal(name: str, reason: str | None) -> None:
+    logger.info("backend %r is not used: %s", name, reason)
+
+
+def backends() -> list[BackendStatus]:
+    """Every backend with whether it can run on this machine (float32 on its best device), and if not why."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    statuses = []
+    for name in ORDER:
+        module = load(name)
+        if isinstance(module, BackendUnavailable):
+            reason: str | None = str(module)
+        else:
+            facts = [Facts(kind, torch.float32) for kind in dict.fromkeys((device, "cpu"))]
+            reasons = [module.unsupported(fact) for fact in facts]
+            reason = None if None in reasons else reasons[0]
+        statuses.append(BackendStatus(name, reason is None, reason))
+    return statuses

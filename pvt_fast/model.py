@@ -1,0 +1,357 @@
+"""PVT_V2: overlap patch embeds, stages of blocks, a norm per stage, a linear head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import autograd, dispatch
+from .config import VARIANT_NORM_EPS, VARIANTS, PVTConfig
+from .layers import (
+    Block,
+    DWConvMLP,
+    OverlapPatchEmbed,
+    SpatialReductionAttention,
+    linear_weights,
+    norm_weights,
+)
+from .ops import HW, Backend, to_map, to_tokens
+
+
+class PVT_V2(nn.Module):
+    """Pyramid Vision Transformer v2: images (B, in_channels, H, W) -> logits (B, num_classes).
+
+    Any H and W that survive the stages: a stage's map must be at least sr_ratio each way. Maps have
+    ceil(H / 4), ceil(H / 8), ceil(H / 16), ceil(H / 32) rows for odd kernels. The class defaults are no published
+    variant; `pvt_v2_b0` ... `pvt_v2_b5`, `pvt_v2_b2_li` are.
+
+    img_size: advisory, in pixels, one int or (H, W): checked to survive the stages, not required of the input.
+    patch_size: kernel of the first patch embed (stride 4, padding patch_size // 2), an int above 4; later ones are 3.
+    in_channels: channels of the image.
+    num_classes: outputs of the head; 0 makes the model return the pooled features (B, embed_dims[-1]).
+    embed_dims, num_heads, depths: per stage, channels C, attention heads (must divide C), blocks.
+    mlp_ratios: per stage, hidden width of the MLP as a multiple of C.
+    qkv_bias: bias on the q and kv linears.
+    qk_scale: factor on the scores; None or 0 means head_dim ** -0.5.
+    drop_rate, attn_drop_rate: dropout in training, in [0, 1): after GELU, fc2 and proj; on attention probabilities.
+    drop_path_rate: stochastic depth in training, rising linearly from 0 in the first block to this in the last.
+    norm_layer: makes the block and stage norms from C; must give an affine `nn.LayerNorm`, its eps is respected.
+        (Patch-embed and spatial-reduction norms have eps 1e-5 as official; `set_norm_eps` changes any of them.)
+    sr_ratios: per stage, side and stride of the convolution that reduces keys and values; ignored when linear.
+    num_stages: number of stages; every per-stage sequence has this length.
+    linear: the "-li" form: keys and values from a 7x7 average pooling, ReLU before the depthwise convolution.
+
+    `backend` ("auto", "reference", "cpp", "triton") may be set on the instance; "auto" follows `use_backend`, then
+    the environment variable PVT_FAST_BACKEND, then takes the fastest that can run.
+
+    Raises ValueError or TypeError, naming the argument, for values that fit no model.
+    Source: Wang et al., "PVT v2: Improved Baselines with Pyramid Vision Transformer", CVMJ 2022, arXiv 2106.13797.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 7,
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        embed_dims: Sequence[int] = (64, 128, 256, 512),
+        num_heads: Sequence[int] = (1, 2, 4, 8),
+        mlp_ratios: Sequence[float] = (4, 4, 4, 4),
+        qkv_bias: bool = False,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        depths: Sequence[int] = (3, 4, 6, 3),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        num_stages: int = 4,
+        linear: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config = PVTConfig(
+            img_size,
+            patch_size,
+            in_channels,
+            num_classes,
+            embed_dims,  # type: ignore[arg-type]  # the config turns sequences into tuples
+            num_heads,  # type: ignore[arg-type]
+            mlp_ratios,  # type: ignore[arg-type]
+            qkv_bias,
+            qk_scale,
+            drop_rate,
+            attn_drop_rate,
+            drop_path_rate,
+            depths,  # type: ignore[arg-type]
+            sr_ratios,  # type: ignore[arg-type]
+            num_stages,
+            linear,
+        )
+        self._backend = "auto"
+        self._checkpointing = False
+        total = sum(config.depths)
+        rates = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
+        channels = in_channels
+        for stage in range(num_stages):
+            first = sum(config.depths[:stage])
+            self._add_stage(stage, channels, rates[first : first + config.depths[stage]], norm_layer)
+            channels = config.embed_dims[stage]
+        self.num_features = channels
+        self.head = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
+        self.apply(_init_weights)
+
+    def _add_stage(self, stage: int, in_channels: int, drop_path_rates: Sequence[float], norm_layer: Callable) -> None:
+        config = self.config
+        dim, heads = config.embed_dims[stage], config.num_heads[stage]
+        scale = config.qk_scale or (dim // heads) ** -0.5
+
+        def block(drop_path_rate: float) -> Block:
+            attn = SpatialReductionAttention(
+                dim,
+                heads,
+                config.sr_ratios[stage],
+                config.linear,
+                config.qkv_bias,
+                scale,
+                (config.attn_drop_rate, config.drop_rate),
+            )
+            mlp = DWConvMLP(dim, config.hidden_dims[stage], config.linear, config.drop_rate)
+            norms = (_layer_norm(norm_layer, dim), _layer_norm(norm_layer, dim))
+            return Block(attn, mlp, norms, drop_path_rate)
+
+        kernel, stride = config.patch(stage)
+        setattr(self, f"patch_embed{stage + 1}", OverlapPatchEmbed(in_channels, dim, kernel, stride))
+        setattr(self, f"block{stage + 1}", nn.ModuleList(block(rate) for rate in drop_path_rates))
+        setattr(self, f"norm{stage + 1}", _layer_norm(norm_layer, dim))
+
+    # -- backend ---------------------------------------------------------------------------------------------------
+
+    @property
+    def backend(self) -> str:
+        """The backend this model asks for: "auto", "reference", "cpp" or "triton"."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        self._backend = dispatch._check_name(name, "PVT_V2: backend")
+
+    def _ops(self, x: Tensor) -> Backend:
+        config = self.config
+        facts = dispatch.Facts(
+            x.device.type,
+            x.dtype,
+            dropout=self.training and (config.drop_rate > 0 or config.attn_drop_rate > 0),
+            autocast=torch.is_autocast_enabled(x.device.type),
+        )
+        module = dispatch.select(facts, self._backend)
+        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
+        return autograd.differentiable(module) if needs_grad else module  # type: ignore[return-value]
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image (B, in_channels, H, W) -> logits (B, num_classes)."""
+        ops = self._check_and_select(image)
+        x, hw = self._run_stages(image, ops)
+        return ops.head(x, self._head_weights())
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """image (B, in_channels, H, W) -> the last stage's map after its norm, (B, C, H / 32, W / 32)."""
+        x, hw = self._run_stages(image, self._check_and_select(image))
+        return to_map(x, hw)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """A map (B, C, H, W) of `forward_features` -> logits, or with `pre_logits` the pooled features (B, C)."""
+        return self._ops(x).head(to_tokens(x), None if pre_logits else self._head_weights())
+
+    def forward_intermediates(
+        self,
+        image: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = True,
+        intermediates_only: bool = False,
+    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
+        """Maps (B, C, H, W) of the chosen stages, and unless `intermediates_only` the final map before them.
+
+        indices: stage numbers from 0, negative from the end; an int n means the last n; None means all.
+        norm: maps after their stage's norm, as detection and segmentation heads take them; else before it.
+        """
+        chosen = _stage_indices(indices, self.config.num_stages)
+        ops = self._check_and_select(image)
+        maps: dict[int, Tensor] = {}
+        last = max(chosen) if intermediates_only else self.config.num_stages - 1
+
+        def keep(stage: int, before: Tensor, after: Tensor, hw: HW) -> bool:
+            if stage in chosen:
+                maps[stage] = to_map(after if norm else before, hw)
+            return stage < last
+
+        x, hw = self._run_stages(image, ops, keep)
+        intermediates = [maps[stage] for stage in chosen]
+        return intermediates if intermediates_only else (to_map(x, hw), intermediates)
+
+    def _check_and_select(self, image: Tensor) -> Backend:
+        if image.dim() != 4 or image.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"PVT_V2: image must have shape (B, {self.config.in_channels}, H, W), got {tuple(image.shape)}"
+            )
+        self.config.map_sizes(image.shape[2], image.shape[3])
+        return self._ops(image)
+
+    def _run_stages(
+        self, image: Tensor, ops: Backend, keep: Callable[[int, Tensor, Tensor, HW], bool] | None = None
+    ) -> tuple[Tensor, HW]:
+        """All stages; `keep(stage, before_norm, after_norm, hw)` sees each one's tokens and says whether to go on."""
+        checkpointing = self._checkpointing and torch.is_grad_enabled()
+        for stage in range(self.config.num_stages):
+            x, hw = getattr(self, f"patch_embed{stage + 1}")(image, ops)
+            for block in getattr(self, f"block{stage + 1}"):
+                x = checkpoint(block, x, hw, ops, use_reentrant=False) if checkpointing else block(x, hw, ops)
+            normed = ops.layer_norm(x, norm_weights(getattr(self, f"norm{stage + 1}")))
+            if keep is not None and not keep(stage, x, normed, hw):
+                break
+            image = to_map(normed, hw)
+        return normed, hw
+
+    def _head_weights(self) -> Any:
+        return linear_weights(self.head) if isinstance(self.head, nn.Linear) else None
+
+    # -- what users of timm expect ---------------------------------------------------------------------------------
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """Per stage: `num_chs`, `reduction` (pixels per token side), `module` (the norm that ends it)."""
+        return [
+            {"num_chs": dim, "reduction": 4 * 2**stage, "module": f"norm{stage + 1}"}
+            for stage, dim in enumerate(self.config.embed_dims)
+        ]
+
+    def get_classifier(self) -> nn.Module:
+        """The head: `nn.Linear`, or `nn.Identity` when num_classes is 0."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a newly initialised one (or none, for 0) on the model's device and dtype."""
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"reset_classifier: num_classes must be an int of at least 0, got {num_classes!r}")
+        self.config = replace(self.config, num_classes=num_classes)
+        like = next(self.parameters())
+        self.head = (
+            nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            if num_classes
+            else nn.Identity()
+        )
+        _init_weights(self.head)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training keep only each block's input, and recompute the block in the backward."""
+        self._checkpointing = enable
+
+    def set_norm_eps(
+        self, *, block: float | None = None, patch_embed: float | None = None, reduction: float | None = None
+    ) -> None:
+        """Change the epsilon of block and stage norms, of patch-embed norms, of spatial-reduction norms.
+
+        Published implementations differ: official and timm have (1e-6, 1e-5, 1e-5), transformers 1e-6 throughout.
+        """
+        for name, module in self.named_modules():
+            if not isinstance(module, nn.LayerNorm):
+                continue
+            if name.startswith("patch_embed"):
+                eps = patch_embed
+            elif name.endswith("attn.norm"):
+                eps = reduction
+            else:
+                eps = block
+            module.eps = module.eps if eps is None else eps
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should leave alone beyond norms and biases: none in PVT v2."""
+        return set()
+
+    def extra_repr(self) -> str:
+        """The configuration."""
+        fields = {name: getattr(self.config, name) for name in self.config.__dataclass_fields__}
+        return ", ".join(f"{name}={value}" for name, value in fields.items()) + f", backend={self._backend!r}"
+
+
+def _layer_norm(norm_layer: Callable, dim: int) -> nn.LayerNorm:
+    norm = norm_layer(dim)
+    if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+        raise TypeError(
+            f"PVT_V2: norm_layer must make an nn.LayerNorm with weight and bias (the kernels fuse it), got {norm!r}"
+        )
+    return norm
+
+
+def _stage_indices(indices: int | Sequence[int] | None, num_stages: int) -> list[int]:
+    if indices is None:
+        return list(range(num_stages))
+    if isinstance(indices, int):
+        if not 1 <= indices <= num_stages:
+            raise ValueError(f"forward_intermediates: indices must be 1 to {num_stages} stages, got {indices}")
+        return list(range(num_stages - indices, num_stages))
+    for index in indices:
+        if not -num_stages <= index < num_stages:
+            raise ValueError(f"forward_intermediates: indices must lie in [0, {num_stages}), got {index}")
+    if not indices:
+        raise ValueError("forward_intermediates: indices must name at least one stage, got none")
+    return [index % num_stages for index in indices]
+
+
+def _init_weights(module: nn.Module) -> None:
+    """As official: linears truncated normal of std 0.02, convolutions normal by fan-out, biases 0, norms 1 and 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def create_model(name: str, img_size: Any = 224, num_classes: int = 1000, in_channels: int = 3, **overrides) -> PVT_V2:
+    """A published variant by name, with freshly initialised weights; `overrides` are further arguments of `PVT_V2`."""
+    if name not in VARIANTS:
+        raise ValueError(f"create_model: name must be one of {', '.join(list_models())}; got {name!r}")
+    arguments = {"norm_layer": partial(nn.LayerNorm, eps=VARIANT_NORM_EPS), **VARIANTS[name], **overrides}
+    return PVT_V2(img_size=img_size, num_classes=num_classes, in_channels=in_channels, **arguments)
+
+
+def list_models() -> list[str]:
+    """Names of the published variants."""
+    return list(VARIANTS)
+
+
+def _factory(name: str) -> Callable[..., PVT_V2]:
+    def factory(img_size: Any = 224, num_classes: int = 1000, in_channels: int = 3, **overrides: Any) -> PVT_V2:
+        return create_model(name, img_size, num_classes, in_channels, **overrides)
+
+    factory.__name__ = factory.__qualname__ = name
+    variant = VARIANTS[name]
+    factory.__doc__ = (
+        f"PVT_V2 with embed_dims {variant['embed_dims']}, depths {variant['depths']}, "
+        f"mlp_ratios {variant['mlp_ratios']}{', linear' if variant['linear'] else ''}; "
+        "further arguments of `PVT_V2` override the preset."
+    )
+    return factory
+
+
+pvt_v2_b0 = _factory("pvt_v2_b0")
+pvt_v2_b1 = _factory("pvt_v2_b1")
+pvt_v2_b2 = _factory("pvt_v2_b2")
+pvt_v2_b2_li = _factory("pvt_v2_b2_li")
+pvt_v2_b3 = _factory("pvt_v2_b3")
+pvt_v2_b4 = _factory("pvt_v2_b4")
+pvt_v2_b5 = _factory("pvt_v2_b5")

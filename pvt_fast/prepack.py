@@ -1,0 +1,62 @@
+"""Cache of packed weights: built once per layer, dropped when the weights change, never part of a state_dict.
+
+A layer owns one `PackCache` and hands it out inside its weight tuple; a backend asks for its packed form through
+`packed`. The packed form stays valid while every tensor is the same object at the same address and version: an
+in-place update, `load_state_dict`, `.to()` or a replaced parameter each change one of the three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class PackCache:
+    """A slot for one packed form. Copies and pickles of it are empty: packed weights are derived data."""
+
+    __slots__ = ("key", "packed", "stamps", "tensors")
+
+    def __init__(self) -> None:
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget the packed form."""
+        self.key: Any = None
+        self.tensors: tuple[Tensor, ...] = ()
+        self.stamps: tuple[tuple[int, int], ...] = ()
+        self.packed: Any = None
+
+    def __deepcopy__(self, memo: dict) -> PackCache:
+        return PackCache()
+
+    def __reduce__(self) -> tuple:
+        return (PackCache, ())
+
+
+def packed(cache: PackCache | None, key: Any, tensors: tuple[Tensor, ...], build: Callable[[], Any]) -> Any:
+    """The packed form of `tensors`, from the cache when it still holds, else from `build()`.
+
+    `key` names the layout (backend, ISA, options): a cache filled under another key is rebuilt. Without a cache the
+    weights are packed at each call.
+    """
+    if cache is None:
+        return build()
+    stamps = tuple(_stamp(tensor) for tensor in tensors)
+    if cache.key == key and cache.stamps == stamps and _same(cache.tensors, tensors):
+        return cache.packed
+    form = build()
+    cache.key, cache.tensors, cache.stamps, cache.packed = key, tensors, stamps, form
+    return form
+
+
+def _same(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
+    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+
+
+def _stamp(tensor: Tensor) -> tuple[int, int]:
+    # tensors made under torch.inference_mode() have no version counter; they cannot be updated outside of it
+    version = -1 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), version

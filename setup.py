@@ -1,0 +1,29 @@
+"""Builds pvt_fast._C from csrc/ and installs kernels/ as pvt_fast.kernels; everything else is in pyproject.toml.
+
+csrc/ includes no torch header, so one wheel serves every torch. No -m flags: each file of csrc/isa/ opens its own
+instruction set, and one is chosen at run time.
+"""
+
+from glob import glob
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
+from setuptools import setup
+
+ParallelCompile("MAX_JOBS").install()
+
+extension = Pybind11Extension(
+    "pvt_fast._C",
+    sources=sorted([*glob("csrc/*.cpp"), *glob("csrc/isa/*.cpp")]),
+    depends=sorted([*glob("csrc/*.h"), *glob("csrc/*/*.h")]),
+    include_dirs=["csrc"],
+    cxx_std=17,
+    extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"],
+    extra_link_args=["-fopenmp"],
+)
+
+setup(
+    packages=["pvt_fast", "pvt_fast.kernels"],
+    package_dir={"pvt_fast.kernels": "kernels"},
+    ext_modules=[extension],
+    cmdclass={"build_ext": build_ext},
+)
