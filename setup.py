@@ -11,13 +11,16 @@ from setuptools import setup
 
 ParallelCompile("MAX_JOBS").install()
 
+# GCC 12 warns of its own intrinsics headers ("__Y may be used uninitialized"), and of vector ABIs within one file.
+QUIET = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+
 extension = Pybind11Extension(
     "pvt_fast._C",
     sources=sorted([*glob("csrc/*.cpp"), *glob("csrc/isa/*.cpp")]),
     depends=sorted([*glob("csrc/*.h"), *glob("csrc/*/*.h")]),
     include_dirs=["csrc"],
     cxx_std=17,
-    extra_compile_args=["-O3", "-fopenmp", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi"],
+    extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra", *QUIET],
     extra_link_args=["-fopenmp"],
 )
 

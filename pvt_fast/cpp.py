@@ -1,3 +1,225 @@
-from .dispatch import BackendUnavailable
+"""Backend "cpp": the ops of the contract on C++ kernels (csrc/), float32 and bfloat16 on CPUs.
 
-raise BackendUnavailable("the cpp backend is not written yet")
+The instruction set is chosen once, at import: the best that this CPU runs, capped by the environment variable
+PVT_FAST_ISA. Weights are packed for it at first use and kept until they change (see `prepack`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C
+from .dispatch import BackendUnavailable, Facts
+from .ops import (
+    HW,
+    AttentionSpec,
+    AttentionWeights,
+    Linear,
+    MlpSpec,
+    MlpWeights,
+    Norm,
+    PatchEmbedWeights,
+    check_attention,
+    check_mlp,
+    check_patch_embed,
+)
+from .prepack import packed
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def isas() -> list[str]:
+    """The instruction sets that this CPU runs, best first."""
+    return _C.runnable_isas()
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return _isa
+
+
+def _check_isa(name: str, source: str) -> str:
+    if name not in isas():
+        raise BackendUnavailable(f"{source} must be one that this CPU runs ({', '.join(isas())}), got {name!r}")
+    return name
+
+
+# A cap is an ISA by name: the best not above it is that one itself, as a CPU runs all below its best.
+_isa = _check_isa(os.environ.get("PVT_FAST_ISA") or isas()[0], "PVT_FAST_ISA")
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Within the block, ops run on instruction set `name`; BackendUnavailable if this CPU cannot run it.
+
+    For tests and comparisons: it holds for the whole process, and weights are packed anew at each change.
+    """
+    global _isa
+    before, _isa = _isa, _check_isa(name, "use_isa: name")
+    try:
+        yield
+    finally:
+        _isa = before
+
+
+def unsupported(facts: Facts) -> str | None:
+    """Why these facts cannot run here, or None."""
+    if facts.device != "cpu":
+        return f"it runs on CPU tensors, got {facts.device}"
+    if facts.dtype not in _DTYPES:
+        return f"it computes in float32 and bfloat16, got {facts.dtype}"
+    if facts.dropout:
+        return "it has no dropout; training with drop_rate or attn_drop_rate above 0 runs on the reference"
+    if facts.autocast:
+        return "autocast is on; cast the model instead, with model.to(torch.bfloat16)"
+    return None
+
+
+def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
+    """LayerNorm(conv(image)); see `reference.overlap_patch_embed`."""
+    hw = check_patch_embed(image, w, stride)
+    channels, in_channels, kernel, _ = w.proj.weight.shape
+    strides = image.stride()
+    channels_last = strides[1] == 1 and strides[3] == in_channels
+    if not channels_last and strides[3] != 1:
+        image = image.contiguous()
+        strides = image.stride()
+
+    def build() -> Any:
+        with _Addresses() as at:
+            sizes = (in_channels, channels, kernel)
+            return _C.PatchEmbed(_isa, at.bf16(image), at.linear(w.proj), at.norm(w.norm), sizes, channels_last)
+
+    tensors = (*w.proj[:2], *w.norm[:2])
+    op = packed(w.cache, ("cpp", _isa, w.norm.eps, channels_last), tensors, build)
+    out = torch.empty((image.shape[0], hw[0] * hw[1], channels), dtype=image.dtype)
+    op.run(image.data_ptr(), (image.shape[0], *image.shape[2:]), strides, stride, out.data_ptr())
+    return out, hw
+
+
+def sr_attention(
+    x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, residual_scale: Tensor | None = None
+) -> Tensor:
+    """x + proj(softmax(q k^T * scale) v); see `reference.sr_attention`."""
+    check_attention(x, hw, w, spec, residual_scale)
+    _refuse_dropout("sr_attention", spec.attn_drop, spec.proj_drop)
+
+    def build() -> Any:
+        with _Addresses() as at:
+            weights = {
+                "norm": at.norm(w.norm),
+                "q": at.linear(w.q),
+                "kv": at.linear(w.kv),
+                "sr": None if w.sr is None else at.linear(w.sr),
+                "sr_norm": None if w.sr_norm is None else at.norm(w.sr_norm),
+                "proj": at.linear(w.proj),
+                "channels": x.shape[2],
+                "heads": spec.num_heads,
+                "sr_ratio": 1 if w.sr is None else w.sr.weight.shape[2],
+                "linear": spec.linear,
+                "scale": spec.scale,
+            }
+            return _C.attention(_isa, at.bf16(x), weights)
+
+    sr = () if w.sr is None or w.sr_norm is None else (*w.sr[:2], *w.sr_norm[:2])
+    tensors = (*w.norm[:2], *w.q[:2], *w.kv[:2], *w.proj[:2], *sr)
+    eps = (w.norm.eps, None if w.sr_norm is None else w.sr_norm.eps)
+    op = packed(w.cache, ("cpp", _isa, eps, spec), tensors, build)
+    return _run_residual(op, x, hw, residual_scale)
+
+
+def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None) -> Tensor:
+    """x + fc2(gelu(dwconv3x3([relu] fc1(LayerNorm(x))))); see `reference.dwconv_mlp`."""
+    check_mlp(x, hw, w, residual_scale)
+    _refuse_dropout("dwconv_mlp", spec.drop)
+
+    def build() -> Any:
+        with _Addresses() as at:
+            weights = {
+                "norm": at.norm(w.norm),
+                "fc1": at.linear(w.fc1),
+                "dwconv": at.linear(w.dwconv),
+                "fc2": at.linear(w.fc2),
+                "channels": x.shape[2],
+                "hidden": w.fc1.weight.shape[0],
+                "relu": spec.relu,
+            }
+            return _C.mlp(_isa, at.bf16(x), weights)
+
+    tensors = (*w.norm[:2], *w.fc1[:2], *w.dwconv[:2], *w.fc2[:2])
+    op = packed(w.cache, ("cpp", _isa, w.norm.eps, spec), tensors, build)
+    return _run_residual(op, x, hw, residual_scale)
+
+
+def layer_norm(x: Tensor, w: Norm) -> Tensor:
+    """LayerNorm over the last dimension; see `reference.layer_norm`."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    with _Addresses() as at:
+        op = _C.LayerNorm(_isa, at.bf16(x), at.norm(w), x.shape[-1])
+    op.run(x.data_ptr(), x.numel() // x.shape[-1], out.data_ptr())
+    return out
+
+
+def head(x: Tensor, w: Linear | None) -> Tensor:
+    """Mean over tokens, then the classifier; see `reference.head`."""
+    x = x.contiguous()
+    batch, tokens, channels = x.shape
+    classes = channels if w is None else w.weight.shape[0]
+
+    def build() -> Any:
+        with _Addresses() as at:
+            return _C.Head(_isa, at.bf16(x), (0, 0) if w is None else at.linear(w), channels, classes)
+
+    op = build() if w is None else packed(w.cache, ("cpp", _isa), w[:2], build)
+    out = torch.empty((batch, classes), dtype=x.dtype)
+    op.run(x.data_ptr(), batch, tokens, out.data_ptr())
+    return out
+
+
+def _run_residual(op: Any, x: Tensor, hw: HW, residual_scale: Tensor | None) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if residual_scale is None:
+        op.run(x.data_ptr(), x.shape[0], *hw, 0, out.data_ptr())
+    else:
+        residual_scale = residual_scale.to(x.dtype).contiguous()
+        op.run(x.data_ptr(), x.shape[0], *hw, residual_scale.data_ptr(), out.data_ptr())
+    return out
+
+
+def _refuse_dropout(op: str, *rates: float) -> None:
+    if any(rates):
+        raise BackendUnavailable(f"{op}: dropout must be 0 on the cpp backend, got {max(rates)}")
+
+
+class _Addresses:
+    """Addresses of dense weights for the packing call inside the `with` block, which keeps the tensors alive."""
+
+    def __enter__(self) -> _Addresses:
+        self._alive: list[Tensor] = []
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._alive.clear()
+
+    def bf16(self, x: Tensor) -> bool:
+        return x.dtype == torch.bfloat16
+
+    def norm(self, w: Norm) -> tuple[int, int, float]:
+        return self._of(w.weight), self._of(w.bias), w.eps
+
+    def linear(self, w: Linear) -> tuple[int, int]:
+        return self._of(w.weight), self._of(w.bias)
+
+    def _of(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        self._alive.append(tensor.detach().contiguous())
+        return self._alive[-1].data_ptr()

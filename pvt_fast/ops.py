@@ -39,10 +39,14 @@ class Norm(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A matrix or convolution kernel with its bias: `weight (Cout, Cin[, k, k])`, `bias (Cout,)` or None."""
+    """A matrix or convolution kernel with its bias: `weight (Cout, Cin[, k, k])`, `bias (Cout,)` or None.
+
+    `cache` is used where a linear is an op of its own, as in `head`.
+    """
 
     weight: Tensor
     bias: Tensor | None
+    cache: PackCache | None = None
 
 
 class PatchEmbedWeights(NamedTuple):

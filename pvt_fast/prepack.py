@@ -25,7 +25,7 @@ class PackCache:
     def drop(self) -> None:
         """Forget the packed form."""
         self.key: Any = None
-        self.tensors: tuple[Tensor, ...] = ()
+        self.tensors: tuple[Tensor | None, ...] = ()
         self.stamps: tuple[tuple[int, int], ...] = ()
         self.packed: Any = None
 
@@ -36,7 +36,7 @@ class PackCache:
         return (PackCache, ())
 
 
-def packed(cache: PackCache | None, key: Any, tensors: tuple[Tensor, ...], build: Callable[[], Any]) -> Any:
+def packed(cache: PackCache | None, key: Any, tensors: tuple[Tensor | None, ...], build: Callable[[], Any]) -> Any:
     """The packed form of `tensors`, from the cache when it still holds, else from `build()`.
 
     `key` names the layout (backend, ISA, options): a cache filled under another key is rebuilt. Without a cache the
@@ -52,11 +52,13 @@ def packed(cache: PackCache | None, key: Any, tensors: tuple[Tensor, ...], build
     return form
 
 
-def _same(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
+def _same(left: tuple, right: tuple) -> bool:
     return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
 
 
-def _stamp(tensor: Tensor) -> tuple[int, int]:
+def _stamp(tensor: Tensor | None) -> tuple[int, int]:
+    if tensor is None:  # a linear without bias
+        return 0, 0
     # tensors made under torch.inference_mode() have no version counter; they cannot be updated outside of it
     version = -1 if tensor.is_inference() else tensor._version
     return tensor.data_ptr(), version

@@ -1,0 +1,105 @@
+// The only file that knows Python. Tensors come as addresses: the caller keeps them alive for the call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "kernels.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+const void* input(Address address) { return reinterpret_cast<const void*>(address); }
+void* output(Address address) { return reinterpret_cast<void*>(address); }
+
+pvt::Norm norm(const py::tuple& t) {
+  return {input(t[0].cast<Address>()), input(t[1].cast<Address>()), t[2].cast<float>()};
+}
+pvt::Linear linear(const py::tuple& t) { return {input(t[0].cast<Address>()), input(t[1].cast<Address>())}; }
+
+const pvt::Factories& factories(const std::string& isa, bool bf16) {
+  return pvt::factories(isa, bf16 ? pvt::DType::bf16 : pvt::DType::f32);
+}
+
+std::unique_ptr<pvt::PatchEmbed> patch_embed(const std::string& isa, bool bf16, const py::tuple& proj,
+                                             const py::tuple& norm_weights, std::tuple<int, int, int> sizes,
+                                             bool channels_last) {
+  const auto [in_channels, channels, kernel] = sizes;
+  const pvt::PatchEmbedWeights w{linear(proj), norm(norm_weights), in_channels, channels, kernel};
+  return factories(isa, bf16).patch_embed(w, channels_last);
+}
+
+std::unique_ptr<pvt::ResidualOp> attention(const std::string& isa, bool bf16, const py::dict& w) {
+  pvt::AttentionWeights weights{};
+  weights.norm = norm(w["norm"]);
+  weights.q = linear(w["q"]);
+  weights.kv = linear(w["kv"]);
+  weights.proj = linear(w["proj"]);
+  if (!w["sr"].is_none()) {
+    weights.sr = linear(w["sr"]);
+    weights.sr_norm = norm(w["sr_norm"]);
+  }
+  weights.channels = w["channels"].cast<int>();
+  weights.heads = w["heads"].cast<int>();
+  weights.sr_ratio = w["sr_ratio"].cast<int>();
+  weights.linear = w["linear"].cast<bool>();
+  weights.scale = w["scale"].cast<float>();
+  return factories(isa, bf16).attention(weights);
+}
+
+std::unique_ptr<pvt::ResidualOp> mlp(const std::string& isa, bool bf16, const py::dict& w) {
+  const pvt::MlpWeights weights{norm(w["norm"]),         linear(w["fc1"]),         linear(w["dwconv"]),
+                                linear(w["fc2"]),        w["channels"].cast<int>(), w["hidden"].cast<int>(),
+                                w["relu"].cast<bool>()};
+  return factories(isa, bf16).mlp(weights);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Packed ops of the cpp backend; see pvt_fast.cpp.";
+  m.def("built_isas", &pvt::built_isas, "Instruction sets built in, best first.");
+  m.def("runnable_isas", &pvt::runnable_isas, "Those that this CPU runs, best first.");
+  m.def("threads", &pvt::max_threads, "Threads that the next op uses.");
+
+  py::class_<pvt::PatchEmbed>(m, "PatchEmbed")
+      .def(py::init(&patch_embed))
+      .def(
+          "run",
+          [](const pvt::PatchEmbed& op, Address image, std::tuple<std::int64_t, std::int64_t, std::int64_t> size,
+             std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t> strides, int stride, Address out) {
+            const auto [batch, height, width] = size;
+            const auto [stride_batch, stride_channel, stride_row, stride_column] = strides;
+            const pvt::Image view{input(image), batch,          height,     width,
+                                  stride_batch, stride_channel, stride_row, stride_column};
+            if (!op.accepts(view)) throw std::invalid_argument("PatchEmbed: image strides must fit the packed layout");
+            py::gil_scoped_release release;
+            op.run(view, stride, output(out));
+          });
+  py::class_<pvt::ResidualOp>(m, "ResidualOp")
+      .def("run", [](const pvt::ResidualOp& op, Address x, std::int64_t batch, int height, int width,
+                     Address residual_scale, Address out) {
+        py::gil_scoped_release release;
+        op.run(input(x), {batch, height, width}, input(residual_scale), output(out));
+      });
+  m.def("attention", &attention);
+  m.def("mlp", &mlp);
+  py::class_<pvt::LayerNorm>(m, "LayerNorm")
+      .def(py::init([](const std::string& isa, bool bf16, const py::tuple& weights, int channels) {
+        return factories(isa, bf16).layer_norm(norm(weights), channels);
+      }))
+      .def("run", [](const pvt::LayerNorm& op, Address x, std::int64_t rows, Address out) {
+        py::gil_scoped_release release;
+        op.run(input(x), rows, output(out));
+      });
+  py::class_<pvt::Head>(m, "Head")
+      .def(py::init([](const std::string& isa, bool bf16, const py::tuple& classifier, int channels, int classes) {
+        return factories(isa, bf16).head(linear(classifier), channels, classes);
+      }))
+      .def("run", [](const pvt::Head& op, Address x, std::int64_t batch, std::int64_t tokens, Address out) {
+        py::gil_scoped_release release;
+        op.run(input(x), batch, tokens, output(out));
+      });
+}

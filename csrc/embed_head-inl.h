@@ -1,0 +1,161 @@
+// The ends of the model: overlap patch embed (convolution + LayerNorm), LayerNorm of rows, mean + classifier.
+
+template <class T, class E>
+class PatchEmbedOp final : public PatchEmbed {
+ public:
+  PatchEmbedOp(const PatchEmbedWeights& w, bool channels_last)
+      : in_channels_(w.in_channels),
+        channels_(w.channels),
+        kernel_(w.kernel),
+        channels_last_(channels_last),
+        proj_(pack_conv<E, T>(w.proj, w.channels, w.in_channels, w.kernel, channels_last)),
+        norm_(w.norm, w.channels, static_cast<const T*>(nullptr)) {}
+
+  bool accepts(const Image& image) const override {
+    return channels_last_ ? image.stride_channel == 1 && image.stride_column == in_channels_ : image.stride_column == 1;
+  }
+
+  void run(const Image& image, int stride, void* out) const override {
+    const int pad = kernel_ / 2;
+    const std::int64_t height = (image.height + 2 * pad - kernel_) / stride + 1;
+    const std::int64_t width = (image.width + 2 * pad - kernel_) / stride + 1;
+    const std::size_t wide = row_width(kernel_ * kernel_ * in_channels_), norm_wide = row_width(channels_);
+    const std::size_t row_bytes = wide * sizeof(E) + norm_wide * sizeof(float);
+    const std::int64_t most = std::clamp<std::int64_t>(l2_bytes() / 3 / row_bytes, kTileRows, 8 * kTileRows);
+    const Split split = split_rows(image.batch, height * width, most);
+    parallel_for(image.batch * split.tiles, [&](std::int64_t item) {
+      const MatrixUnit unit;
+      const auto tile = split.tile(item);
+      const int rows = int(tile.end - tile.begin);
+      Scratch& scratch = thread_scratch();
+      scratch.reset(Scratch::bytes_for<E>(row_room(rows) * wide) + Scratch::bytes_for<float>(rows * norm_wide));
+      E* patches = scratch.take<E>(row_room(rows) * wide);
+      float* projected = scratch.take<float>(rows * norm_wide);
+      for (int r = 0; r < rows; ++r) {
+        const std::int64_t token = tile.begin + r;
+        gather(image, tile.image, token / width * stride - pad, token % width * stride - pad, patches + r * wide, wide);
+      }
+      Epilogue<float> epilogue{};
+      epilogue.out = projected;
+      epilogue.ld = norm_wide;
+      epilogue.columns = int(norm_wide);
+      epilogue.bias = proj_.bias.data();
+      gemm(patches, wide, rows, proj_, epilogue);
+      T* to = static_cast<T*>(out) + (tile.image * height * width + tile.begin) * channels_;
+      for (int r = 0; r < rows; ++r)
+        layer_norm_row(projected + r * norm_wide, norm_, to + std::ptrdiff_t(r) * channels_, channels_);
+    });
+  }
+
+ private:
+  // The patch whose upper left corner is (y0, x0), zero outside the image, as pieces that are dense in the image: a
+  // patch row of all channels (channels last), or a patch row of one channel.
+  void gather(const Image& image, std::int64_t index, std::int64_t y0, std::int64_t x0, E* row, std::size_t wide) const {
+    const T* base = static_cast<const T*>(image.data) + index * image.stride_batch;
+    const int pieces = channels_last_ ? 1 : in_channels_, unit = channels_last_ ? in_channels_ : 1;
+    const int length = kernel_ * unit;
+    const int left = int(std::clamp<std::int64_t>(-x0, 0, kernel_)) * unit;
+    const int right = int(std::clamp<std::int64_t>(image.width - x0, 0, kernel_)) * unit;
+    E* to = row;
+    for (int dy = 0; dy < kernel_; ++dy) {
+      const std::int64_t y = y0 + dy;
+      const bool inside = y >= 0 && y < image.height;
+      const T* from = base + y * image.stride_row + x0 * image.stride_column;
+      for (int piece = 0; piece < pieces; ++piece, to += length, from += image.stride_channel) {
+        if (!inside || left >= right) {
+          std::fill(to, to + length, E{});
+        } else if (left == 0 && right == length) {
+          copy(from, to, length);
+        } else {
+          std::fill(to, to + left, E{});
+          copy(from + left, to + left, right - left);
+          std::fill(to + right, to + length, E{});
+        }
+      }
+    }
+    std::fill(to, row + wide, E{});
+  }
+
+  static PVT_INLINE void copy(const T* from, E* to, int count) {
+    if (count == 7) return copy_some(from, to, 7);  // one channel of the first stage: too short for a call
+    copy_some(from, to, count);
+  }
+  static PVT_INLINE void copy_some(const T* from, E* to, int count) {
+    if constexpr (std::is_same_v<T, E>) {
+      std::memcpy(to, from, count * sizeof(T));
+    } else {
+      for (int i = 0; i < count; ++i) assign(to[i], to_float(from[i]));
+    }
+  }
+
+  int in_channels_, channels_, kernel_;
+  bool channels_last_;
+  PackedMatrix<E> proj_;
+  PackedNorm norm_;
+};
+
+template <class T>
+class LayerNormOp final : public LayerNorm {
+ public:
+  LayerNormOp(const Norm& norm, int channels) : norm_(norm, channels, static_cast<const T*>(nullptr)) {}
+
+  void run(const void* x, std::int64_t rows, void* out) const override {
+    constexpr std::int64_t kRows = 64;  // enough to be worth handing to a thread
+    parallel_for((rows + kRows - 1) / kRows, [&](std::int64_t item) {
+      for (std::int64_t r = item * kRows; r < std::min(rows, (item + 1) * kRows); ++r)
+        layer_norm_row(static_cast<const T*>(x) + r * norm_.channels, norm_, static_cast<T*>(out) + r * norm_.channels,
+                       norm_.channels);
+    });
+  }
+
+ private:
+  PackedNorm norm_;
+};
+
+template <class T, class E>
+class HeadOp final : public Head {
+ public:
+  HeadOp(const Linear& classifier, int channels, int classes)
+      : channels_(channels), classes_(classifier.weight == nullptr ? 0 : classes) {
+    if (classes_) classifier_ = pack_linear<E, T>(classifier, classes, channels);
+  }
+
+  void run(const void* x, std::int64_t batch, std::int64_t tokens, void* out) const override {
+    const std::size_t wide = row_width(channels_);
+    Scratch& shared = shared_scratch();
+    shared.reset(Scratch::bytes_for<E>(row_room(batch) * wide));
+    E* means = shared.take<E>(row_room(batch) * wide);
+    parallel_for(batch, [&](std::int64_t b) {
+      const T* from = static_cast<const T*>(x) + b * tokens * channels_;
+      T* to = static_cast<T*>(out) + b * channels_;
+      for (int c = 0; c < channels_; c += kLanes) {
+        const int count = std::min(kLanes, channels_ - c);
+        Vec total{};
+        for (std::int64_t t = 0; t < tokens; ++t) {
+          const T* at = from + t * channels_ + c;
+          total += count == kLanes ? load(at) : load_first(at, count);
+        }
+        const Vec mean = total * (1.0f / tokens);
+        if (classes_)
+          store(means + b * wide + c, mean);
+        else
+          store_first(to + c, mean, count);
+      }
+      if (classes_) std::fill(means + b * wide + round_up(channels_, kLanes), means + (b + 1) * wide, E{});
+    });
+    if (!classes_) return;
+    Epilogue<T> epilogue{};
+    epilogue.out = static_cast<T*>(out);
+    epilogue.ld = classes_;
+    epilogue.columns = classes_;
+    epilogue.bias = classifier_.bias.data();
+    parallel_for(classifier_.panels(), [&](std::int64_t p) {
+      const MatrixUnit unit;
+      gemm_panel(means, wide, int(batch), classifier_.panel(int(p)), classifier_.depth, int(p) * kPanel, epilogue);
+    });
+  }
+
+ private:
+  int channels_, classes_;
+  PackedMatrix<E> classifier_;
+};

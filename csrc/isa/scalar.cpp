@@ -1,0 +1,14 @@
+// The baseline of the target: no instruction set is assumed, vectors of four are lowered to what there is.
+#include "isa_headers.h"
+
+namespace pvt::scalar {
+#define PVT_LANES 4
+#include "vec-inl.h"
+#include "isa-inl.h"
+}  // namespace pvt::scalar
+
+namespace pvt {
+static bool runs_scalar() { return true; }
+static const RegisterIsa kScalar({"scalar", 0, runs_scalar, scalar::make_factories<float, float>(),
+                                  scalar::make_factories<scalar::bf16, float>()});
+}  // namespace pvt

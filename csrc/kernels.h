@@ -1,0 +1,122 @@
+// What the kernels offer to their callers: one class per op that owns packed weights, and a table of factories per
+// instruction set. Raw pointers in, no torch, no Python.
+//
+// Activations are dense channels-last tokens (batch, height * width, channels) in the element type of `DType`, and
+// weights come in torch's layouts in the same element type. A packed op is made by one ISA's table and runs that ISA's
+// code only; running it is thread-safe.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace pvt {
+
+enum class DType { f32, bf16 };
+
+struct Norm {
+  const void* weight;  // (channels)
+  const void* bias;    // (channels)
+  float eps;
+};
+
+struct Linear {
+  const void* weight;  // (out, in) or (out, in, kernel, kernel)
+  const void* bias;    // (out), or null for none
+};
+
+struct PatchEmbedWeights {
+  Linear proj;  // (channels, in_channels, kernel, kernel)
+  Norm norm;
+  int in_channels, channels, kernel;
+};
+
+struct AttentionWeights {
+  Norm norm;
+  Linear q, kv;   // (channels, channels), (2 channels, channels): keys' rows first
+  Linear sr;      // (channels, channels, sr_ratio, sr_ratio), or weight null where keys come from the map itself
+  Norm sr_norm;
+  Linear proj;    // (channels, channels)
+  int channels, heads, sr_ratio;
+  bool linear;    // average pooling to 7x7 before sr, GELU after sr_norm
+  float scale;    // of the scores
+};
+
+struct MlpWeights {
+  Norm norm;
+  Linear fc1, dwconv, fc2;  // (hidden, channels), (hidden, 1, 3, 3), (channels, hidden)
+  int channels, hidden;
+  bool relu;  // between fc1 and the depthwise convolution
+};
+
+// A strided image; strides in elements.
+struct Image {
+  const void* data;
+  std::int64_t batch, height, width;
+  std::int64_t stride_batch, stride_channel, stride_row, stride_column;
+};
+
+// Dense tokens of a map.
+struct Map {
+  std::int64_t batch;
+  int height, width;
+  std::int64_t tokens() const { return std::int64_t{height} * width; }
+};
+
+struct PatchEmbed {
+  virtual ~PatchEmbed() = default;
+  // The image's channels must be dense in its innermost one or two dimensions: `accepts` tells.
+  virtual bool accepts(const Image& image) const = 0;
+  virtual void run(const Image& image, int stride, void* out) const = 0;
+};
+
+// x + residual_scale * op(x); residual_scale is (batch) or null for 1. `out` may not overlap `x`.
+struct ResidualOp {
+  virtual ~ResidualOp() = default;
+  virtual void run(const void* x, Map map, const void* residual_scale, void* out) const = 0;
+};
+
+// LayerNorm of rows.
+struct LayerNorm {
+  virtual ~LayerNorm() = default;
+  virtual void run(const void* x, std::int64_t rows, void* out) const = 0;
+};
+
+// Mean over tokens, then the classifier.
+struct Head {
+  virtual ~Head() = default;
+  virtual void run(const void* x, std::int64_t batch, std::int64_t tokens, void* out) const = 0;
+};
+
+// One instruction set's factories for one element type.
+struct Factories {
+  std::unique_ptr<PatchEmbed> (*patch_embed)(const PatchEmbedWeights&, bool channels_last) = nullptr;
+  std::unique_ptr<ResidualOp> (*attention)(const AttentionWeights&) = nullptr;
+  std::unique_ptr<ResidualOp> (*mlp)(const MlpWeights&) = nullptr;
+  std::unique_ptr<LayerNorm> (*layer_norm)(const Norm&, int channels) = nullptr;
+  std::unique_ptr<Head> (*head)(const Linear& classifier, int channels, int classes) = nullptr;
+};
+
+// An instruction set: each file of isa/ registers one. `rank` orders them; an ISA without factories for an element type
+// uses those of the next lower rank that has them.
+struct Isa {
+  const char* name;
+  int rank;
+  bool (*runnable)();  // does this CPU (and its kernel) run it?
+  Factories f32, bf16;
+};
+
+struct RegisterIsa {
+  explicit RegisterIsa(const Isa& isa);
+};
+
+// Instruction sets built into this library, best first; of these, the ones this CPU runs.
+std::vector<std::string> built_isas();
+std::vector<std::string> runnable_isas();
+
+// The factories of a runnable ISA; std::invalid_argument for any other name.
+const Factories& factories(const std::string& isa, DType dtype);
+
+}  // namespace pvt

@@ -1,0 +1,38 @@
+// From torch's weight layouts to packed ones.
+
+// The packed rows x cols matrix whose element (k, n) is at(k, n), with bias(n).
+template <class E, class At, class Bias>
+PackedMatrix<E> pack(int rows, int cols, const At& at, const Bias& bias) {
+  PackedMatrix<E> packed(rows, cols);
+  for (int n = 0; n < cols; ++n) {
+    for (int k = 0; k < rows; ++k) assign(packed.data[packed_index<E>(packed.depth, k, n)], at(k, n));
+    packed.bias[n] = bias(n);
+  }
+  return packed;
+}
+
+// A torch linear (out, in), transposed: rows = in, columns = out.
+template <class E, class T>
+PackedMatrix<E> pack_linear(const Linear& linear, int out, int in) {
+  const T* weight = static_cast<const T*>(linear.weight);
+  const T* bias = static_cast<const T*>(linear.bias);
+  return pack<E>(
+      in, out, [&](int k, int n) { return to_float(weight[std::size_t(n) * in + k]); },
+      [&](int n) { return bias ? to_float(bias[n]) : 0.0f; });
+}
+
+// A torch convolution (out, in, kernel, kernel) whose input rows are [dy][dx][channel] (channels last) or
+// [dy][channel][dx].
+template <class E, class T>
+PackedMatrix<E> pack_conv(const Linear& conv, int out, int in, int kernel, bool channels_last) {
+  const T* weight = static_cast<const T*>(conv.weight);
+  const T* bias = static_cast<const T*>(conv.bias);
+  return pack<E>(
+      kernel * kernel * in, out,
+      [&](int k, int n) {
+        const int inner = k % (kernel * in), dy = k / (kernel * in);
+        const int dx = channels_last ? inner / in : inner % kernel, c = channels_last ? inner % in : inner / kernel;
+        return to_float(weight[((std::size_t(n) * in + c) * kernel + dy) * kernel + dx]);
+      },
+      [&](int n) { return bias ? to_float(bias[n]) : 0.0f; });
+}

@@ -1,0 +1,138 @@
+// The vector vocabulary: kLanes floats, in GCC's vector extensions. Included once inside each ISA's namespace, with
+// PVT_LANES set and the ISA's target region open; what an ISA does better than the compiler is in its own file, under
+// the PVT_HAS_* macros named here.
+
+constexpr int kLanes = PVT_LANES;
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef std::int32_t VecInt __attribute__((vector_size(kLanes * 4)));
+typedef std::uint32_t VecBits __attribute__((vector_size(kLanes * 4)));
+typedef std::uint16_t VecHalf __attribute__((vector_size(kLanes * 2)));
+
+// bfloat16: the upper half of a float. A type of its own, so that overloads tell it from an integer.
+struct bf16 {
+  std::uint16_t bits;
+};
+
+#define PVT_INLINE inline __attribute__((always_inline))
+
+PVT_INLINE Vec splat(float value) { return value - Vec{}; }
+
+PVT_INLINE float to_float(float value) { return value; }
+PVT_INLINE float to_float(bf16 value) {
+  const std::uint32_t bits = std::uint32_t{value.bits} << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+PVT_INLINE Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+PVT_INLINE Vec load(const bf16* p) {
+  VecHalf h;
+  std::memcpy(&h, p, sizeof h);
+  return reinterpret_cast<Vec>(__builtin_convertvector(h, VecBits) << 16);
+}
+
+PVT_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+#ifdef PVT_HAS_ROUND_TO_BF16
+PVT_INLINE VecHalf round_to_bf16(Vec v);
+#else
+// Round to nearest even, NaN stays NaN.
+PVT_INLINE VecHalf round_to_bf16(Vec v) {
+  const VecBits bits = reinterpret_cast<VecBits>(v);
+  const VecBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const VecBits quiet = (bits >> 16) | 0x40;
+  return __builtin_convertvector(v == v ? rounded : quiet, VecHalf);
+}
+#endif
+PVT_INLINE void store(bf16* p, Vec v) {
+  const VecHalf h = round_to_bf16(v);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// The first n < kLanes elements; the other lanes are 0, or not written.
+template <class T>
+PVT_INLINE Vec load_first(const T* p, int n) {
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+template <class T>
+PVT_INLINE void store_first(T* p, Vec v, int n) {
+  T lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, n * sizeof(T));
+}
+
+// Where an argument is NaN, the second one.
+#ifdef PVT_HAS_MIN_MAX
+PVT_INLINE Vec min(Vec a, Vec b);
+PVT_INLINE Vec max(Vec a, Vec b);
+#else
+PVT_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
+PVT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+#endif
+
+PVT_INLINE float sum(Vec v) {
+  float total = 0;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// 1 in the first n lanes, 0 in the others.
+PVT_INLINE Vec first_lanes(int n) {
+  Vec v{};
+  for (int i = 0; i < kLanes; ++i) v[i] = i < n ? 1.0f : 0.0f;
+  return v;
+}
+
+template <std::size_t N>
+PVT_INLINE Vec polynomial(const float (&coefficients)[N], Vec x) {
+  Vec y = splat(coefficients[N - 1]);
+#pragma GCC unroll 16
+  for (int i = int(N) - 2; i >= 0; --i) y = y * x + coefficients[i];
+  return y;
+}
+
+// GELU(x) = x Phi(x), with Phi(x) - 1/2 an odd polynomial on [-clip, clip] in t = 2 x^2 / clip^2 - 1 (a minimax fit,
+// weighted for the error of x Phi). kPrecise: 9e-7 at most on [-9, 9], as torch's erf in float (1.2e-6); else 4e-5,
+// a hundredth of bfloat16's rounding at 1.
+template <bool kPrecise>
+PVT_INLINE Vec gelu(Vec x) {
+  constexpr float kClip = kPrecise ? 5.4f : 4.4f;
+  const Vec clipped = max(min(x, splat(kClip)), splat(-kClip));
+  const Vec t = clipped * clipped * (2 / (kClip * kClip)) - 1.0f;
+  Vec p;
+  if constexpr (kPrecise) {
+    constexpr float c[] = {0.13092811405658722f,  -0.06532798707485199f, 0.048499397933483124f, -0.0392092764377594f,
+                           0.03212105482816696f,  -0.025722352787852287f, 0.019608857110142708f, -0.014062400907278061f,
+                           0.009785707108676434f, -0.006520518101751804f, 0.0034112383145838976f, -0.0013678262475878f,
+                           0.0010954366298392415f, -0.0009641348151490092f, 0.0003172778233420104f};
+    p = polynomial(c, t);
+  } else {
+    constexpr float c[] = {0.16040439903736115f,  -0.07861191779375076f, 0.05525077134370804f,
+                           -0.04009486734867096f, 0.026804352179169655f, -0.0159586314111948f,
+                           0.01097528450191021f,  -0.007900110445916653f, 0.002767162397503853f};
+    p = polynomial(c, t);
+  }
+  return x * (clipped * p + 0.5f);
+}
+
+// 2^x for x <= 0, relative error 2e-7; exact 1 at 0, 0 below -126, NaN stays NaN (hence the order inside max).
+PVT_INLINE Vec exp2_nonpositive(Vec x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const Vec bounded = max(splat(-127.0f), x);
+  const Vec shifted = bounded + kRound;
+  const Vec whole = shifted - kRound;
+  constexpr float c[] = {1.0f, 0.6931471824645996f, 0.24022646248340607f, 0.05550329014658928f,
+                         0.009618519805371761f, 0.0013399859890341759f, 0.00015337577497120947f};
+  const Vec fraction = polynomial(c, bounded - whole);
+  const VecInt exponent = reinterpret_cast<VecInt>(shifted) << 23;  // the low bits of `shifted` hold the integer
+  const Vec result = reinterpret_cast<Vec>(reinterpret_cast<VecInt>(fraction) + exponent);
+  return x < -126.0f ? Vec{} : result;
+}
