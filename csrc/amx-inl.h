@@ -1,15 +1,18 @@
 // The AMX matrix unit: 16 x 16 float tiles += (16 x 32) x (32 x 16) bf16. Replaces the register tile for bf16 rows.
 
+// Eight tiles of 16 rows of 64 bytes, as the CPU reads it.
+struct alignas(64) TileConfig {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+// A constant in memory: GCC 12's intrinsic tells the compiler of the first 8 bytes only, so that it may leave out the
+// stores that fill the rest of a local.
+inline constexpr TileConfig kTileConfig;
+
 // Holds the unit configured for a work item; other libraries on the same thread use it between items.
 struct MatrixUnit {
-  MatrixUnit() {
-    struct alignas(64) {
-      std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
+  MatrixUnit() { _tile_loadconfig(&kTileConfig); }
   ~MatrixUnit() { _tile_release(); }
   MatrixUnit(const MatrixUnit&) = delete;
   MatrixUnit& operator=(const MatrixUnit&) = delete;

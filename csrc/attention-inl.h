@@ -237,7 +237,8 @@ class AttentionOp final : public ResidualOp {
     return epilogue;
   }
 
-  // q (parts = 1) or kv (parts = 2): each head's columns padded to head_width_. A head's key and value lie side by side.
+  // q (parts = 1) or kv (parts = 2): each head's columns padded to head_width_. A head's key and value lie side by
+  // side.
   PackedMatrix<E> pack_heads(const Linear& linear, int parts) const {
     const int head = channels_ / heads_;
     const T* weight = static_cast<const T*>(linear.weight);

@@ -50,8 +50,8 @@ std::unique_ptr<pvt::ResidualOp> attention(const std::string& isa, bool bf16, co
 }
 
 std::unique_ptr<pvt::ResidualOp> mlp(const std::string& isa, bool bf16, const py::dict& w) {
-  const pvt::MlpWeights weights{norm(w["norm"]),         linear(w["fc1"]),         linear(w["dwconv"]),
-                                linear(w["fc2"]),        w["channels"].cast<int>(), w["hidden"].cast<int>(),
+  const pvt::MlpWeights weights{norm(w["norm"]),       linear(w["fc1"]),          linear(w["dwconv"]),
+                                linear(w["fc2"]),      w["channels"].cast<int>(), w["hidden"].cast<int>(),
                                 w["relu"].cast<bool>()};
   return factories(isa, bf16).mlp(weights);
 }
@@ -66,18 +66,17 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<pvt::PatchEmbed>(m, "PatchEmbed")
       .def(py::init(&patch_embed))
-      .def(
-          "run",
-          [](const pvt::PatchEmbed& op, Address image, std::tuple<std::int64_t, std::int64_t, std::int64_t> size,
-             std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t> strides, int stride, Address out) {
-            const auto [batch, height, width] = size;
-            const auto [stride_batch, stride_channel, stride_row, stride_column] = strides;
-            const pvt::Image view{input(image), batch,          height,     width,
-                                  stride_batch, stride_channel, stride_row, stride_column};
-            if (!op.accepts(view)) throw std::invalid_argument("PatchEmbed: image strides must fit the packed layout");
-            py::gil_scoped_release release;
-            op.run(view, stride, output(out));
-          });
+      .def("run",
+           [](const pvt::PatchEmbed& op, Address image, std::tuple<std::int64_t, std::int64_t, std::int64_t> size,
+              std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t> strides, int stride, Address out) {
+             const auto [batch, height, width] = size;
+             const auto [stride_batch, stride_channel, stride_row, stride_column] = strides;
+             const pvt::Image view{input(image), batch,          height,     width,
+                                   stride_batch, stride_channel, stride_row, stride_column};
+             if (!op.accepts(view)) throw std::invalid_argument("PatchEmbed: image strides must fit the packed layout");
+             py::gil_scoped_release release;
+             op.run(view, stride, output(out));
+           });
   py::class_<pvt::ResidualOp>(m, "ResidualOp")
       .def("run", [](const pvt::ResidualOp& op, Address x, std::int64_t batch, int height, int width,
                      Address residual_scale, Address out) {

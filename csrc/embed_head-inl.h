@@ -50,7 +50,8 @@ class PatchEmbedOp final : public PatchEmbed {
  private:
   // The patch whose upper left corner is (y0, x0), zero outside the image, as pieces that are dense in the image: a
   // patch row of all channels (channels last), or a patch row of one channel.
-  void gather(const Image& image, std::int64_t index, std::int64_t y0, std::int64_t x0, E* row, std::size_t wide) const {
+  void gather(const Image& image, std::int64_t index, std::int64_t y0, std::int64_t x0, E* row,
+              std::size_t wide) const {
     const T* base = static_cast<const T*>(image.data) + index * image.stride_batch;
     const int pieces = channels_last_ ? 1 : in_channels_, unit = channels_last_ ? in_channels_ : 1;
     const int length = kernel_ * unit;

@@ -132,7 +132,8 @@ template <class E>
 constexpr int kDepthBlock = std::is_same_v<E, float> ? 256 : 1 << 30;
 
 template <int kRows, class E, class Out>
-void gemm_tile(const E* a, std::ptrdiff_t lda, const E* b, int depth, int row, int column, const Epilogue<Out>& epilogue) {
+void gemm_tile(const E* a, std::ptrdiff_t lda, const E* b, int depth, int row, int column,
+               const Epilogue<Out>& epilogue) {
   Vec acc[kRows][2] = {};
   const int head = depth < kDepthBlock<E> ? depth : kDepthBlock<E>;
   multiply_tile<kRows>(a, lda, b, head, acc);

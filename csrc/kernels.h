@@ -35,13 +35,13 @@ struct PatchEmbedWeights {
 
 struct AttentionWeights {
   Norm norm;
-  Linear q, kv;   // (channels, channels), (2 channels, channels): keys' rows first
-  Linear sr;      // (channels, channels, sr_ratio, sr_ratio), or weight null where keys come from the map itself
+  Linear q, kv;  // (channels, channels), (2 channels, channels): keys' rows first
+  Linear sr;     // (channels, channels, sr_ratio, sr_ratio), or weight null where keys come from the map itself
   Norm sr_norm;
-  Linear proj;    // (channels, channels)
+  Linear proj;  // (channels, channels)
   int channels, heads, sr_ratio;
-  bool linear;    // average pooling to 7x7 before sr, GELU after sr_norm
-  float scale;    // of the scores
+  bool linear;  // average pooling to 7x7 before sr, GELU after sr_norm
+  float scale;  // of the scores
 };
 
 struct MlpWeights {

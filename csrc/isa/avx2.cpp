@@ -20,7 +20,7 @@ PVT_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 
 namespace pvt {
 static bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-static const RegisterIsa kAvx2(
-    {"avx2", 10, runs_avx2, avx2::make_factories<float, float>(), avx2::make_factories<avx2::bf16, float>()});
+static const RegisterIsa kAvx2({"avx2", 10, runs_avx2, avx2::make_factories<float, float>(),
+                                avx2::make_factories<avx2::bf16, float>()});
 }  // namespace pvt
 #endif

@@ -23,7 +23,7 @@ static bool runs_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-static const RegisterIsa kAvx512(
-    {"avx512", 20, runs_avx512, avx512::make_factories<float, float>(), avx512::make_factories<avx512::bf16, float>()});
+static const RegisterIsa kAvx512({"avx512", 20, runs_avx512, avx512::make_factories<float, float>(),
+                                  avx512::make_factories<avx512::bf16, float>()});
 }  // namespace pvt
 #endif

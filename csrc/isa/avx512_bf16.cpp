@@ -36,7 +36,7 @@ static bool runs_avx512_bf16() {
   return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-static const RegisterIsa kAvx512Bf16({"avx512_bf16", 30, runs_avx512_bf16, {},
-                                      avx512_bf16::make_factories<avx512_bf16::bf16, avx512_bf16::bf16>()});
+static const RegisterIsa kAvx512Bf16(
+    {"avx512_bf16", 30, runs_avx512_bf16, {}, avx512_bf16::make_factories<avx512_bf16::bf16, avx512_bf16::bf16>()});
 }  // namespace pvt
 #endif

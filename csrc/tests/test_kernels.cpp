@@ -26,7 +26,9 @@ class Tensor {
   explicit Tensor(std::size_t size, pvt::DType dtype) : dtype_(dtype) {
     for (std::size_t i = 0; i < size; ++i) push(NAN);
   }
-  const void* data() const { return dtype_ == pvt::DType::f32 ? (const void*)floats_.data() : (const void*)halves_.data(); }
+  const void* data() const {
+    return dtype_ == pvt::DType::f32 ? (const void*)floats_.data() : (const void*)halves_.data();
+  }
   void* data() { return const_cast<void*>(static_cast<const Tensor*>(this)->data()); }
   std::size_t size() const { return dtype_ == pvt::DType::f32 ? floats_.size() : halves_.size(); }
   double operator[](std::size_t i) const {
@@ -59,8 +61,7 @@ void layer_norm(Values& x, int channels, const Tensor& weight, const Tensor& bia
     double mean = 0, variance = 0;
     for (int c = 0; c < channels; ++c) mean += x[at + c] / channels;
     for (int c = 0; c < channels; ++c) variance += (x[at + c] - mean) * (x[at + c] - mean) / channels;
-    for (int c = 0; c < channels; ++c)
-      x[at + c] = (x[at + c] - mean) / std::sqrt(variance + eps) * weight[c] + bias[c];
+    for (int c = 0; c < channels; ++c) x[at + c] = (x[at + c] - mean) / std::sqrt(variance + eps) * weight[c] + bias[c];
   }
 }
 
@@ -77,8 +78,8 @@ Values linear(const Values& x, int in, int out, const Tensor& weight, const Tens
 }
 
 // A convolution of one image [height][width][in] into [rows][columns][out], kernel k, padding `pad`.
-Values convolve(const Values& x, int height, int width, int in, int out, int k, int stride, int pad, const Tensor& weight,
-                const Tensor& bias, bool depthwise) {
+Values convolve(const Values& x, int height, int width, int in, int out, int k, int stride, int pad,
+                const Tensor& weight, const Tensor& bias, bool depthwise) {
   const int rows = (height + 2 * pad - k) / stride + 1, columns = (width + 2 * pad - k) / stride + 1;
   const int per = depthwise ? 1 : in;
   Values y(std::size_t(rows) * columns * out);
@@ -103,7 +104,8 @@ Values pool7(const Values& x, int height, int width, int channels) {
   Values y(49 * channels);
   for (int r = 0; r < 7; ++r)
     for (int c = 0; c < 7; ++c) {
-      const int y0 = r * height / 7, y1 = ((r + 1) * height + 6) / 7, x0 = c * width / 7, x1 = ((c + 1) * width + 6) / 7;
+      const int y0 = r * height / 7, y1 = ((r + 1) * height + 6) / 7, x0 = c * width / 7,
+                x1 = ((c + 1) * width + 6) / 7;
       for (int i = 0; i < channels; ++i) {
         double total = 0;
         for (int row = y0; row < y1; ++row)
@@ -147,13 +149,20 @@ struct Run {
 
   void mlp(int batch, int height, int width, int channels, int hidden, bool relu, bool scaled) {
     const int tokens = height * width;
-    Tensor x = draw(std::size_t(batch) * tokens * channels, 1, 0.5), gamma = draw(channels, 0.2, 1), beta = draw(channels, 0.2);
+    Tensor x = draw(std::size_t(batch) * tokens * channels, 1, 0.5), gamma = draw(channels, 0.2, 1),
+           beta = draw(channels, 0.2);
     Tensor w1 = draw(std::size_t(hidden) * channels, std::pow(channels, -0.5)), b1 = draw(hidden, 0.5);
     Tensor wd = draw(hidden * 9, 0.33), bd = draw(hidden, 0.5);
-    Tensor w2 = draw(std::size_t(hidden) * channels, std::pow(hidden, -0.5)), b2 = draw(channels, 0.5), scale = draw(batch);
+    Tensor w2 = draw(std::size_t(hidden) * channels, std::pow(hidden, -0.5)), b2 = draw(channels, 0.5),
+           scale = draw(batch);
     Tensor out(x.size(), dtype);
-    const pvt::MlpWeights weights{{gamma.data(), beta.data(), 1e-6f}, {w1.data(), b1.data()}, {wd.data(), bd.data()},
-                                  {w2.data(), b2.data()}, channels, hidden, relu};
+    const pvt::MlpWeights weights{{gamma.data(), beta.data(), 1e-6f},
+                                  {w1.data(), b1.data()},
+                                  {wd.data(), bd.data()},
+                                  {w2.data(), b2.data()},
+                                  channels,
+                                  hidden,
+                                  relu};
     factories().mlp(weights)->run(x.data(), {batch, height, width}, scaled ? scale.data() : nullptr, out.data());
     Values expected;
     for (int b = 0; b < batch; ++b) {
@@ -173,7 +182,8 @@ struct Run {
     const int tokens = height * width, c2 = channels * channels, head = channels / heads, kernel = is_linear ? 1 : sr;
     const bool reduce = is_linear || sr > 1;
     const double spread = std::pow(channels, -0.5);
-    Tensor x = draw(std::size_t(batch) * tokens * channels, 1, 0.5), gamma = draw(channels, 0.2, 1), beta = draw(channels, 0.2);
+    Tensor x = draw(std::size_t(batch) * tokens * channels, 1, 0.5), gamma = draw(channels, 0.2, 1),
+           beta = draw(channels, 0.2);
     Tensor wq = draw(c2, spread), bq = draw(channels, 0.5), wkv = draw(2 * c2, spread), bkv = draw(2 * channels, 0.5);
     Tensor wp = draw(c2, spread), bp = draw(channels, 0.5);
     Tensor ws = draw(std::size_t(c2) * kernel * kernel, spread / kernel), bs = draw(channels, 0.5);
@@ -209,15 +219,20 @@ struct Run {
     check("attention " + size(batch, height, width, channels), out, expected);
   }
 
-  void patch_embed(int batch, int height, int width, int in, int out_channels, int kernel, int stride, bool channels_last) {
+  void patch_embed(int batch, int height, int width, int in, int out_channels, int kernel, int stride,
+                   bool channels_last) {
     const int pad = kernel / 2, pixels = height * width;
-    Tensor image = draw(std::size_t(batch) * pixels * in, 1, 0.5), gamma = draw(out_channels, 0.2, 1), beta = draw(out_channels, 0.2);
-    Tensor weight = draw(std::size_t(out_channels) * in * kernel * kernel, 1.0 / (kernel * std::sqrt(in))), bias = draw(out_channels, 0.5);
+    Tensor image = draw(std::size_t(batch) * pixels * in, 1, 0.5), gamma = draw(out_channels, 0.2, 1),
+           beta = draw(out_channels, 0.2);
+    Tensor weight = draw(std::size_t(out_channels) * in * kernel * kernel, 1.0 / (kernel * std::sqrt(in))),
+           bias = draw(out_channels, 0.5);
     const int rows = (height + 2 * pad - kernel) / stride + 1, columns = (width + 2 * pad - kernel) / stride + 1;
     Tensor out(std::size_t(batch) * rows * columns * out_channels, dtype);
-    const pvt::PatchEmbedWeights w{{weight.data(), bias.data()}, {gamma.data(), beta.data(), 1e-5f}, in, out_channels, kernel};
-    const pvt::Image view = channels_last ? pvt::Image{image.data(), batch, height, width, pixels * in, 1, width * in, in}
-                                          : pvt::Image{image.data(), batch, height, width, pixels * in, pixels, width, 1};
+    const pvt::PatchEmbedWeights w{
+        {weight.data(), bias.data()}, {gamma.data(), beta.data(), 1e-5f}, in, out_channels, kernel};
+    const pvt::Image view = channels_last
+                                ? pvt::Image{image.data(), batch, height, width, pixels * in, 1, width * in, in}
+                                : pvt::Image{image.data(), batch, height, width, pixels * in, pixels, width, 1};
     factories().patch_embed(w, channels_last)->run(view, stride, out.data());
     Values expected;
     for (int b = 0; b < batch; ++b) {
@@ -233,10 +248,13 @@ struct Run {
   }
 
   void norm_and_head(int batch, int tokens, int channels, int classes) {
-    Tensor x = draw(std::size_t(batch) * tokens * channels, 1, 3), gamma = draw(channels, 0.2, 1), beta = draw(channels, 0.2);
+    Tensor x = draw(std::size_t(batch) * tokens * channels, 1, 3), gamma = draw(channels, 0.2, 1),
+           beta = draw(channels, 0.2);
     Tensor weight = draw(std::size_t(classes) * channels, std::pow(channels, -0.5)), bias = draw(classes, 0.5);
     Tensor normed(x.size(), dtype), logits(std::size_t(batch) * classes, dtype);
-    factories().layer_norm({gamma.data(), beta.data(), 1e-6f}, channels)->run(x.data(), std::int64_t(batch) * tokens, normed.data());
+    factories()
+        .layer_norm({gamma.data(), beta.data(), 1e-6f}, channels)
+        ->run(x.data(), std::int64_t(batch) * tokens, normed.data());
     Values expected = slice(x, 0, batch * tokens * channels);
     layer_norm(expected, channels, gamma, beta, 1e-6);
     check("layer_norm " + size(batch, tokens, 1, channels), normed, expected);
@@ -244,13 +262,15 @@ struct Run {
     Values means(std::size_t(batch) * channels);
     for (int b = 0; b < batch; ++b)
       for (int t = 0; t < tokens; ++t)
-        for (int c = 0; c < channels; ++c) means[b * channels + c] += x[(std::size_t(b) * tokens + t) * channels + c] / tokens;
+        for (int c = 0; c < channels; ++c)
+          means[b * channels + c] += x[(std::size_t(b) * tokens + t) * channels + c] / tokens;
     check("head " + size(batch, tokens, 1, channels), logits, linear(means, channels, classes, weight, &bias));
   }
 
  private:
   static std::string size(int batch, int height, int width, int channels) {
-    return std::to_string(batch) + "x" + std::to_string(height) + "x" + std::to_string(width) + "x" + std::to_string(channels);
+    return std::to_string(batch) + "x" + std::to_string(height) + "x" + std::to_string(width) + "x" +
+           std::to_string(channels);
   }
   static Values slice(const Tensor& x, int index, int count) {
     Values values(count);
@@ -272,7 +292,8 @@ struct Run {
           total += weight[m] = std::exp(score * scale);
         }
         for (int m = 0; m < keys; ++m)
-          for (int i = h; i < h + head; ++i) z[t * channels + i] += weight[m] / total * kv[m * 2 * channels + channels + i];
+          for (int i = h; i < h + head; ++i)
+            z[t * channels + i] += weight[m] / total * kv[m * 2 * channels + channels + i];
       }
     return z;
   }
