@@ -1,5 +1,46 @@
-"""Backend "triton": not written yet."""
+"""Backend "triton": the contract of `pvt_fast.ops` on fused GPU kernels.
 
-from pvt_fast.dispatch import BackendUnavailable
+fp32, bf16 and fp16 on a CUDA or ROCm device; with TRITON_INTERPRET=1 in the environment the same kernels run as Python
+on CPU tensors, slowly, for tests. Importing it without Triton raises BackendUnavailable.
 
-raise BackendUnavailable("the triton backend is not written yet")
+Launches: overlap_patch_embed 1 for C <= 128, else 2; dwconv_mlp 2 for C <= 128, else 3; sr_attention 3 with R > 1,
+2 with R = 1, 4 in the linear form, and one more where `config.fuses_projection` says no; layer_norm 1; head 1 and
+torch's linear.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pvt_fast.dispatch import BackendUnavailable, Facts
+
+try:
+    import triton as _triton  # noqa: F401
+except ImportError as error:
+    raise BackendUnavailable(f"triton is not installed ({error}); pip install 'pvt-fast[triton]'") from error
+
+from .dwconv_mlp import dwconv_mlp
+from .launch import INTERPRETED
+from .norm_head import head, layer_norm
+from .overlap_patch_embed import overlap_patch_embed
+from .sr_attention import sr_attention
+
+__all__ = ["dwconv_mlp", "head", "layer_norm", "overlap_patch_embed", "sr_attention", "unsupported"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unsupported(facts: Facts) -> str | None:
+    """Why these kernels cannot run on such an input, or None."""
+    if facts.device != "cuda" and not INTERPRETED:
+        return f"the kernels need a CUDA or ROCm device, got {facts.device} (TRITON_INTERPRET=1 interprets them on any)"
+    if facts.dtype not in _DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, got {str(facts.dtype).removeprefix('torch.')}"
+    if facts.dropout:
+        return "the kernels have no dropout; set drop_rate and attn_drop_rate to 0 or use backend 'reference'"
+    if facts.autocast:
+        return "the kernels run in the dtype of the weights; cast the model (model.bfloat16()) instead of autocast"
+    if not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return f"the kernels need a GPU of compute capability 8.0, got {major}.{minor}"
+    return None

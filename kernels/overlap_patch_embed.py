@@ -1,0 +1,129 @@
+"""LayerNorm(conv(image)) as an implicit GEMM: tokens x (taps * channels), read from the image's own strides.
+
+For C <= 128 a program owns whole rows and normalises them itself; wider, `layer_norm_kernel` follows in place.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pvt_fast.ops import HW, PatchEmbedWeights, check_patch_embed
+from pvt_fast.prepack import packed
+
+from . import config
+from .launch import dot_precision, launch, shared_limit
+from .norm_head import normalize_rows
+from .primitives import dot, load_vector, load_weight, norm_tile, round_to, row_offsets, split_index
+
+
+@triton.jit
+def image_tile(ptr, offs_image, row, column, strides, size, k, row_mask, META: tl.constexpr):
+    """The tile (M, K) of the unfolded image at GEMM columns k, its padding 0. row, column: top left tap, may be < 0.
+
+    META: (CIN, KERNEL, PER_TAP). PER_TAP: k = (tap, channel) and all of a block lies in one tap; else
+    k = (channel, tap).
+    """
+    CIN: tl.constexpr = META[0]
+    KERNEL: tl.constexpr = META[1]
+    if META[2]:
+        tap, channel = k[0], k[1]
+        r, c = row + tap // KERNEL, column + tap % KERNEL
+        inside = row_mask & (r >= 0) & (r < size[0]) & (c >= 0) & (c < size[1])
+        offs = offs_image + r.to(tl.int64) * strides[1] + c.to(tl.int64) * strides[2]
+        mask = inside[:, None] & (channel < CIN)[None, :]
+        return tl.load(ptr + offs[:, None] + (channel.to(tl.int64) * strides[0])[None, :], mask=mask, other=0.0)
+    else:
+        channel, tap = k // (KERNEL * KERNEL), k % (KERNEL * KERNEL)
+        r, c = row[:, None] + (tap // KERNEL)[None, :], column[:, None] + (tap % KERNEL)[None, :]
+        inside = row_mask[:, None] & (r >= 0) & (r < size[0]) & (c >= 0) & (c < size[1]) & (channel < CIN)[None, :]
+        offs = r.to(tl.int64) * strides[1] + c.to(tl.int64) * strides[2] + (channel.to(tl.int64) * strides[0])[None, :]
+        return tl.load(ptr + offs_image[:, None] + offs, mask=inside, other=0.0)
+
+
+@triton.jit(do_not_specialize=["images", "height", "width", "out_height", "out_width"])
+def patch_embed_kernel(
+    image_ptr,
+    weight_ptr,
+    bias_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    out_ptr,
+    images,
+    height,
+    width,
+    out_height,
+    out_width,
+    image_stride,
+    channel_stride,
+    row_stride,
+    column_stride,
+    eps,
+    CIN: tl.constexpr,
+    C: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PER_TAP: tl.constexpr,
+    FUSE_NORM: tl.constexpr,
+):
+    """[LayerNorm](conv(image) + b) for a tile of tokens and columns; weight (C, K * K, CIN) if PER_TAP."""
+    META: tl.constexpr = (CIN, KERNEL, PER_TAP)
+    K: tl.constexpr = CIN * KERNEL * KERNEL
+    STEPS_PER_TAP: tl.constexpr = (CIN + BLOCK_K - 1) // BLOCK_K
+    STEPS: tl.constexpr = KERNEL * KERNEL * STEPS_PER_TAP if PER_TAP else (K + BLOCK_K - 1) // BLOCK_K
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    row_mask = offs_m < images * out_height * out_width
+    batch, row, column = split_index(offs_m, out_height, out_width)
+    row, column = row * STRIDE - KERNEL // 2, column * STRIDE - KERNEL // 2
+    offs_image = row_offsets(batch, image_stride)
+    strides, size = (channel_stride, row_stride, column_stride), (height, width)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(STEPS):
+        if PER_TAP:
+            tap = step // STEPS_PER_TAP
+            channel = (step % STEPS_PER_TAP) * BLOCK_K + offs_k
+            a = image_tile(image_ptr, offs_image, row, column, strides, size, (tap, channel), row_mask, META)
+            w = load_weight(weight_ptr + tap * CIN, offs_n, channel, K, C, CIN)
+        else:
+            k = step * BLOCK_K + offs_k
+            a = image_tile(image_ptr, offs_image, row, column, strides, size, k, row_mask, META)
+            w = load_weight(weight_ptr, offs_n, k, K, C, K)
+        acc = dot(a, w, acc, PRECISION)
+    if bias_ptr is not None:
+        acc += load_vector(bias_ptr, offs_n, C)[None, :]
+    if FUSE_NORM:
+        acc = norm_tile(acc, (norm_weight_ptr, norm_bias_ptr, eps), offs_n, C)
+    mask = row_mask[:, None] & (offs_n < C)[None, :]
+    ptrs = out_ptr + row_offsets(offs_m, C)[:, None] + offs_n[None, :]
+    tl.store(ptrs, round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
+    """See `pvt_fast.ops`."""
+    hw = check_patch_embed(image, w, stride)
+    images, in_channels = image.shape[:2]
+    channels, _, kernel, _ = w.proj.weight.shape
+    out = torch.empty((images, hw[0] * hw[1], channels), dtype=image.dtype, device=image.device)
+    if out.numel() == 0:
+        return out, hw
+    shape = config.patch_embed(in_channels, channels, image.dtype, shared_limit(image.device))
+    weight = w.proj.weight
+    if shape["PER_TAP"]:
+        weight = packed(w.cache, "triton", (weight,), lambda: w.proj.weight.detach().permute(0, 2, 3, 1).contiguous())
+    pointers = (image, weight.contiguous(), w.proj.bias, w.norm.weight, w.norm.bias, out)
+    numbers = (images, *image.shape[2:], *hw, *image.stride(), w.norm.eps)
+    meta = {"CIN": in_channels, "C": channels, "KERNEL": kernel, "STRIDE": stride, **shape}
+    tokens = images * hw[0] * hw[1]
+    grid = (triton.cdiv(tokens, shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))
+    launch(patch_embed_kernel, grid, image, *pointers, *numbers, PRECISION=dot_precision(image.dtype), **meta)
+    if not shape["FUSE_NORM"]:
+        normalize_rows(out, w.norm, out)
+    return out, hw

@@ -1,0 +1,105 @@
+"""The triton backend around its kernels: when it runs, what it says when it cannot, and its address arithmetic."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from pvt_fast import dispatch, kernels
+from pvt_fast.dispatch import Facts
+from pvt_fast.kernels import config, launch
+from pvt_fast.kernels.primitives import row_offsets, split_index
+
+ROOT = Path(__file__).resolve().parent.parent
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import pvt_fast
+status = {status.name: status for status in pvt_fast.backends()}
+assert not status["triton"].available
+print(status["triton"].reason)
+assert status["reference"].available
+"""
+
+WITHOUT_INTERPRETER = """
+import torch
+from pvt_fast import kernels
+from pvt_fast.dispatch import Facts
+print(kernels.unsupported(Facts("cpu", torch.float32)))
+"""
+
+
+def run_python(code: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_triton_the_package_works_and_says_so():
+    assert "triton is not installed" in run_python(WITHOUT_TRITON)
+
+
+def test_refuses_the_cpu_without_the_interpreter():
+    assert "need a CUDA or ROCm device, got cpu" in run_python(WITHOUT_INTERPRETER)
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        (Facts("cuda", torch.float64), "float32, bfloat16 and float16, got float64"),
+        (Facts("cuda", torch.float32, dropout=True), "no dropout"),
+        (Facts("cuda", torch.float32, autocast=True), "cast the model"),
+    ],
+)
+def test_refusals_give_the_reason(facts, reason):
+    assert reason in kernels.unsupported(facts)
+    with pytest.raises(dispatch.BackendUnavailable, match=reason):
+        dispatch.select(facts, "triton")
+
+
+@triton.jit
+def address_kernel(out_ptr, index, height, width, STRIDE: tl.constexpr):
+    """Where a token of a bordered map lies, as norm_fc1_kernel computes it."""
+    offs_m = index + tl.arange(0, 2)
+    image, row, column = split_index(offs_m, height, width)
+    pixel = row_offsets(image, (height + 2) * (width + 2)) + (row + 1) * (width + 2) + column + 1
+    tl.store(out_ptr + tl.arange(0, 2), row_offsets(pixel, STRIDE))
+
+
+def test_offsets_beyond_2_to_the_31():
+    """b2's stage-1 hidden map at batch 1400: 1400 * 58 * 58 * 512 = 2.4e9 elements."""
+    batch, height, width, hidden = 1400, 56, 56, 512
+    last = batch * height * width - 2
+    device = "cpu" if launch.INTERPRETED else "cuda"
+    out = torch.empty(2, dtype=torch.int64, device=device)
+    address_kernel[(1,)](out, last, height, width, STRIDE=hidden)
+    row = (batch - 1) * (height + 2) + height
+    expected = [(row * (width + 2) + column + 1) * hidden for column in (width - 2, width - 1)]
+    assert out.tolist() == expected
+    assert min(expected) > 2**31
+
+
+def test_hidden_map_is_padded_to_whole_blocks():
+    for hidden in (1, 15, 16, 77, 640, 2048):
+        padded = config.padded_hidden(hidden)
+        assert 0 <= padded - hidden < 16
+        for dtype in (torch.float32, torch.bfloat16):
+            assert padded % config.dwconv_gelu(padded, dtype)["BLOCK_H"] == 0
+            assert padded % config.dwconv_fc2(64, dtype, 65536)["BLOCK_H"] == 0
+
+
+def test_reduction_parts_cover_all_taps():
+    for tiles, taps in itertools.product((1, 2, 7, 49, 128, 5000), (4, 9, 16, 64)):
+        parts = config.reduction_splits(tiles, taps)
+        per_part = -(-taps // parts)
+        assert 1 <= parts <= 16
+        assert (parts - 1) * per_part < taps <= parts * per_part, "no part is empty and none is missing"
