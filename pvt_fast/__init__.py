@@ -5,7 +5,7 @@ model = pvt_fast.pvt_v2_b2().eval()
 logits = model(image)  # image (B, 3, H, W)
 """
 
-from . import _install  # first: says clearly when this copy of the package cannot work
+from . import _install  # noqa: F401  # first: says clearly when this copy of the package cannot work
 from ._version import __version__
 from .dispatch import BackendStatus, BackendUnavailable, backends, use_backend
 from .model import (

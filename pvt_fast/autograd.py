@@ -6,7 +6,7 @@ a training step keeps only each op's arguments alive, not its inner activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -73,16 +73,26 @@ class _ReferenceBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple:
-        needed = ctx.needs_input_grad[3:]
-        tensors = tuple(
-            tensor.detach().requires_grad_(need) for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
-        )
-        with torch.enable_grad():
-            output = ctx.slow(*_unflatten(ctx.template, tensors))
-        output = output[0] if isinstance(output, tuple) else output
-        grads = iter(
-            torch.autograd.grad(
-                output, [t for t, need in zip(tensors, needed, strict=True) if need], grad_outputs[0], allow_unused=True
-            )
-        )
-        return (None, None, None, *(next(grads) if need else None for need in needed))
+        template = ctx.template
+
+        def recompute(*tensors: Tensor) -> Tensor:
+            output = ctx.slow(*_unflatten(template, tensors))
+            return output[0] if isinstance(output, tuple) else output
+
+        grads = reference_gradients(recompute, ctx.saved_tensors, ctx.needs_input_grad[3:], grad_outputs[0])
+        return (None, None, None, *grads)
+
+
+def reference_gradients(
+    recompute: Callable[..., Tensor], arguments: Sequence[Any], needed: Sequence[bool], grad_output: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `recompute(*arguments)` by autograd; None for the arguments whose gradient is not needed."""
+    leaves = tuple(
+        value.detach().requires_grad_(need) if isinstance(value, Tensor) else value
+        for value, need in zip(arguments, needed, strict=True)
+    )
+    with torch.enable_grad():
+        output = recompute(*leaves)
+    wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+    grads = iter(torch.autograd.grad(output, wanted, grad_output, allow_unused=True))
+    return tuple(next(grads) if need else None for need in needed)

@@ -33,6 +33,9 @@ from .prepack import packed
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
+# Every instruction set that is built in, best first; `isas` tells which of them this CPU runs.
+ISAS: list[str] = _C.built_isas()
+
 
 def isas() -> list[str]:
     """The instruction sets that this CPU runs, best first."""

@@ -53,9 +53,8 @@ def _check_name(name: str, source: str) -> str:
 
 
 # The environment is read once, at import; `use_backend` overrides it, a model's own `backend` overrides both.
-_default: ContextVar[str] = ContextVar(
-    "pvt_fast_backend", default=_check_name(os.environ.get("PVT_FAST_BACKEND") or "auto", "PVT_FAST_BACKEND")
-)
+_environment = _check_name(os.environ.get("PVT_FAST_BACKEND") or "auto", "PVT_FAST_BACKEND")
+_default: ContextVar[str] = ContextVar("pvt_fast_backend", default=_environment)
 
 
 @contextmanager

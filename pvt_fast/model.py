@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import autograd, dispatch
+from . import autograd, dispatch, library
 from .config import VARIANT_NORM_EPS, VARIANTS, PVTConfig
 from .layers import (
     Block,
@@ -150,6 +150,8 @@ class PVT_V2(nn.Module):
             dropout=self.training and (config.drop_rate > 0 or config.attn_drop_rate > 0),
             autocast=torch.is_autocast_enabled(x.device.type),
         )
+        if torch.compiler.is_compiling():
+            return library.traced(facts, self._backend)
         module = dispatch.select(facts, self._backend)
         needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
         return autograd.differentiable(module) if needs_grad else module  # type: ignore[return-value]
@@ -159,7 +161,7 @@ class PVT_V2(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """image (B, in_channels, H, W) -> logits (B, num_classes)."""
         ops = self._check_and_select(image)
-        x, hw = self._run_stages(image, ops)
+        x, _ = self._run_stages(image, ops)
         return ops.head(x, self._head_weights())
 
     def forward_features(self, image: Tensor) -> Tensor:
@@ -194,7 +196,7 @@ class PVT_V2(nn.Module):
             return stage < last
 
         x, hw = self._run_stages(image, ops, keep)
-        intermediates = [maps[stage] for stage in chosen]
+        intermediates = list(maps.values())  # in stage order, each once, as timm
         return intermediates if intermediates_only else (to_map(x, hw), intermediates)
 
     def _check_and_select(self, image: Tensor) -> Backend:

@@ -35,7 +35,7 @@ def unsupported(facts: Facts) -> str | None:
 def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
     """LayerNorm(conv(image)): image (B, Cin, H, W) -> tokens (B, H' * W', C) and (H', W')."""
     hw = check_patch_embed(image, w, stride)
-    y = F.conv2d(image, w.proj.weight, w.proj.bias, stride, padding=w.proj.weight.shape[2] // 2)
+    y = F.conv2d(image, _kernel(w.proj), w.proj.bias, stride, padding=w.proj.weight.shape[2] // 2)
     return layer_norm(to_tokens(y), w.norm), hw
 
 
@@ -54,7 +54,7 @@ def sr_attention(
         if spec.linear:
             y_map = F.adaptive_avg_pool2d(y_map, LINEAR_POOL_SIZE)
         # stride R without padding: rows and columns past the last full R x R patch reach no key
-        reduced = to_tokens(F.conv2d(y_map, w.sr.weight, w.sr.bias, stride=w.sr.weight.shape[2]))
+        reduced = to_tokens(F.conv2d(y_map, _kernel(w.sr), w.sr.bias, stride=w.sr.weight.shape[2]))
         reduced = layer_norm(reduced, w.sr_norm)
         if spec.linear:
             reduced = F.gelu(reduced)
@@ -75,7 +75,7 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
     h = F.linear(layer_norm(x, w.norm), w.fc1.weight, w.fc1.bias)
     if spec.relu:
         h = F.relu(h)
-    h = to_tokens(F.conv2d(to_map(h, hw), w.dwconv.weight, w.dwconv.bias, padding=1, groups=h.shape[2]))
+    h = to_tokens(F.conv2d(to_map(h, hw), _kernel(w.dwconv), w.dwconv.bias, padding=1, groups=h.shape[2]))
     h = F.dropout(F.gelu(h), spec.drop)
     z = F.dropout(F.linear(h, w.fc2.weight, w.fc2.bias), spec.drop)
     return _add_residual(x, z, residual_scale)
@@ -90,6 +90,15 @@ def head(x: Tensor, w: Linear | None) -> Tensor:
     """Mean over the tokens (B, N, C) -> (B, C), then the classifier (B, num_classes) unless `w` is None."""
     mean = x.mean(dim=1)
     return mean if w is None else F.linear(mean, w.weight, w.bias)
+
+
+def _kernel(conv: Linear) -> Tensor:
+    """The convolution kernel, seen through views that give its gradient the parameter's own strides.
+
+    A channels-last map makes the gradient of a (C, 1, 3, 3) kernel one of strides (9, 1, 3, 1), not (9, 9, 3, 1):
+    the same memory, but DistributedDataParallel compares strides, warns and copies.
+    """
+    return conv.weight.flatten(1).unflatten(1, conv.weight.shape[1:])
 
 
 def _add_residual(x: Tensor, z: Tensor, residual_scale: Tensor | None) -> Tensor:

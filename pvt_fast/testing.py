@@ -17,6 +17,7 @@ from torch import Tensor
 from . import reference
 from .config import conv_size
 from .ops import AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
+from .prepack import PackCache
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class PatchEmbedCase:
         draw = _Draw(str(self), dtype, device)
         image = draw.strided((self.batch, self.in_channels, *self.hw), self.layout)
         proj = draw.linear(self.channels, self.in_channels, self.kernel, self.kernel)
-        return image, PatchEmbedWeights(proj, draw.norm(self.channels, 1e-5)), self.stride
+        return image, PatchEmbedWeights(proj, draw.norm(self.channels, 1e-5), PackCache()), self.stride
 
     def gemm_flops(self) -> int:
         tokens = math.prod(conv_size(size, self.kernel, self.stride) for size in self.hw)
@@ -83,6 +84,7 @@ class AttentionCase:
             draw.linear(c, c, kernel, kernel) if reduced else None,
             draw.norm(c, 1e-5) if reduced else None,
             draw.linear(c, c),
+            PackCache(),
         )
         # a scale that spreads the softmax, so that a wrong score shows
         spec = AttentionSpec(self.heads, 2.0 * (c // self.heads) ** -0.5, self.linear)
@@ -123,6 +125,7 @@ class MlpCase:
             draw.linear(self.hidden, self.channels),
             draw.linear(self.hidden, 1, 3, 3),
             draw.linear(self.channels, self.hidden),
+            PackCache(),
         )
         scale = draw.residual_scale(self.batch) if self.scale_residual else None
         return x, self.hw, weights, MlpSpec(self.relu), scale
@@ -225,22 +228,28 @@ def expected(case: Case, arguments: tuple) -> tuple[Tensor, Tensor]:
 
 
 def assert_parity(actual: Tensor, truth: Tensor, same_dtype: Tensor, what: str = "output") -> None:
-    """Error against float64 at most twice that of plain torch in the same dtype, plus one rounding unit.
+    """Raise AssertionError unless the parity rule holds (no `assert`: `python -O` keeps this check).
+
+    Error against float64 at most twice that of plain torch in the same dtype, plus one rounding unit.
 
     Held for the largest error and for the root mean square. One rounding unit is eps(dtype) times the largest
     (root-mean-square) true value.
     """
-    assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
-    assert actual.dtype == same_dtype.dtype, f"{what}: dtype {actual.dtype}, expected {same_dtype.dtype}"
+    if actual.shape != truth.shape:
+        raise AssertionError(f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}")
+    if actual.dtype != same_dtype.dtype:
+        raise AssertionError(f"{what}: dtype {actual.dtype}, expected {same_dtype.dtype}")
     if truth.numel() == 0:
         return
     unit = torch.finfo(actual.dtype).eps
     ours = (actual.detach().cpu().double() - truth).abs()
     theirs = (same_dtype.detach().cpu().double() - truth).abs()
-    assert not ours.isnan().any(), f"{what}: {int(ours.isnan().sum())} of {ours.numel()} values are NaN"
+    if ours.isnan().any():
+        raise AssertionError(f"{what}: {int(ours.isnan().sum())} of {ours.numel()} values are NaN")
     for name, reduce in (("largest", torch.max), ("root mean square", lambda e: e.square().mean().sqrt())):
         error, bound = float(reduce(ours)), 2 * float(reduce(theirs)) + unit * float(reduce(truth.abs()))
-        assert error <= bound, (
-            f"{what}: {name} error {error:.3e} exceeds {bound:.3e} "
-            f"(plain torch in {actual.dtype}: {float(reduce(theirs)):.3e})"
-        )
+        if error > bound:
+            raise AssertionError(
+                f"{what}: {name} error {error:.3e} exceeds {bound:.3e} "
+                f"(plain torch in {actual.dtype}: {float(reduce(theirs)):.3e})"
+            )

@@ -1,0 +1,148 @@
+"""The contenders of a CPU comparison: each builds the same network with the same weights, ready to be called.
+
+A contender lives in a process of its own (see `cpu.py`): OpenMP and TBB threads that spin while they wait would
+disturb each other in one process.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import pvt_fast
+
+
+class Case(NamedTuple):
+    """One model on images (batch, 3, size, size) in float32 or bfloat16."""
+
+    model: str
+    batch: int
+    size: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.model.removeprefix('pvt_v2_')} {self.dtype} bs{self.batch} {self.size}px"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+
+
+Call = Callable[[], Tensor]
+
+
+def make_model(case: Case) -> pvt_fast.PVT_V2:
+    """The case's model with weights drawn from a fixed seed, rounded to the case's dtype, in float32."""
+    torch.manual_seed(0)
+    model = pvt_fast.create_model(case.model).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, 1.0 if parameter.eq(1).all() else 0.0, 0.1)
+    return model.to(case.torch_dtype).float()
+
+
+def make_images(case: Case) -> Tensor:
+    """Random images, rounded to the case's dtype, in float32."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(case.batch, 3, case.size, case.size, generator=generator)
+    return images.to(case.torch_dtype).float()
+
+
+def truth(case: Case) -> tuple[Tensor, Tensor]:
+    """(logits in float64, logits of plain torch in the case's dtype), from the reference backend."""
+    model, images = make_model(case), make_images(case)
+    with torch.inference_mode(), pvt_fast.use_backend("reference"):
+        same = model.to(case.torch_dtype)(images.to(case.torch_dtype)).double()
+        return model.double()(images.double()), same
+
+
+def pvt_fast_cpp(case: Case) -> Call:
+    model, images = make_model(case).to(case.torch_dtype), make_images(case).to(case.torch_dtype)
+    model.backend = "cpp"
+    return lambda: model(images)
+
+
+def timm_model(case: Case) -> nn.Module:
+    """timm's model with our weights."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):  # torchvision's own cannot be registered under a CPU-only torch
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import timm
+
+    model = timm.create_model(case.model).eval()
+    model.load_state_dict({_timm_key(key): value for key, value in make_model(case).state_dict().items()})
+    return model
+
+
+def _timm_key(key: str) -> str:
+    key = key.replace("patch_embed1", "patch_embed").replace("dwconv.dwconv", "dwconv")
+    key = re.sub(r"^patch_embed(\d)", lambda m: f"stages.{int(m[1]) - 1}.downsample", key)
+    return re.sub(r"^(block|norm)(\d)", lambda m: f"stages.{int(m[2]) - 1}.{m[1].replace('block', 'blocks')}", key)
+
+
+def timm_eager(case: Case) -> Call:
+    model = timm_model(case).to(case.torch_dtype).to(memory_format=torch.channels_last)
+    images = make_images(case).to(case.torch_dtype).to(memory_format=torch.channels_last)
+    return lambda: model(images)
+
+
+def torch_compile(case: Case) -> Call:
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    model, images = timm_model(case).to(case.torch_dtype), make_images(case).to(case.torch_dtype)
+    compiled = torch.compile(model)
+    return lambda: compiled(images)
+
+
+def onnxruntime(case: Case) -> Call:
+    if case.dtype != "fp32":
+        raise NotImplementedError("its CPU provider computes in float32")
+    import onnxruntime as ort
+
+    images = make_images(case)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(timm_model(case), (images,), path, dynamo=True, verbose=False, input_names=["images"])
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    feed = {"images": images.numpy()}
+    return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+
+def openvino(case: Case) -> Call:
+    import openvino as ov
+
+    images = make_images(case)
+    core = ov.Core()
+    config = {
+        "PERFORMANCE_HINT": "LATENCY" if case.batch == 1 else "THROUGHPUT",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[case.dtype],
+    }
+    model = ov.convert_model(timm_model(case), example_input=images, input=[images.shape])
+    request = core.compile_model(model, "CPU", config).create_infer_request()
+    request.set_input_tensor(ov.Tensor(images.numpy()))
+
+    def call() -> Tensor:
+        request.infer()
+        return torch.from_numpy(request.get_output_tensor().data)
+
+    return call
+
+
+CONTENDERS: dict[str, Callable[[Case], Call]] = {
+    "pvt_fast": pvt_fast_cpp,
+    "timm": timm_eager,
+    "compile": torch_compile,
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
+}

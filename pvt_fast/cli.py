@@ -1,0 +1,238 @@
+"""The command `pvt-fast`: doctor, classify, bench. Bad arguments end with one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, bench, create_model, doctor, list_models
+from .dispatch import ORDER, BackendUnavailable
+from .model import PVT_V2
+from .preprocess import Preprocess, read_image
+from .weights import assign_state, build_model, has_config, load_state
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEFAULT_TOPK = 5
+# Images that go through the model at once: more would only take memory.
+_CLASSIFY_BATCH = 16
+
+
+class BadArgument(Exception):
+    """An argument that the command cannot use; the message is one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line without the usage, exit status 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; its exit status: 0, 1 for an answer outside the parity rule, 2 for bad arguments."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args, bench.console())
+    except (BadArgument, BackendUnavailable) as error:
+        print(f"pvt-fast {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except bench.ParityError as error:
+        print(f"pvt-fast {args.command}: parity failed, nothing was timed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="pvt-fast", description="Pyramid Vision Transformer v2 on fused kernels.")
+    parser.add_argument("--version", action="version", version=f"pvt-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+
+    command = commands.add_parser("doctor", help="versions, processor, GPUs, and what each backend can do here")
+    command.set_defaults(run=lambda args, console: console.print(doctor.report()))
+
+    command = commands.add_parser("classify", help="the likeliest classes of images")
+    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    command.add_argument("--model", choices=list_models(), help="not needed for weights that describe their model")
+    command.add_argument("--weights", type=Path, required=True, help=".safetensors, .pth or .pt, official key names")
+    command.add_argument("--labels", type=Path, help="names of the classes: one a line, or a JSON list")
+    command.add_argument("--topk", type=_positive, help=f"classes to show (default: {_DEFAULT_TOPK})")
+    command.add_argument("--backend", choices=("auto", *ORDER), default="auto")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.set_defaults(run=_classify)
+
+    command = commands.add_parser("bench", help="time a model with random weights on every backend, in turns")
+    command.add_argument("--model", choices=list_models(), required=True)
+    command.add_argument("--batch", type=_positive, default=1, help="images a call")
+    command.add_argument("--size", type=_positive, default=224, help="height and width of the images in pixels")
+    command.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
+    command.add_argument("--backend", action="append", choices=tuple(ORDER), help="repeatable; default: all that can")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="default: all that there are")
+    command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+    command.add_argument("--rounds", type=_positive, default=20, help="timed calls of each backend")
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
+    command.set_defaults(run=_bench)
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+@contextmanager
+def _user_input() -> Iterator[None]:
+    """Turns what the package and the system say about the user's arguments and files into `BadArgument`."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        raise BadArgument(str(error)) from error
+
+
+def _classify(args: argparse.Namespace, console: Console) -> None:
+    with _user_input():
+        model, preprocess = _load(args.model, args.weights)
+        classes = model.config.num_classes
+        labels = _read_labels(args.labels, classes) if args.labels else [str(index) for index in range(classes)]
+        topk = min(_DEFAULT_TOPK, classes) if args.topk is None else args.topk
+        if topk > classes:
+            raise ValueError(f"classify: --topk must be at most the model's {classes} classes, got {topk}")
+        images = torch.stack([preprocess(read_image(path)) for path in args.images])
+    model.backend = args.backend
+    device = "cpu" if args.backend == "cpp" else bench.devices()[-1]
+    dtype = _DTYPES[args.dtype]
+    model.to(device, dtype)
+    with torch.inference_mode():
+        logits = torch.cat([model(batch.to(device, dtype)) for batch in images.split(_CLASSIFY_BATCH)])
+    top = logits.cpu().double().softmax(dim=1).topk(topk)
+    answers = [
+        {
+            "image": str(path),
+            "top": [
+                {"index": index, "label": labels[index], "probability": probability}
+                for index, probability in zip(indices, probabilities, strict=True)
+            ],
+        }
+        for path, indices, probabilities in zip(args.images, top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+    if args.json:
+        print(json.dumps(answers, indent=2))
+    else:
+        console.print(_answer_table(answers))
+
+
+def _load(name: str | None, path: Path) -> tuple[PVT_V2, Preprocess]:
+    """The model in evaluation mode and its preprocessing; the file's own description goes before `name`."""
+    state, metadata = load_state(path)
+    if has_config(metadata):
+        if name is not None:
+            raise ValueError(f"classify: --model must be left out for weights that describe their model, got {name}")
+        model, preprocess = build_model(metadata)
+    elif name is None:
+        raise ValueError(f"classify: --model must be given for weights that do not describe it, such as {path}")
+    else:
+        model, preprocess = create_model(name, num_classes=_classes(state)), Preprocess()
+    if not model.config.num_classes:
+        raise ValueError(f"classify: --weights must include a head, got {path} without classes")
+    assign_state(model, state)
+    return model.eval(), preprocess
+
+
+def _classes(state: dict[str, torch.Tensor]) -> int:
+    """Classes of the head; 0 without one."""
+    head = state.get("head.weight")
+    return head.shape[0] if head is not None and head.dim() == 2 else 0
+
+
+def _read_labels(path: Path, classes: int) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        labels = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+    except ValueError as error:
+        raise ValueError(f"classify: --labels must be UTF-8 lines or a JSON list, got {path} ({error})") from error
+    while labels and labels[-1] == "":
+        labels.pop()
+    if len(labels) != classes or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"classify: --labels must name the model's {classes} classes, got {len(labels)} in {path}")
+    return labels
+
+
+def _answer_table(answers: list[dict[str, Any]]) -> Table:
+    table = Table()
+    table.add_column("image", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right")
+    for answer in answers:
+        for place, entry in enumerate(answer["top"]):
+            table.add_row("" if place else answer["image"], entry["label"], f"{entry['probability']:.2%}")
+        table.add_section()
+    return table
+
+
+def _bench(args: argparse.Namespace, console: Console) -> None:
+    torch.manual_seed(0)  # the same weights, and so the same errors, in every run
+    with _user_input():
+        model = create_model(args.model, img_size=args.size)
+        if args.json and not args.json.parent.is_dir():
+            raise ValueError(f"bench: --json must lie in an existing folder, got {args.json}")
+    if args.device == "cuda" and "cuda" not in bench.devices():
+        raise BadArgument("bench: --device must be one of this machine's, got cuda, and torch finds no GPU")
+    dtype = _DTYPES[args.dtype]
+    contenders = [
+        bench.Contender(backend, dtype, device)
+        for device in ([args.device] if args.device else bench.devices())
+        for backend in sorted(dict.fromkeys(args.backend or ORDER), key=list(ORDER).index, reverse=True)
+    ]
+    images = torch.randn(args.batch, 3, args.size, args.size)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads or threads)
+    try:
+        comparison = bench.compare(model, images, contenders, args.rounds)
+        used_threads = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(threads)
+    refused = comparison.refused()
+    if args.backend and refused:
+        raise BadArgument("; ".join(refused.values()))
+
+    title = f"{args.model} (random weights), batch {args.batch}, {args.size} px, CPU threads: {used_threads}"
+    console.print(bench.timing_table(title, comparison))
+    for reason in refused.values():
+        console.print(reason, highlight=False, soft_wrap=True)
+    if args.json:
+        settings = {"model": args.model, "batch": args.batch, "size": args.size, "threads": used_threads}
+        with _user_input():
+            args.json.write_text(json.dumps(_figures(settings, comparison), indent=2) + "\n")
+
+
+def _figures(settings: dict[str, Any], comparison: bench.Comparison) -> dict[str, Any]:
+    """The comparison with what is needed to read it later; times in milliseconds a batch."""
+    return {
+        **settings,
+        "versions": {"pvt_fast": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "cpu": doctor.cpu_name(),
+        "results": [
+            {
+                **result.contender._asdict(),
+                "dtype": bench.dtype_name(result.contender.dtype),
+                "median_ms": result.median * 1e3,
+                "p10_ms": result.quantile(0.1) * 1e3,
+                "p90_ms": result.quantile(0.9) * 1e3,
+                "images_per_s": result.images_per_s,
+                "speedup": comparison.speedup(result),
+                "samples_ms": [seconds * 1e3 for seconds in result.seconds],
+            }
+            for result in comparison.results
+        ],
+        "not_runnable": comparison.refused(),
+    }

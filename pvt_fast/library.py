@@ -1,0 +1,247 @@
+"""The ops of the contract as registered `torch.library` ops, for torch.compile and torch.export.
+
+Eager code calls a backend's functions directly and never comes here: a registered op costs microseconds a call. When
+a model is traced, `traced(facts, requested)` picks the backend once and answers ops with the contract's signatures:
+the reference itself, so that the compiler sees plain torch and fuses it, or calls of `torch.ops.pvt_fast.*`, opaque
+to the compiler, which hand on to the backend named in their last argument.
+
+The choice is made while tracing and baked into the graph. A change of `model.backend` retraces; a later
+`use_backend` does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import dispatch, ops, reference
+from .autograd import reference_gradients
+from .config import conv_size
+from .ops import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
+from .prepack import PackCache
+
+
+class _WeakPackCache(PackCache):
+    """A PackCache that keeps no weight alive: it lives in a table beside them, not in their layer."""
+
+    __slots__ = ("_refs",)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return tuple(None if item is None else item() for item in self._refs)
+
+    @tensors.setter
+    def tensors(self, tensors: tuple[Tensor | None, ...]) -> None:
+        self._refs = tuple(None if tensor is None else ref(tensor) for tensor in tensors)
+
+
+# A compiled graph passes tensors, not layers: packed weights are found again by the identity of an op's main weight.
+_caches: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+_MAIN_WEIGHT: dict[type, Callable[[Any], Tensor]] = {
+    PatchEmbedWeights: lambda w: w.proj.weight,
+    AttentionWeights: lambda w: w.q.weight,
+    MlpWeights: lambda w: w.fc1.weight,
+    Linear: lambda w: w.weight,
+}
+
+
+def _with_cache(argument: Any) -> Any:
+    """Weight tuples with the cache that belongs to their main weight; other arguments as they are."""
+    if type(argument) not in _MAIN_WEIGHT:
+        return argument
+    weight = _MAIN_WEIGHT[type(argument)](argument)
+    if weight not in _caches:
+        _caches[weight] = _WeakPackCache()
+    return argument._replace(cache=_caches[weight])
+
+
+# -- registered ops: each takes flat arguments, which `_arguments` turns into those of the contract ------------------
+
+
+def _register(
+    schema: str, function: Callable, arguments: Callable[..., tuple], fake: Callable[..., Tensor]
+) -> torch.library.CustomOpDef:
+    """Register `pvt_fast::<name of function>`; `arguments(*flat)` and `fake(*flat)` take all but the backend's name."""
+    name = function.__name__
+
+    def run(*flat: Any) -> Tensor:
+        *given, backend = flat
+        module = dispatch.load(backend)
+        if isinstance(module, dispatch.BackendUnavailable):
+            raise dispatch.BackendUnavailable(f"backend {backend!r} cannot run: {module}")
+        output = getattr(module, name)(*map(_with_cache, arguments(*given)))
+        return _tokens(output).contiguous()  # the fake implementations promise compact strides
+
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.rest = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+        saved = iter(ctx.saved_tensors)
+        flat = tuple(next(saved) if value is None else value[0] for value in ctx.rest)
+
+        def recompute(*inputs: Any) -> Tensor:
+            return _tokens(function(*arguments(*inputs[:-1])))
+
+        return reference_gradients(recompute, flat, ctx.needs_input_grad, grad_output)
+
+    op = torch.library.custom_op(f"pvt_fast::{name}", run, mutates_args=(), schema=schema)
+    op.register_fake(lambda *flat: fake(*flat[:-1]))
+    op.register_autograd(backward, setup_context=setup_context)
+    return op
+
+
+def _tokens(output: Tensor | tuple[Tensor, HW]) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _norm(weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm | None:
+    return None if weight is None or bias is None else Norm(weight, bias, eps)
+
+
+def _linear(weight: Tensor | None, bias: Tensor | None) -> Linear | None:
+    return None if weight is None else Linear(weight, bias)
+
+
+def _like(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _embed_arguments(image, weight, bias, norm_weight, norm_bias, eps, stride) -> tuple:
+    return image, PatchEmbedWeights(Linear(weight, bias), Norm(norm_weight, norm_bias, eps)), stride
+
+
+def _embed_fake(image, weight, bias, norm_weight, norm_bias, eps, stride) -> Tensor:
+    height, width = (conv_size(size, weight.shape[2], stride) for size in image.shape[2:])
+    return image.new_empty((image.shape[0], height * width, weight.shape[0]))
+
+
+def _attention_arguments(x: Tensor, height: int, width: int, *rest: Any) -> tuple:
+    norm, q, kv, sr, sr_norm, proj = zip(rest[:12:2], rest[1:12:2], strict=True)
+    residual_scale, eps, sr_eps, num_heads, scale, linear = rest[12:]
+    weights = AttentionWeights(
+        Norm(*norm, eps), Linear(*q), Linear(*kv), _linear(*sr), _norm(*sr_norm, sr_eps), Linear(*proj)
+    )
+    return x, (height, width), weights, AttentionSpec(num_heads, scale, linear), residual_scale
+
+
+def _mlp_arguments(x: Tensor, height: int, width: int, *rest: Any) -> tuple:
+    norm, fc1, dwconv, fc2 = zip(rest[:8:2], rest[1:8:2], strict=True)
+    residual_scale, eps, relu = rest[8:]
+    weights = MlpWeights(Norm(*norm, eps), Linear(*fc1), Linear(*dwconv), Linear(*fc2))
+    return x, (height, width), weights, MlpSpec(relu), residual_scale
+
+
+def _layer_norm_arguments(x, weight, bias, eps) -> tuple:
+    return x, Norm(weight, bias, eps)
+
+
+def _head_arguments(x, weight, bias) -> tuple:
+    return x, _linear(weight, bias)
+
+
+def _head_fake(x, weight, bias) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[2] if weight is None else weight.shape[0]))
+
+
+_embed = _register(
+    "(Tensor image, Tensor weight, Tensor? bias, Tensor norm_weight, Tensor norm_bias, float eps, int stride, "
+    "str backend) -> Tensor",
+    reference.overlap_patch_embed,
+    _embed_arguments,
+    _embed_fake,
+)
+_attention = _register(
+    "(Tensor x, SymInt height, SymInt width, Tensor norm_weight, Tensor norm_bias, Tensor q_weight, Tensor? q_bias, "
+    "Tensor kv_weight, Tensor? kv_bias, Tensor? sr_weight, Tensor? sr_bias, Tensor? sr_norm_weight, "
+    "Tensor? sr_norm_bias, Tensor proj_weight, Tensor? proj_bias, Tensor? residual_scale, float eps, float sr_eps, "
+    "int num_heads, float scale, bool linear, str backend) -> Tensor",
+    reference.sr_attention,
+    _attention_arguments,
+    _like,
+)
+_mlp = _register(
+    "(Tensor x, SymInt height, SymInt width, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, "
+    "Tensor? fc1_bias, Tensor dwconv_weight, Tensor? dwconv_bias, Tensor fc2_weight, Tensor? fc2_bias, "
+    "Tensor? residual_scale, float eps, bool relu, str backend) -> Tensor",
+    reference.dwconv_mlp,
+    _mlp_arguments,
+    _like,
+)
+_layer_norm = _register(
+    "(Tensor x, Tensor weight, Tensor bias, float eps, str backend) -> Tensor",
+    reference.layer_norm,
+    _layer_norm_arguments,
+    _like,
+)
+_head = _register(
+    "(Tensor x, Tensor? weight, Tensor? bias, str backend) -> Tensor", reference.head, _head_arguments, _head_fake
+)
+
+
+# -- what a traced model calls ---------------------------------------------------------------------------------------
+
+
+class TracedOps:
+    """The contract over the registered ops, for one backend."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def overlap_patch_embed(self, image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
+        hw = ops.check_patch_embed(image, w, stride)
+        return _embed(image, *w.proj[:2], *w.norm, stride, self.backend), hw
+
+    def sr_attention(
+        self, x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, residual_scale: Tensor | None = None
+    ) -> Tensor:
+        ops.check_attention(x, hw, w, spec, residual_scale)
+        if spec.attn_drop or spec.proj_drop:
+            raise ValueError(f"sr_attention: spec must be without dropout on {self.backend!r}, got {spec}")
+        sr = (None, None) if w.sr is None else w.sr[:2]
+        sr_norm = (None, None, 0.0) if w.sr_norm is None else w.sr_norm
+        tensors = (*w.norm[:2], *w.q[:2], *w.kv[:2], *sr, *sr_norm[:2], *w.proj[:2], residual_scale)
+        numbers = (w.norm.eps, sr_norm[2], spec.num_heads, spec.scale, spec.linear)
+        return _attention(x, *hw, *tensors, *numbers, self.backend)
+
+    def dwconv_mlp(
+        self, x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None
+    ) -> Tensor:
+        ops.check_mlp(x, hw, w, residual_scale)
+        if spec.drop:
+            raise ValueError(f"dwconv_mlp: spec must be without dropout on {self.backend!r}, got {spec}")
+        tensors = (*w.norm[:2], *w.fc1[:2], *w.dwconv[:2], *w.fc2[:2], residual_scale)
+        return _mlp(x, *hw, *tensors, w.norm.eps, spec.relu, self.backend)
+
+    def layer_norm(self, x: Tensor, w: Norm) -> Tensor:
+        return _layer_norm(x, *w, self.backend)
+
+    def head(self, x: Tensor, w: Linear | None) -> Tensor:
+        return _head(x, *((None, None) if w is None else w[:2]), self.backend)
+
+
+_TRACED: dict[str, ModuleType | TracedOps] = {
+    name: reference if name == "reference" else TracedOps(name) for name in dispatch.ORDER
+}
+
+
+def traced(facts: dispatch.Facts, requested: str) -> Any:
+    """The ops for these facts, as `dispatch.select` chooses them now, in a form that can be traced."""
+    return _TRACED[_select_name(*facts, requested)]
+
+
+def _select_name(device: str, dtype: torch.dtype, dropout: bool, autocast: bool, requested: str) -> str:
+    module = dispatch.select(dispatch.Facts(device, dtype, dropout, autocast), requested)
+    return next(name for name, path in dispatch.ORDER.items() if path == module.__name__)
+
+
+# What torch.compiler.assume_constant_result does; calling that imports torch._dynamo, seconds in every process.
+_select_name._dynamo_marked_constant = True  # type: ignore[attr-defined]

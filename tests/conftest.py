@@ -1,0 +1,282 @@
+"""What every test shares: the backends under test, seeds, poisoned memory, and a timm that can be imported.
+
+A test that takes `case`, `target` and `dtype` (or some of them) runs for every combination: `case` from
+`pvt_fast.testing.CASES`, `target` for each backend and instruction set that runs here, `dtype` for each dtype of that
+target. What cannot run here is not collected, and the header names it; what `--backend` asks for must run.
+"""
+
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+if not torch.cuda.is_available():
+    # read by triton when it is first imported: kernels then run as Python on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+import pvt_fast
+from pvt_fast import dispatch
+from pvt_fast.testing import CASES, Case, PatchEmbedCase
+
+# In triton's interpreter a call takes seconds above this many floating-point operations, ...
+INTERPRETER_MAX_FLOPS = 4_000_000
+# ... and above this many output tokens too, however narrow they are.
+INTERPRETER_MAX_TOKENS = 12 * 12
+
+DTYPE_IDS = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+# The dtypes a backend is tested in: all that it claims on the device it is tested on.
+DTYPES = {
+    "reference": (torch.float64, torch.float32, torch.bfloat16),
+    "cpp": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+class Target(NamedTuple):
+    """A backend to test, for "cpp" on one instruction set."""
+
+    backend: str
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return self.backend if self.isa is None else f"{self.backend}.{self.isa}"
+
+    @property
+    def module(self):
+        module = dispatch.load(self.backend)
+        assert not isinstance(module, dispatch.BackendUnavailable), module
+        return module
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.backend == "triton" and torch.cuda.is_available() else "cpu"
+
+    @property
+    def interpreted(self) -> bool:
+        return self.backend == "triton" and self.device == "cpu"
+
+    def in_use(self) -> AbstractContextManager:
+        """Within the block, calls of the backend's module run on this target's instruction set."""
+        return nullcontext() if self.isa is None else self.module.use_isa(self.isa)
+
+    def takes(self, case: Case) -> bool:
+        """False for cases too large for the interpreter; other targets take every case."""
+        return not self.interpreted or (
+            case.gemm_flops() <= INTERPRETER_MAX_FLOPS and output_tokens(case) <= INTERPRETER_MAX_TOKENS
+        )
+
+
+def output_tokens(case: Case) -> int:
+    height, width = case.hw
+    stride = case.stride if isinstance(case, PatchEmbedCase) else 1
+    return case.batch * (height // stride) * (width // stride)
+
+
+class NotRunnable(NamedTuple):
+    target: str
+    reason: str
+
+
+def find_targets() -> tuple[list[Target], list[NotRunnable]]:
+    """(what runs here, what does not and why), over every backend and every instruction set of "cpp"."""
+    targets, missing = [], []
+    for name in ("reference", *(name for name in dispatch.ORDER if name != "reference")):
+        module = dispatch.load(name)
+        if isinstance(module, dispatch.BackendUnavailable):
+            missing.append(NotRunnable(name, str(module)))
+            continue
+        device = Target(name).device
+        reason = module.unsupported(dispatch.Facts(device, torch.float32))
+        if reason is not None:
+            missing.append(NotRunnable(name, reason))
+        elif name == "cpp":
+            runnable = module.isas()
+            targets += [Target(name, isa) for isa in runnable]
+            missing += [
+                NotRunnable(f"cpp.{isa}", f"not one of this CPU's: {', '.join(runnable)}")
+                for isa in getattr(module, "ISAS", ())
+                if isa not in runnable
+            ]
+        else:
+            targets.append(Target(name))
+    return targets, missing
+
+
+def choose_targets(asked: list[str], targets: list[Target], missing: list[NotRunnable]) -> list[Target]:
+    """The targets that `--backend` names; pytest.UsageError for a name that cannot run here."""
+    chosen = []
+    for name in asked:
+        matching = [target for target in targets if name in (str(target), target.backend)]
+        if not matching:
+            reasons = [f"{item.target}: {item.reason}" for item in missing if item.target.startswith(name)]
+            raise pytest.UsageError(
+                f"--backend {name} cannot run here: {'; '.join(reasons) or 'there is no such backend or ISA'}; "
+                f"runnable: {', '.join(map(str, targets))}"
+            )
+        chosen += [target for target in matching if target not in chosen]
+    return chosen or targets
+
+
+TARGETS, NOT_RUNNABLE = find_targets()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        action="append",
+        default=[],
+        metavar="NAME[.ISA]",
+        help="test only this backend (repeatable); an error if it cannot run here. Default: all that can.",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "not_interpreted: not collected for a backend that runs in triton's interpreter, where it takes minutes",
+    )
+    config.addinivalue_line("markers", "no_target: set here on a test that none of the backends under test can run")
+    config.addinivalue_line(
+        "markers", "one_isa: of a backend's instruction sets only the first asked for; for what does not depend on it"
+    )
+    config.targets = choose_targets(config.getoption("--backend"), TARGETS, NOT_RUNNABLE)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    isas = " ".join(target.isa for target in config.targets if target.isa)
+    names = dict.fromkeys(target.backend for target in config.targets)
+    tested = [
+        f"{name}[{isas}]" if name == "cpp" else f"{name} (interpreter)" if Target(name).interpreted else name
+        for name in names
+    ]
+    lines = [f"backends under test: {', '.join(tested)}"]
+    for item in NOT_RUNNABLE:
+        lines.append(f"not runnable here: {item.target} ({item.reason})")
+    return lines
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise `case`, `target` and `dtype` as one product, without the combinations that do not exist."""
+    wanted = [name for name in ("case", "target", "dtype") if name in metafunc.fixturenames]
+    marker = metafunc.definition.get_closest_marker("parametrize")
+    own = set() if marker is None else {name.strip() for name in str(marker.args[0]).split(",")}
+    wanted = [name for name in wanted if name not in own]
+    if not wanted:
+        return
+    rows = []
+    for target in _targets_of(metafunc.definition, metafunc.config.targets):
+        for case in CASES if "case" in wanted else [None]:
+            if case is not None and not target.takes(case):
+                continue
+            for dtype in DTYPES[target.backend] if "dtype" in wanted else [None]:
+                parts = {"case": case, "target": target, "dtype": dtype}
+                label = {"case": str(case), "target": str(target), "dtype": DTYPE_IDS.get(dtype)}
+                values = tuple(parts[name] for name in wanted)
+                row = pytest.param(*values, id="-".join(label[name] for name in wanted))
+                if all(row.id != other.id for other in rows):
+                    rows.append(row)
+    if not rows:  # not collected at all, rather than pytest's skip of an empty set
+        rows.append(pytest.param(*[None] * len(wanted), id="none", marks=pytest.mark.no_target))
+    metafunc.parametrize(wanted, rows)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    without = [item for item in items if item.get_closest_marker("no_target")]
+    if without:
+        items[:] = [item for item in items if item not in without]
+        config.hook.pytest_deselected(items=without)
+
+
+def _targets_of(test: pytest.Item, targets: list[Target]) -> list[Target]:
+    if test.get_closest_marker("not_interpreted"):
+        targets = [target for target in targets if not target.interpreted]
+    if test.get_closest_marker("one_isa"):
+        targets = list({target.backend: target for target in reversed(targets)}.values())[::-1]
+    return targets
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many of the passed tests belong to each target."""
+    passed = [report.nodeid for report in terminalreporter.getreports("passed") if report.when == "call"]
+    counts = {str(target): sum(_belongs(nodeid, target) for nodeid in passed) for target in TARGETS}
+    terminalreporter.write_line("passed per target: " + ", ".join(f"{name} {n}" for name, n in counts.items()))
+
+
+def _belongs(nodeid: str, target: Target) -> bool:
+    return re.search(rf"[\[-]{re.escape(str(target))}[\]-]", nodeid) is not None
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _plain_default() -> Iterator[None]:
+    """Models that ask for no backend run on the reference, so that no test hangs on what happens to be fastest."""
+    with pvt_fast.use_backend("reference"):
+        yield
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that pvt_fast allocates without initialising it is full of NaN: a value never written shows."""
+
+    def poison(allocate):
+        def allocate_poisoned(*args, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.partition(".")[0] == "pvt_fast" and tensor.is_floating_point():
+                tensor.fill_(torch.nan)
+            return tensor
+
+        return allocate_poisoned
+
+    for owner, name in (
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+def define_missing_torchvision_schemas() -> list[torch.library.Library]:
+    """Let timm import torchvision where its compiled ops cannot load (built for CUDA, beside a CPU-only torch).
+
+    torchvision attaches fake implementations to these two ops at import and fails when they do not exist.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return []
+    for extension in Path(spec.origin).parent.glob("_C*.so"):
+        with suppress(OSError):
+            torch.ops.load_library(extension)
+    libraries = []
+    for op in ("nms", "qnms"):
+        if not _schema_exists(f"torchvision::{op}"):
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            library.define(op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            libraries.append(library)
+    return libraries
+
+
+def _schema_exists(name: str) -> bool:
+    try:
+        torch._C._dispatch_find_schema_or_throw(name, "")
+    except RuntimeError:
+        return False
+    return True
+
+
+# kept alive: a Library that is collected takes its schemas with it
+TORCHVISION_SCHEMAS = define_missing_torchvision_schemas()

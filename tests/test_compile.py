@@ -1,0 +1,293 @@
+"""torch.compile and torch.export: one graph, the same numbers, and the backend's own packed weights."""
+
+import copy
+import gc
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+import pvt_fast
+from pvt_fast import PVT_V2, autograd, dispatch, library, reference, testing
+from pvt_fast.prepack import packed
+from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase, run
+
+pytestmark = pytest.mark.one_isa
+
+IMAGE = torch.randn(2, 3, 32, 40, generator=torch.Generator().manual_seed(0))
+
+
+def tiny(linear: bool = False, **arguments) -> PVT_V2:
+    torch.manual_seed(2)
+    settings = {
+        "img_size": 32,
+        "embed_dims": (8, 16),
+        "num_heads": (1, 2),
+        "mlp_ratios": (2, 2),
+        "depths": (1, 1),
+        "sr_ratios": (2, 1),
+        "num_stages": 2,
+        "num_classes": 4,
+        "qkv_bias": True,
+    }
+    return PVT_V2(**settings | arguments, linear=linear).eval()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def graph_ops(exported: torch.export.ExportedProgram) -> set[str]:
+    return {str(node.target).split(".")[0] for node in exported.graph.nodes if node.op == "call_function"}
+
+
+def compiled(model: PVT_V2, **options):
+    return torch.compile(model, fullgraph=True, backend="aot_eager", **options)
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["sr", "linear"])
+@torch.no_grad()
+def test_compiles_into_one_graph(linear, target):
+    model, image = tiny(linear).to(target.device), IMAGE.to(target.device)
+    model.backend = target.backend
+    with target.in_use():
+        torch.testing.assert_close(compiled(model)(image), model(image))
+
+
+@pytest.mark.not_interpreted
+@torch.no_grad()
+def test_one_graph_serves_many_sizes(target):
+    model = tiny().to(target.device)
+    model.backend = target.backend
+    fast = compiled(model, dynamic=True)
+    with target.in_use():
+        for batch, height, width in ((2, 32, 40), (3, 50, 64), (4, 37, 35)):
+            image = torch.randn(batch, 3, height, width, device=target.device)
+            torch.testing.assert_close(fast(image), model(image))
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_compiled_gradients(checkpointing, target):
+    model, image = tiny().to(target.device), IMAGE.to(target.device)
+    model.backend = target.backend
+    model.set_grad_checkpointing(checkpointing)
+    collected = []
+    with target.in_use():
+        for call in (model, compiled(model)):
+            leaf = image.clone().requires_grad_()
+            model.zero_grad()
+            call(leaf).square().sum().backward()
+            collected.append([leaf.grad, *(parameter.grad for parameter in model.parameters())])
+    for eager, traced in zip(*collected, strict=True):
+        torch.testing.assert_close(traced, eager)
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # inductor's own import
+@torch.no_grad()
+def test_inductor(target, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # what an interrupted run left is not trusted
+    model, image = tiny().to(target.device), IMAGE.to(target.device)
+    model.backend = target.backend
+    with target.in_use():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(image), model(image))
+
+
+@torch.no_grad()
+def test_export(target):
+    """The exported graph holds the backend's ops, or for the reference plain torch."""
+    model, image = tiny(linear=True).to(target.device), IMAGE.to(target.device)
+    model.backend = target.backend
+    exported = torch.export.export(model, (image,), strict=False)
+    assert ("pvt_fast" in graph_ops(exported)) == (target.backend != "reference")
+    with target.in_use():
+        torch.testing.assert_close(exported.module()(image), model(image))
+
+
+@torch.no_grad()
+def test_export_with_a_free_batch_size():
+    model = tiny()
+    exported = torch.export.export(model, (IMAGE,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
+    more = torch.randn(5, *IMAGE.shape[1:])
+    torch.testing.assert_close(exported.module()(more), model(more))
+
+
+@torch.no_grad()
+def test_a_change_of_backend_retraces():
+    model = tiny()
+    fast = compiled(model)
+    model.backend = "reference"
+    torch.testing.assert_close(fast(IMAGE), model(IMAGE))
+    model.backend = "triton" if torch.cuda.is_available() else "cpp"
+    with pytest.raises(Exception, match=f"backend '{model.backend}' cannot run: "):
+        fast(IMAGE.double())
+
+
+def test_eager_calls_never_reach_the_registered_ops(monkeypatch, target):
+    monkeypatch.setattr(library, "traced", lambda *_: pytest.fail("an eager call went through torch.library"))
+    model = tiny().to(target.device)
+    model.backend = target.backend
+    with target.in_use():
+        model(IMAGE.to(target.device)).sum().backward()
+
+
+# -- the registered ops ----------------------------------------------------------------------------------------------
+
+SMALL = [
+    PatchEmbedCase(2, (9, 10), 3, 16, kernel=7, stride=4),
+    AttentionCase(2, (4, 3), 16, 2, sr_ratio=2, scale_residual=True),
+    AttentionCase(1, (3, 4), 16, 2, linear=True, bias=False),
+    AttentionCase(1, (3, 2), 16, 1),
+    MlpCase(2, (4, 3), 16, 24, relu=True, scale_residual=True),
+]
+
+
+class Recorded:
+    """Takes the place of a registered op and keeps the flat arguments of its call."""
+
+    def __init__(self, op) -> None:
+        self.op, self.flat = op, ()
+
+    def __call__(self, *flat):
+        self.flat = flat
+        return self.op(*flat)
+
+
+def flat_arguments(monkeypatch, name: str, call) -> tuple:
+    recorded = Recorded(getattr(library, name))
+    monkeypatch.setattr(library, name, recorded)
+    call()
+    return recorded.flat
+
+
+REGISTERED = {"overlap_patch_embed": "_embed", "sr_attention": "_attention", "dwconv_mlp": "_mlp"}
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.parametrize("small", SMALL, ids=str)
+def test_opcheck(small, target, monkeypatch):
+    """Schema, fake implementation, autograd registration and tracing of each fused op, by torch's own checker."""
+    arguments = testing.backend_arguments(
+        small.make(torch.float32, target.device), lambda t: t.detach().clone().requires_grad_()
+    )
+    ops = library.TracedOps(target.backend)
+    with target.in_use():
+        flat = flat_arguments(monkeypatch, REGISTERED[small.op], lambda: run(ops, small, arguments))
+        torch.library.opcheck(getattr(torch.ops.pvt_fast, small.op).default, flat)
+
+
+@pytest.mark.not_interpreted
+def test_opcheck_of_the_small_ops(target):
+    x, weight, bias = (
+        torch.randn(shape, device=target.device, requires_grad=True) for shape in ((2, 5, 8), (8,), (8,))
+    )
+    matrix, shift = (torch.randn(shape, device=target.device, requires_grad=True) for shape in ((3, 8), (3,)))
+    with target.in_use():
+        torch.library.opcheck(torch.ops.pvt_fast.layer_norm.default, (x, weight, bias, 1e-5, target.backend))
+        torch.library.opcheck(torch.ops.pvt_fast.head.default, (x, matrix, shift, target.backend))
+        torch.library.opcheck(torch.ops.pvt_fast.head.default, (x, None, None, target.backend))
+
+
+@pytest.mark.parametrize("small", SMALL, ids=str)
+def test_registered_ops_give_what_the_backend_gives(small, target):
+    arguments, ops = small.make(torch.float32, target.device), library.TracedOps(target.backend)
+    with target.in_use():
+        assert torch.equal(run(ops, small, arguments), run(target.module, small, arguments))
+        leaves = [testing.backend_arguments(arguments, lambda t: t.detach().clone().requires_grad_()) for _ in range(2)]
+        for backend, leaf in zip((ops, autograd.differentiable(target.module)), leaves, strict=True):
+            run(backend, small, leaf).square().sum().backward()
+    grads = [[], []]
+    for leaf, found in zip(leaves, grads, strict=True):
+        testing.backend_arguments(leaf, lambda t, found=found: found.append(t.grad) or t)
+    for ours, expected in zip(*grads, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_registered_ops_refuse_what_they_cannot_do():
+    attention, mlp = SMALL[1].make(torch.float32), SMALL[4].make(torch.float32)
+    ops = library.TracedOps("reference")
+    with pytest.raises(ValueError, match="sr_attention: spec must be without dropout on 'reference', got"):
+        ops.sr_attention(*attention[:3], attention[3]._replace(attn_drop=0.1))
+    with pytest.raises(ValueError, match="dwconv_mlp: spec must be without dropout on 'reference', got"):
+        ops.dwconv_mlp(*mlp[:3], mlp[3]._replace(drop=0.1))
+    with pytest.raises(ValueError, match="dwconv_mlp: x must have H"):
+        ops.dwconv_mlp(mlp[0], (1, 1), *mlp[2:])
+
+
+# -- packed weights in a compiled model ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def builds(monkeypatch) -> list[str]:
+    """A backend that packs its MLP weights (into nothing) and lists each time it does."""
+    log: list[str] = []
+    module = ModuleType("tests_compiled_backend")
+
+    def dwconv_mlp(x, hw, w, spec, residual_scale=None):
+        def build():
+            log.append("dwconv_mlp")
+            return w.fc1.weight.detach().clone()
+
+        assert torch.equal(packed(w.cache, "layout", (w.fc1.weight,), build), w.fc1.weight), "stale"
+        return reference.dwconv_mlp(x, hw, w, spec, residual_scale)
+
+    for name in ("overlap_patch_embed", "sr_attention", "layer_norm", "head", "unsupported"):
+        setattr(module, name, getattr(reference, name))
+    module.dwconv_mlp = dwconv_mlp
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(dispatch.ORDER, "packing", module.__name__)
+    monkeypatch.setitem(library._TRACED, "packing", library.TracedOps("packing"))
+    yield log
+    dispatch.load.cache_clear()
+
+
+def test_a_compiled_model_packs_once_and_sees_updates(builds):
+    model = tiny()
+    model.backend = "packing"
+    fast = compiled(model)
+    with torch.no_grad():
+        first = fast(IMAGE)
+        assert builds == ["dwconv_mlp"] * 2
+        assert torch.equal(fast(IMAGE), first)
+        assert len(builds) == 2
+        model.block1[0].mlp.fc1.weight.mul_(1.5)
+        assert not torch.equal(fast(IMAGE), first)
+        assert len(builds) == 3
+    fast(IMAGE).sum().backward()
+    assert len(builds) == 3
+
+
+def test_packed_weights_die_with_their_model(target):
+    gc.collect()
+    before = len(library._caches)
+    model, ops = tiny().to(target.device), library.TracedOps(target.backend)
+    cases = [(case, case.make(torch.float32, target.device)) for case in SMALL]
+    with target.in_use(), torch.no_grad():
+        for case, arguments in cases:
+            run(ops, case, arguments)
+    assert len(library._caches) == before + len(SMALL)
+    del model, ops, cases, arguments
+    gc.collect()
+    assert len(library._caches) == before
+
+
+def test_copies_of_a_compiled_models_weights_are_packed_apart(builds):
+    model = tiny()
+    model.backend = "packing"
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        compiled(model)(IMAGE)
+        compiled(twin)(IMAGE)
+    assert len(builds) == 4
+
+
+def test_use_backend_is_followed_when_traced(builds):
+    model = tiny()
+    with pvt_fast.use_backend("packing"), torch.no_grad():
+        compiled(model)(IMAGE)
+    assert len(builds) == 2
