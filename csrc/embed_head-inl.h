@@ -132,9 +132,13 @@ class HeadOp final : public Head {
       for (int c = 0; c < channels_; c += kLanes) {
         const int count = std::min(kLanes, channels_ - c);
         Vec total{};
-        for (std::int64_t t = 0; t < tokens; ++t) {
-          const T* at = from + t * channels_ + c;
-          total += count == kLanes ? load(at) : load_first(at, count);
+        for (std::int64_t t = 0; t < tokens; t += kTokens) {
+          Vec some{};
+          for (std::int64_t i = t; i < std::min(tokens, t + kTokens); ++i) {
+            const T* at = from + i * channels_ + c;
+            some += count == kLanes ? load(at) : load_first(at, count);
+          }
+          total += some;
         }
         const Vec mean = total * (1.0f / tokens);
         if (classes_)
@@ -157,6 +161,8 @@ class HeadOp final : public Head {
   }
 
  private:
+  static constexpr std::int64_t kTokens = 16;  // summed before they are added to the rest: see kDepthBlock
+
   int channels_, classes_;
   PackedMatrix<E> classifier_;
 };
