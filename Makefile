@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # what the editable install is built from
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test lint wheel clean
+.PHONY: setup demo test lint wheel cpp-test sanitize bench-cpu clean
 
 setup: $(VENV)/.demo
 
@@ -16,12 +16,36 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES))
 	$(BIN)/mypy
+
+# the kernels without Python: every op on every ISA that this CPU runs, against loops in double
+CXXFLAGS := -std=c++17 -ffp-contract=fast -fno-math-errno -fopenmp -Wall -Wextra \
+	-Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized -Icsrc
+KERNELS := csrc/isa.cpp csrc/parallel.cpp $(wildcard csrc/isa/*.cpp) csrc/tests/test_kernels.cpp
+
+cpp-test: build/test_kernels
+	build/test_kernels
+
+sanitize: build/test_kernels_sanitized
+	build/test_kernels_sanitized
+
+build/test_kernels: $(SOURCES)
+	mkdir -p build
+	$(CXX) $(CXXFLAGS) -O3 $(KERNELS) -o $@
+
+build/test_kernels_sanitized: $(SOURCES)
+	mkdir -p build
+	$(CXX) $(CXXFLAGS) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined $(KERNELS) -o $@
+
+bench-cpu: $(VENV)/.bench
+	$(BIN)/python benchmarks/cpu.py --models b0,b2,b2_li --peers timm,compile,onnxruntime,openvino \
+		--out benchmarks/results
 
 wheel: $(VENV)/.created
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
@@ -48,3 +72,7 @@ $(VENV)/.test: $(SOURCES) $(VENV)/.torch
 	$(PIP_INSTALL) setuptools pybind11
 	$(PIP_INSTALL) -e '.[demo,test]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.bench: $(SOURCES) $(VENV)/.torch
+	$(PIP_INSTALL) -e '.[bench]'
+	touch $@

@@ -73,6 +73,7 @@ def test_only_backends_that_ran_nowhere_are_refused():
     assert Comparison([result("cpp", (1.0,))], refusals).refused() == {"triton": "no GPU"}
 
 
+@pytest.mark.not_interpreted
 def test_compare_on_every_target(model, images, target):
     model.train()
     contenders = [REFERENCE, Contender(target.backend, torch.float32, target.device)]

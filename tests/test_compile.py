@@ -49,6 +49,7 @@ def compiled(model: PVT_V2, **options):
     return torch.compile(model, fullgraph=True, backend="aot_eager", **options)
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("linear", [False, True], ids=["sr", "linear"])
 @torch.no_grad()
 def test_compiles_into_one_graph(linear, target):
@@ -98,6 +99,7 @@ def test_inductor(target, tmp_path, monkeypatch):
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(image), model(image))
 
 
+@pytest.mark.not_interpreted
 @torch.no_grad()
 def test_export(target):
     """The exported graph holds the backend's ops, or for the reference plain torch."""
@@ -128,6 +130,7 @@ def test_a_change_of_backend_retraces():
         fast(IMAGE.double())
 
 
+@pytest.mark.not_interpreted
 def test_eager_calls_never_reach_the_registered_ops(monkeypatch, target):
     monkeypatch.setattr(library, "traced", lambda *_: pytest.fail("an eager call went through torch.library"))
     model = tiny().to(target.device)
@@ -193,6 +196,7 @@ def test_opcheck_of_the_small_ops(target):
         torch.library.opcheck(torch.ops.pvt_fast.head.default, (x, None, None, target.backend))
 
 
+@pytest.mark.not_interpreted
 @pytest.mark.parametrize("small", SMALL, ids=str)
 def test_registered_ops_give_what_the_backend_gives(small, target):
     arguments, ops = small.make(torch.float32, target.device), library.TracedOps(target.backend)

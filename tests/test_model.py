@@ -80,12 +80,18 @@ SIZES = [(1, (32, 32)), (3, (33, 58)), (1, (45, 31)), (0, (32, 40)), (2, (64, 37
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("kind", ["sr", "linear"])
+@torch.no_grad()
+def test_parity_of_a_small_image(kind, target, dtype):
+    check_parity(randomised(kind, dtype), image_of(1, (18, 16)).to(dtype), target)
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("kind", ["sr", "linear", "odd", "three"])
 @pytest.mark.parametrize(("batch", "size"), SIZES, ids=lambda value: str(value).replace(" ", ""))
 @torch.no_grad()
 def test_parity(kind, batch, size, target, dtype):
-    if target.interpreted:
-        size = tuple(min(side, 36) for side in size)
     actual = check_parity(randomised(kind, dtype), image_of(batch, size).to(dtype), target)
     assert actual.shape == (batch, 40)
 
@@ -95,7 +101,8 @@ def test_parity(kind, batch, size, target, dtype):
 @pytest.mark.parametrize("size", [(64, 64), (96, 72)], ids=str)
 @torch.no_grad()
 def test_parity_of_a_published_variant(size, target, dtype):
-    check_parity(randomised("b0", dtype), image_of(1, size).to(dtype), target)
+    # several images: the largest of one image's errors is a single draw of a few correlated roundings
+    check_parity(randomised("b0", dtype), image_of(4, size).to(dtype), target)
 
 
 @pytest.mark.not_interpreted

@@ -37,7 +37,11 @@ def succeed(command: list, cwd: Path, **environment: str) -> str:
 
 
 def copy_sources(target: Path) -> Path:
-    """The tree as a fresh clone has it: no built extension, no caches."""
+    """The tree as a fresh clone has it, no built extension, no caches; of the instruction sets only the first.
+
+    What is tested here is where the parts of an installation are found; compiling every instruction set takes minutes
+    (.ci/run does so for the wheel).
+    """
     target.mkdir()
     for name in SOURCES:
         source = ROOT / name
@@ -46,6 +50,9 @@ def copy_sources(target: Path) -> Path:
             shutil.copytree(source, target / name, ignore=ignored)
         elif source.exists():
             shutil.copy(source, target)
+    for isa in (target / "csrc" / "isa").glob("*.cpp"):
+        if isa.name != "scalar.cpp":
+            isa.unlink()
     return target
 
 
