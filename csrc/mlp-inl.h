@@ -33,23 +33,26 @@ class MlpOp final : public ResidualOp {
                    scale};
     };
     // A whole image per thread while there are enough. The images left over are cut into bands, each of which computes
-    // two hidden rows more; where that would cost more than a seventh of fc1, threads share an image by panels.
+    // two hidden rows more; where that would cost more than a seventh of fc1, threads share an image by panels, unless
+    // its activated map would leave their caches.
     const std::int64_t threads = max_threads(), whole = map.batch / threads * threads;
     parallel_for(whole, [&](std::int64_t i) { run_band(image(i), 0, map.height); });
-    const std::int64_t left = map.batch - whole;
-    if (map.height < 14 * threads) {
+    const bool fits = map.tokens() * activated_width() * sizeof(E) <= threads * l2_bytes();
+    if (map.height < kLeastBand * threads && fits) {
       for (std::int64_t i = whole; i < map.batch; ++i) run_shared(image(i));
     } else {
-      const int rows = int((map.height + threads - 1) / threads);
-      parallel_for(left * threads, [&](std::int64_t item) {
-        const int begin = int(item % threads) * rows;
-        if (begin < map.height) run_band(image(whole + item / threads), begin, std::min(begin + rows, map.height));
+      const int rows = std::max(kLeastBand, int((map.height + threads - 1) / threads));
+      const std::int64_t bands = (map.height + rows - 1) / rows;
+      parallel_for((map.batch - whole) * bands, [&](std::int64_t item) {
+        const int begin = int(item % bands) * rows;
+        run_band(image(whole + item / bands), begin, std::min(begin + rows, map.height));
       });
     }
   }
 
  private:
-  static constexpr int kTaps = 10;  // nine and the bias
+  static constexpr int kTaps = 10;       // nine and the bias
+  static constexpr int kLeastBand = 14;  // rows
 
   struct Image {
     const T* x;

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .dispatch import BackendUnavailable, Facts
+from .dispatch import BackendMisconfigured, BackendUnavailable, Facts
 from .ops import (
     HW,
     AttentionSpec,
@@ -49,7 +49,7 @@ def isa() -> str:
 
 def _check_isa(name: str, source: str) -> str:
     if name not in isas():
-        raise BackendUnavailable(f"{source} must be one that this CPU runs ({', '.join(isas())}), got {name!r}")
+        raise BackendMisconfigured(f"{source} must be one that this CPU runs ({', '.join(isas())}), got {name!r}")
     return name
 
 
@@ -59,7 +59,7 @@ _isa = _check_isa(os.environ.get("PVT_FAST_ISA") or isas()[0], "PVT_FAST_ISA")
 
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    """Within the block, ops run on instruction set `name`; BackendUnavailable if this CPU cannot run it.
+    """Within the block, ops run on instruction set `name`; BackendMisconfigured if this CPU cannot run it.
 
     For tests and comparisons: it holds for the whole process, and weights are packed anew at each change.
     """

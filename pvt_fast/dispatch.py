@@ -29,6 +29,10 @@ class BackendUnavailable(RuntimeError):
     """The backend asked for cannot run here, or not on this input; the message says why."""
 
 
+class BackendMisconfigured(BackendUnavailable):
+    """A setting asks of a backend what this machine cannot do: "auto" does not pass over it."""
+
+
 class Facts(NamedTuple):
     """All that a choice of backend may look at."""
 
@@ -90,6 +94,8 @@ def select(facts: Facts, requested: str = "auto") -> ModuleType:
         raise BackendUnavailable(f"backend {name!r} cannot run: {reason}")
     for candidate in ORDER:
         module = load(candidate)
+        if isinstance(module, BackendMisconfigured):
+            raise module
         reason = str(module) if isinstance(module, BackendUnavailable) else module.unsupported(facts)
         if reason is None and isinstance(module, ModuleType):
             return module

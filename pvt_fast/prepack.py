@@ -47,7 +47,10 @@ def packed(cache: PackCache | None, key: Any, tensors: tuple[Tensor | None, ...]
     if cache.key == key and cache.stamps == stamps and _same(cache.tensors, tensors):
         return cache.packed
     form = build()
-    cache.key, cache.tensors, cache.stamps, cache.packed = key, tensors, stamps, form
+    # the key goes first and comes back last, so that another thread never sees it beside a form that is not its own
+    cache.key = None
+    cache.packed, cache.tensors, cache.stamps = form, tensors, stamps
+    cache.key = key
     return form
 
 
