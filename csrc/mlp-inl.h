@@ -133,12 +133,14 @@ class MlpOp final : public ResidualOp {
       fc1_panel(int(p), normed, tokens, hidden, offsets);
       convolve(int(p), hidden, height, width, activated + p * kPanel);
     });
-    constexpr int kRows = 64;  // a few register tiles: their rows are read once per panel
-    const int tiles = (tokens + kRows - 1) / kRows;
+    // A panel of fc2 for all rows, so that weights are read once; rows are cut only where threads outnumber panels.
+    const int cuts = (2 * max_threads() + fc2_.panels() - 1) / fc2_.panels();
+    const int rows = int(round_up((tokens + cuts - 1) / cuts, 16));
+    const int tiles = (tokens + rows - 1) / rows;
     parallel_for(tiles * fc2_.panels(), [&](std::int64_t item) {
       const MatrixUnit unit;
-      const int row = int(item % tiles) * kRows, p = int(item / tiles);
-      gemm_panel(activated + row * activated_width(), activated_width(), std::min(kRows, tokens - row), fc2_.panel(p),
+      const int row = int(item % tiles) * rows, p = int(item / tiles);
+      gemm_panel(activated + row * activated_width(), activated_width(), std::min(rows, tokens - row), fc2_.panel(p),
                  fc2_.depth, p * kPanel, output(image, std::ptrdiff_t(row) * channels_));
     });
   }
