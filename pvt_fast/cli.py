@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import __version__, bench, create_model, doctor, list_models
@@ -174,7 +175,9 @@ def _answer_table(answers: list[dict[str, Any]]) -> Table:
     table.add_column("probability", justify="right")
     for answer in answers:
         for place, entry in enumerate(answer["top"]):
-            table.add_row("" if place else answer["image"], entry["label"], f"{entry['probability']:.2%}")
+            table.add_row(
+                "" if place else escape(answer["image"]), escape(entry["label"]), f"{entry['probability']:.2%}"
+            )
         table.add_section()
     return table
 
@@ -208,7 +211,7 @@ def _bench(args: argparse.Namespace, console: Console) -> None:
     title = f"{args.model} (random weights), batch {args.batch}, {args.size} px, CPU threads: {used_threads}"
     console.print(bench.timing_table(title, comparison))
     for reason in refused.values():
-        console.print(reason, highlight=False, soft_wrap=True)
+        console.print(reason, highlight=False, markup=False, soft_wrap=True)
     if args.json:
         settings = {"model": args.model, "batch": args.batch, "size": args.size, "threads": used_threads}
         with _user_input():

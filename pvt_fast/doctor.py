@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from . import __version__, backends
@@ -21,7 +22,7 @@ def report() -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in (*_versions(), *_machine(), *_backends(), *_environment()):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     return table
 
 

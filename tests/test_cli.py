@@ -84,6 +84,13 @@ def test_doctor_names_versions_and_every_backend(capsys, monkeypatch):
         assert f"backend {status.name} {state}" in out
 
 
+def test_doctor_shows_brackets_as_they_are(capsys, monkeypatch):
+    statuses = [pvt_fast.BackendStatus("triton", False, "pip install 'pvt-fast[triton]'")]
+    monkeypatch.setattr("pvt_fast.doctor.backends", lambda: statuses)
+    assert call("doctor") == 0
+    assert "pvt-fast[triton]" in capsys.readouterr().out
+
+
 def test_doctor_names_the_isa(capsys, request):
     isas = [target.isa for target in request.config.targets if target.backend == "cpp"]
     assert call("doctor") == 0
