@@ -18,49 +18,94 @@ struct MatrixUnit {
   MatrixUnit& operator=(const MatrixUnit&) = delete;
 };
 
-// Tiles 0-3 accumulate 32 x 32, 4-5 hold 32 rows of a, 6-7 the panel's two halves: each loaded tile is used twice.
+// One or two tiles of 16 rows times a panel of two tiles, tiles 0-3 the sums, 4-5 rows of a, 6-7 the panel: each loaded
+// tile is used twice. The sums start from `bias` (of the panel's columns), or null for 0, and go to two tiles of `to`,
+// `ld` floats between rows. Where a second hardware thread is busy the unit has few spare registers and a product waits for the
+// load before it; hence the loads of the next step stand as early as their tile is free.
+//
+// The panel is fetched kAhead steps before its use: a tile load is 16 lines at once, more than the hardware's own
+// prefetching keeps up with.
 template <bool kTwo>
-PVT_INLINE void multiply_amx(const bf16* a, std::ptrdiff_t lda, const bf16* b, int depth, float* result) {
-  _tile_zero(0);
-  _tile_zero(1);
-  if constexpr (kTwo) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+PVT_INLINE void multiply_amx(const bf16* a, std::ptrdiff_t lda, std::ptrdiff_t a_step, const bf16* b, int depth,
+                             const float* bias, float* to, std::ptrdiff_t ld) {
   constexpr int kPairRow = kPanel * 2 * sizeof(bf16);  // bytes of one k pair in the panel
-  for (int k = 0; k < depth; k += 32, b += 32 * kPanel) {
-    _tile_loadd(6, b, kPairRow);
-    _tile_loadd(7, b + kPanel, kPairRow);
-    _tile_loadd(4, a + k, lda * sizeof(bf16));
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
+  const std::ptrdiff_t row_bytes = lda * sizeof(bf16);
+  if (bias) {
+    _tile_loadd(0, bias, 0);
+    _tile_loadd(1, bias + 16, 0);
     if constexpr (kTwo) {
-      _tile_loadd(5, a + 16 * lda + k, lda * sizeof(bf16));
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      _tile_loadd(2, bias, 0);
+      _tile_loadd(3, bias + 16, 0);
+    }
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (kTwo) {
+      _tile_zero(2);
+      _tile_zero(3);
     }
   }
-  constexpr int kRowBytes = kPanel * sizeof(float);
-  _tile_stored(0, result, kRowBytes);
-  _tile_stored(1, result + 16, kRowBytes);
+  _tile_loadd(6, b, kPairRow);
+  _tile_loadd(4, a, row_bytes);
+  _tile_loadd(7, b + kPanel, kPairRow);
+  if constexpr (kTwo) _tile_loadd(5, a + 16 * lda, row_bytes);
+  constexpr int kStep = 32 * kPanel, kAhead = 4, kLine = 32;  // elements
+  for (int k = 32; k < depth; k += 32) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kStep; i += kLine) __builtin_prefetch(b + kAhead * kStep + i);
+    a += a_step;
+    b += kStep;
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kTwo) _tile_dpbf16ps(2, 5, 6);
+    _tile_loadd(6, b, kPairRow);
+    if constexpr (kTwo) {
+      _tile_dpbf16ps(3, 5, 7);
+      _tile_loadd(5, a + 16 * lda, row_bytes);
+    }
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_loadd(4, a, row_bytes);
+    _tile_loadd(7, b + kPanel, kPairRow);
+  }
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  const std::ptrdiff_t to_bytes = ld * sizeof(float);
   if constexpr (kTwo) {
-    _tile_stored(2, result + 16 * kPanel, kRowBytes);
-    _tile_stored(3, result + 16 * kPanel + 16, kRowBytes);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, to, to_bytes);
+  _tile_stored(1, to + 16, to_bytes);
+  if constexpr (kTwo) {
+    _tile_stored(2, to + 16 * ld, to_bytes);
+    _tile_stored(3, to + 16 * ld + 16, to_bytes);
   }
 }
 
 template <class Out>
-void gemm_panel(const bf16* a, std::ptrdiff_t lda, int rows, const bf16* b, int depth, int column,
-                const Epilogue<Out>& epilogue) {
+void gemm_panel(const Rows<bf16>& a, int rows, const Panel<bf16>& panel, int column, const Epilogue<Out>& epilogue) {
   alignas(64) float result[32 * kPanel];
-  const Vec bias0 = load(epilogue.bias + column), bias1 = load(epilogue.bias + column + kLanes);
+  const float* bias = epilogue.bias + column;
+  const Vec bias0 = load(bias), bias1 = load(bias + kLanes);
+  const std::ptrdiff_t step = a.block_stride ? a.block_stride : 32;  // blocks are one step wide: kPanel
   for (int row = 0; row < rows; row += 32) {
-    const int height = rows - row < 32 ? rows - row : 32;
+    const int height = std::min(rows - row, 32);
+    const bf16* from = a.data + row * a.ld;
+    if constexpr (std::is_same_v<Out, float>)
+      if (epilogue.plain(column + kPanel) && height % 16 == 0) {  // nothing to do but store, and whole tiles
+        float* to = epilogue.out + row * epilogue.ld + column;
+        if (height == 32)
+          multiply_amx<true>(from, a.ld, step, panel.data, panel.depth, bias, to, epilogue.ld);
+        else
+          multiply_amx<false>(from, a.ld, step, panel.data, panel.depth, bias, to, epilogue.ld);
+        continue;
+      }
     if (height > 16)
-      multiply_amx<true>(a + row * lda, lda, b, depth, result);
+      multiply_amx<true>(from, a.ld, step, panel.data, panel.depth, nullptr, result, kPanel);
     else
-      multiply_amx<false>(a + row * lda, lda, b, depth, result);
-    for (int r = 0; r < height; ++r)
-      epilogue.finish(row + r, column, load(result + r * kPanel) + bias0, load(result + r * kPanel + kLanes) + bias1);
+      multiply_amx<false>(from, a.ld, step, panel.data, panel.depth, nullptr, result, kPanel);
+    for (int r = 0; r < height; ++r) {
+      const Vec sums[] = {load(result + r * kPanel) + bias0, load(result + r * kPanel + kLanes) + bias1};
+      epilogue.finish(row + r, column, sums);
+    }
   }
 }

@@ -1,8 +1,11 @@
 // x + scale * proj(softmax(q k^T) v), y = LayerNorm(x), q = y Wq, k and v from the reduced map of y.
 //
-// Two phases. First, tiles of reduced tokens become keys and values, packed as the right-hand sides of the products to
-// come. Then, tiles of queries go all the way to the output: q, scores, probabilities and their product with v stay in
-// cache. Heads are padded to whole panels, with zero weights, so that any head width works.
+// y is computed once, its tokens ordered by the patch of the reducing convolution that they fall into: then the
+// convolution is a GEMM over rows of whole patches, and queries are the same memory as rows of tokens. Keys and values
+// are packed as the right-hand sides of the products to come. Queries then go all the way to the output in tiles, so
+// that q, scores, probabilities and their product with v stay in cache; where weights are large and the map small, each
+// step is shared out by panels instead, so that every weight is read once. Heads are padded to whole narrow panels, with
+// zero weights, so that any head width works.
 
 template <class T, class E>
 class AttentionOp final : public ResidualOp {
@@ -20,220 +23,309 @@ class AttentionOp final : public ResidualOp {
         kv_(pack_heads(w.kv, 2)),
         proj_(pack_projection(w.proj)) {
     if (!reduce_) return;
-    sr_ = pack_conv<E, T>(w.sr, channels_, channels_, sr_ratio_, true);
+    sr_ = pack_conv<E, T>(w.sr, channels_, channels_, sr_ratio_, true, int(normed_width()));
     sr_norm_ = PackedNorm(w.sr_norm, channels_, static_cast<const T*>(nullptr));
   }
 
   void run(const void* x, Map map, const void* residual_scale, void* out) const override {
-    const Keys keys(*this, map);
-    // images at a time, so that the keys and values of a large batch take bounded memory
-    const std::size_t image_bytes = 2 * sizeof(E) * heads_ * std::max(keys.k_size, keys.v_size);
-    const std::int64_t wave = std::max<std::int64_t>(max_threads(), (std::size_t{16} << 20) / image_bytes);
-    for (std::int64_t first = 0; first < map.batch; first += wave) {
-      const std::int64_t count = std::min(wave, map.batch - first);
-      run_wave(static_cast<const T*>(x), map, first, count, static_cast<const T*>(residual_scale), static_cast<T*>(out),
-               keys);
+    const Shape shape(*this, map);
+    // images at a time, so that a large batch takes bounded memory
+    const std::int64_t most = std::max<std::int64_t>(1, kWaveBytes / (map.tokens() * normed_width() * sizeof(E)));
+    for (std::int64_t first = 0; first < map.batch; first += most) {
+      const std::int64_t images = std::min(most, map.batch - first);
+      const std::ptrdiff_t at = first * map.tokens() * channels_;
+      const T* scale = static_cast<const T*>(residual_scale);
+      Wave wave{shape, static_cast<const T*>(x) + at, static_cast<T*>(out) + at, scale ? scale + first : nullptr,
+                images};
+      take_buffers(wave);
+      norm_tokens(wave);
+      make_keys(wave);
+      wave.by_panels ? attend_by_panels(wave) : attend_by_tiles(wave);
     }
   }
 
  private:
-  // The reduced map, and the sizes of a head's packed keys (head_width x count) and values (count x head_width).
-  struct Keys {
-    Keys(const AttentionOp& op, Map map)
-        : height(op.linear_ ? kPool : map.height / op.sr_ratio_),
-          width(op.linear_ ? kPool : map.width / op.sr_ratio_),
-          count(height * width),
-          depth(int(round_up(count, kDepthStep<E>))),
-          k_size(PackedMatrix<E>::size(op.head_width_, count)),
-          v_size(PackedMatrix<E>::size(count, op.head_width_)) {}
-    int height, width, count, depth;
-    std::size_t k_size, v_size;
-  };
   static constexpr int kPool = 7;
+  static constexpr std::size_t kWaveBytes = std::size_t{8} << 20;
+
+  // The map, the reduced map, and how a head's keys (head_width x keys) and values (keys x head_width) are packed.
+  struct Shape {
+    Shape(const AttentionOp& op, Map m)
+        : map(m),
+          height(m.height / op.sr_ratio_),
+          width(m.width / op.sr_ratio_),
+          keys(op.linear_ ? kPool * kPool : height * width),
+          k(op.head_width_, keys),
+          v(keys, op.head_width_) {}
+    Map map;
+    int height, width, keys;
+    PanelLayout<E> k, v;
+    std::size_t score_width() const { return k.columns; }
+  };
+
+  // Some images on their way, and the memory that threads share for them.
+  struct Wave {
+    const Shape& shape;
+    const T* x;
+    T* out;
+    const T* residual_scale;
+    std::int64_t images;
+    bool by_panels = false;
+    E* normed = nullptr;              // (images, tokens, normed_width), tokens in the order of patches
+    int* places = nullptr;            // (tokens): element of an image where the token at that place of `normed` lies
+    E* source = nullptr;              // (images, keys, normed_width): pooled, then reduced and normalised tokens
+    float* reduced = nullptr;         // (images, keys, normed_width)
+    E *k = nullptr, *v = nullptr;     // (images, heads) packed matrices
+    E *queries = nullptr, *values = nullptr;  // (images, tokens, inner), by panels only
+    float* zeros = nullptr;           // the bias of products that have none
+
+    std::int64_t tokens() const { return shape.map.tokens(); }
+    float scale(std::int64_t image) const { return residual_scale ? to_float(residual_scale[image]) : 1.0f; }
+  };
 
   int inner() const { return heads_ * head_width_; }
   std::size_t normed_width() const { return row_width(channels_); }
-  std::size_t reduction_width() const { return row_width(std::size_t(sr_ratio_) * sr_ratio_ * channels_); }
+  std::size_t patch_width() const { return sr_ratio_ * sr_ratio_ * normed_width(); }
 
-  void run_wave(const T* x, Map map, std::int64_t first, std::int64_t count, const T* residual_scale, T* out,
-                const Keys& keys) const {
-    const std::size_t k_room = std::size_t(count) * heads_ * keys.k_size;
-    const std::size_t v_room = std::size_t(count) * heads_ * keys.v_size;
-    const std::size_t zeros_size = std::max<std::size_t>(row_width(keys.count), head_width_);
+  void take_buffers(Wave& wave) const {
+    const Shape& shape = wave.shape;
+    const std::size_t rows = wave.images * wave.tokens(), keys = wave.images * shape.keys, heads = wave.images * heads_;
+    const std::size_t weights = 2 * std::size_t(channels_) * inner() * sizeof(E);
+    wave.by_panels = weights > l2_bytes() / 4 && 3 * rows * inner() * sizeof(E) <= max_threads() * l2_bytes();
+    // a tile of the matrix unit reaches past the last row
+    const std::size_t normed_size = rows * normed_width() + row_room(1) * patch_width();
+    const std::size_t reduced_size = reduce_ ? row_room(keys) * normed_width() : 0;
+    const std::size_t inner_size = wave.by_panels ? row_room(rows) * inner() : 0;
+    const std::size_t zeros_size = std::max<std::size_t>(shape.score_width(), head_width_);
     Scratch& shared = shared_scratch();
-    shared.reset(Scratch::bytes_for<E>(k_room) + Scratch::bytes_for<E>(v_room) + Scratch::bytes_for<float>(zeros_size));
-    E* k = shared.take<E>(k_room);
-    E* v = shared.take<E>(v_room);
-    float* zeros = shared.take<float>(zeros_size);  // the bias of products that have none
-    std::memset(zeros, 0, zeros_size * sizeof(float));
-
-    const std::size_t budget = l2_bytes() / 3;
-    const std::size_t key_row = (reduction_width() + normed_width() + 2 * inner()) * sizeof(E) + normed_width() * 4;
-    const Split key_split = split_rows(count, keys.count, std::max<std::size_t>(kTileRows, budget / key_row));
-    parallel_for(count * key_split.tiles, [&](std::int64_t item) {
-      const auto tile = key_split.tile(item);
-      const std::int64_t at = tile.image * heads_;
-      make_keys(x + (first + tile.image) * map.tokens() * channels_, map, tile, keys, k + at * keys.k_size,
-                v + at * keys.v_size);
-    });
-
-    const std::size_t query_row =
-        (normed_width() + 2 * inner()) * sizeof(E) + row_width(keys.count) * (sizeof(float) + sizeof(E));
-    const std::int64_t most = std::clamp<std::int64_t>(budget / query_row, 4, 8 * kTileRows);
-    const Split split = split_rows(count, map.tokens(), most);
-    parallel_for(count * split.tiles, [&](std::int64_t item) {
-      auto tile = split.tile(item);
-      const std::int64_t at = tile.image * heads_;
-      const E* image_k = k + at * keys.k_size;
-      const E* image_v = v + at * keys.v_size;
-      tile.image += first;
-      const float scale = residual_scale ? to_float(residual_scale[tile.image]) : 1.0f;
-      attend(x, map, tile, keys, image_k, image_v, zeros, scale, out);
-    });
+    shared.reset(Scratch::bytes_for<E>(normed_size) + Scratch::bytes_for<int>(wave.tokens()) +
+                 Scratch::bytes_for<E>(reduced_size) + Scratch::bytes_for<float>(reduced_size) +
+                 Scratch::bytes_for<E>(heads * shape.k.size()) + Scratch::bytes_for<E>(heads * shape.v.size()) +
+                 2 * Scratch::bytes_for<E>(inner_size) + Scratch::bytes_for<float>(zeros_size));
+    wave.normed = shared.take<E>(normed_size);
+    wave.places = shared.take<int>(wave.tokens());
+    wave.source = shared.take<E>(reduced_size);
+    wave.reduced = shared.take<float>(reduced_size);
+    wave.k = shared.take<E>(heads * shape.k.size());
+    wave.v = shared.take<E>(heads * shape.v.size());
+    wave.queries = shared.take<E>(inner_size);
+    wave.values = shared.take<E>(inner_size);
+    wave.zeros = shared.take<float>(zeros_size);
+    std::memset(wave.zeros, 0, zeros_size * sizeof(float));
   }
 
-  // Keys and values of reduced tokens [tile.begin, tile.end) of one image, packed into k and v.
-  void make_keys(const T* x, Map map, Split::Tile tile, const Keys& keys, E* k, E* v) const {
-    const MatrixUnit unit;
-    const int rows = int(tile.end - tile.begin);
-    const std::size_t wide = reduce_ ? reduction_width() : normed_width(), room = row_room(rows);
-    Scratch& scratch = thread_scratch();
-    scratch.reset(Scratch::bytes_for<E>(room * wide) + Scratch::bytes_for<E>(room * normed_width()) +
-                  Scratch::bytes_for<E>(room * 2 * inner()) + Scratch::bytes_for<float>((rows + 2) * normed_width()));
-    E* gathered = scratch.take<E>(room * wide);
-    E* normed = scratch.take<E>(room * normed_width());
-    E* kv = scratch.take<E>(room * 2 * inner());
-    float* reduced = scratch.take<float>((rows + 2) * normed_width());
-
-    for (int r = 0; r < rows; ++r) {
-      const int y = int(tile.begin + r) / keys.width, c = int(tile.begin + r) % keys.width;
-      E* row = gathered + r * wide;
-      if (linear_)
-        pool(x, map, y, c, reduced, row);
-      else
-        gather(x, map, y, c, row, wide);
-    }
-    const E* source = gathered;
-    if (reduce_) {
-      gemm(gathered, wide, rows, sr_, plain(reduced, normed_width(), sr_.bias.data()));
-      for (int r = 0; r < rows; ++r) {
-        const float* from = reduced + r * normed_width();
-        E* to = normed + r * normed_width();
-        if (linear_)
-          layer_norm_row<Activation::gelu>(from, sr_norm_, to, int(normed_width()));
+  // LayerNorm of all tokens, into the order of patches: [patch][dy][dx], then those that fall into no patch.
+  void norm_tokens(const Wave& wave) const {
+    const Shape& shape = wave.shape;
+    const int height = shape.map.height, width = shape.map.width, sr = sr_ratio_;
+    const int inside = shape.width * sr, outside = width - inside, patches = shape.height * shape.width * sr * sr;
+    parallel_for(wave.images * height, [&](std::int64_t item) {
+      const int y = int(item % height);
+      const T* from = wave.x + item * width * channels_;
+      E* normed = wave.normed + item / height * wave.tokens() * normed_width();
+      const bool whole = y < shape.height * sr;
+      for (int x = 0; x < width; ++x) {
+        int row;
+        if (whole && x < inside)
+          row = ((y / sr * shape.width + x / sr) * sr + y % sr) * sr + x % sr;
+        else if (whole)
+          row = patches + y * outside + x - inside;
         else
-          layer_norm_row(from, sr_norm_, to, int(normed_width()));
+          row = patches + shape.height * sr * outside + (y - shape.height * sr) * width + x;
+        layer_norm_row(from + std::ptrdiff_t(x) * channels_, norm_, normed + row * normed_width(), int(normed_width()));
+        if (item < height) wave.places[row] = (y * width + x) * channels_;
       }
-      source = normed;
+    });
+  }
+
+  // Keys and values of all images, packed into wave.k and wave.v.
+  void make_keys(const Wave& wave) const {
+    const int keys = wave.shape.keys;
+    const E* source = wave.normed;
+    if (reduce_) {
+      if (linear_) pool(wave);
+      const E* patches = linear_ ? wave.source : wave.normed;
+      const std::size_t image_size = linear_ ? keys * normed_width() : wave.tokens() * normed_width();
+      for_panels(wave.images, sr_, keys, [&](int p, std::int64_t image, Split::Tile cut) {
+        float* to = wave.reduced + (image * keys + cut.begin) * normed_width();
+        gemm_panel(rows_of(patches + image * image_size, cut.begin, patch_width()), cut.rows(), sr_.panel(p),
+                   p * kPanel, store_rows(to, normed_width(), sr_.bias.data()));
+      });
+      constexpr std::int64_t kRows = 8;
+      parallel_for((wave.images * keys + kRows - 1) / kRows, [&](std::int64_t item) {
+        for (std::int64_t r = item * kRows; r < std::min((item + 1) * kRows, wave.images * keys); ++r) {
+          const float* from = wave.reduced + r * normed_width();
+          E* to = wave.source + r * normed_width();
+          if (linear_)
+            layer_norm_row<Activation::gelu>(from, sr_norm_, to, int(normed_width()));
+          else
+            layer_norm_row(from, sr_norm_, to, int(normed_width()));
+        }
+      });
+      source = wave.source;
     }
-    gemm(source, normed_width(), rows, kv_, plain(kv, 2 * inner(), kv_.bias.data()));
-    for (int r = 0; r < rows; ++r)
-      for (int h = 0; h < heads_; ++h)
-        pack_key(kv + (2 * h) * head_width_ + std::size_t(r) * 2 * inner(), int(tile.begin) + r, keys,
-                 k + h * keys.k_size, v + h * keys.v_size);
-    if (tile.end == keys.count) clear_padding(keys, k, v);
+    for_panels(wave.images, kv_, keys, [&](int p, std::int64_t image, Split::Tile cut) {
+      Scratch& scratch = thread_scratch();
+      scratch.reset(Scratch::bytes_for<E>(cut.rows() * kPanel));
+      E* rows = scratch.take<E>(cut.rows() * kPanel);
+      const int width = kv_.layout.width(p);
+      Epilogue<E> to_rows = store_rows(rows, width, kv_.bias.data() + p * kPanel);
+      gemm_panel(rows_of(source, image * keys + cut.begin, normed_width()), cut.rows(), kv_.panel(p), 0, to_rows);
+      pack_keys(wave, image, p * kPanel, width, rows, cut);
+    });
   }
 
-  // One key and its value (which follows it in `kv`) into a head's packed matrices.
-  void pack_key(const E* kv, int key, const Keys& keys, E* k, E* v) const {
-    for (int i = 0; i < head_width_; ++i) {
-      k[packed_index<E>(head_width_, i, key)] = kv[i];
-      v[packed_index<E>(keys.depth, key, i)] = kv[head_width_ + i];
+  // body(panel, image, cut of `rows` rows) for all of them, a panel's together.
+  template <class Body>
+  static void for_panels(std::int64_t images, const PackedMatrix<E>& weights, int rows, const Body& body) {
+    const Split cuts = split_rows(images * weights.panels(), rows, 24, rows, kRowStep);
+    parallel_for(weights.panels() * images * cuts.tiles, [&](std::int64_t item) {
+      const MatrixUnit unit;
+      const auto cut = cuts.tile(item);
+      body(int(cut.image / images), cut.image % images, cut);
+    });
+  }
+
+  // Columns [column, column + width) of the product with kv_, for the keys of `cut`, into the packed matrices.
+  void pack_keys(const Wave& wave, std::int64_t image, int column, int width, const E* rows, Split::Tile cut) const {
+    const Shape& shape = wave.shape;
+    const bool last = cut.end == shape.keys;
+    for (int i = 0; i < width; ++i) {
+      // a head's key and value lie side by side
+      const int n = (column + i) % head_width_, part = (column + i) / head_width_ % 2;
+      const std::int64_t head = image * heads_ + (column + i) / head_width_ / 2;
+      E* k = wave.k + head * shape.k.size();
+      E* v = wave.v + head * shape.v.size();
+      // keys past the last one are zero: they poison neither the scores nor the product with zero probabilities
+      if (part == 0) {
+        for (int key = cut.begin; key < cut.end; ++key) k[shape.k.index(n, key)] = rows[(key - cut.begin) * width + i];
+        for (int key = shape.keys; last && key < shape.k.columns; ++key) k[shape.k.index(n, key)] = E{};
+      } else {
+        for (int key = cut.begin; key < cut.end; ++key) v[shape.v.index(key, n)] = rows[(key - cut.begin) * width + i];
+        for (int key = shape.keys; last && key < shape.v.depth; ++key) v[shape.v.index(key, n)] = E{};
+      }
     }
   }
 
-  // Keys past the last one: zero, so that they neither poison the scores nor the product with zero probabilities.
-  void clear_padding(const Keys& keys, E* k, E* v) const {
-    for (int h = 0; h < heads_; ++h)
-      for (int i = 0; i < head_width_; ++i) {
-        for (int key = keys.count; key < int(row_width(keys.count)); ++key)
-          k[h * keys.k_size + packed_index<E>(head_width_, i, key)] = E{};
-        for (int key = keys.count; key < keys.depth; ++key)
-          v[h * keys.v_size + packed_index<E>(keys.depth, key, i)] = E{};
+  // The means of torch's adaptive pooling of normalised tokens: bins overlap where 7 does not divide.
+  void pool(const Wave& wave) const {
+    const int height = wave.shape.map.height, width = wave.shape.map.width;
+    parallel_for(wave.images * kPool * kPool, [&](std::int64_t item) {
+      const int y = int(item / kPool % kPool), c = int(item % kPool);
+      const int y0 = y * height / kPool, y1 = ((y + 1) * height + kPool - 1) / kPool;
+      const int x0 = c * width / kPool, x1 = ((c + 1) * width + kPool - 1) / kPool;
+      const E* normed = wave.normed + item / (kPool * kPool) * wave.tokens() * normed_width();
+      const float share = 1.0f / ((y1 - y0) * (x1 - x0));
+      for (std::size_t i = 0; i < normed_width(); i += kLanes) {
+        Vec total{};
+        for (int row = y0; row < y1; ++row) {
+          Vec some{};
+          for (int column = x0; column < x1; ++column)
+            some += load(normed + (std::int64_t(row) * width + column) * normed_width() + i);
+          total += some;
+        }
+        store(wave.source + item * normed_width() + i, total * share);
       }
+    });
   }
 
-  // The sr_ratio x sr_ratio normalised tokens of reduced token (y, c), [dy][dx][channel], zero-padded to `wide`.
-  void gather(const T* x, Map map, int y, int c, E* row, std::size_t wide) const {
-    const int used = sr_ratio_ * sr_ratio_ * channels_;
-    for (int dy = 0; dy < sr_ratio_; ++dy)
-      for (int dx = 0; dx < sr_ratio_; ++dx) {
-        const std::int64_t token = std::int64_t(y * sr_ratio_ + dy) * map.width + c * sr_ratio_ + dx;
-        layer_norm_row(x + token * channels_, norm_, row + (dy * sr_ratio_ + dx) * channels_, channels_);
-      }
-    std::fill(row + used, row + wide, E{});
+  // Tiles of queries, from q to the output.
+  void attend_by_tiles(const Wave& wave) const {
+    const Shape& shape = wave.shape;
+    const std::size_t row_bytes = 2 * inner() * sizeof(E) + shape.score_width() * (sizeof(float) + sizeof(E));
+    const std::int64_t most = std::clamp<std::int64_t>(l2_bytes() / 4 / row_bytes, 12, 96);
+    const Split split = split_rows(wave.images, wave.tokens(), 24, most, kRowStep);
+    parallel_for(wave.images * split.tiles, [&](std::int64_t item) {
+      const MatrixUnit unit;
+      const auto tile = split.tile(item);
+      const std::size_t room = row_room(tile.rows()) * inner();
+      Scratch& scratch = thread_scratch();
+      scratch.reset(2 * Scratch::bytes_for<E>(room) + score_bytes(shape, tile.rows()));
+      E* queries = scratch.take<E>(room);
+      E* values = scratch.take<E>(room);
+      const Scores scores(scratch, shape, tile.rows());
+      const std::int64_t row = tile.image * wave.tokens() + tile.begin;
+      gemm(rows_of(wave.normed, row, normed_width()), tile.rows(), q_, to_queries(queries));
+      for (int h = 0; h < heads_; ++h) attend_head(wave, tile, h, queries, scores, values);
+      gemm(rows_of(values, 0, inner()), tile.rows(), proj_, to_out(wave, tile));
+    });
   }
 
-  // The mean of the normalised tokens in bin (y, c) of torch's adaptive pooling: bins overlap where 7 does not divide.
-  void pool(const T* x, Map map, int y, int c, float* rows, E* out) const {
-    const int y0 = y * map.height / kPool, y1 = ((y + 1) * map.height + kPool - 1) / kPool;
-    const int x0 = c * map.width / kPool, x1 = ((c + 1) * map.width + kPool - 1) / kPool;
-    float* total = rows;
-    float* normed = rows + normed_width();
-    std::fill(total, total + normed_width(), 0.0f);
-    for (int row = y0; row < y1; ++row)
-      for (int column = x0; column < x1; ++column) {
-        layer_norm_row(x + (std::int64_t(row) * map.width + column) * channels_, norm_, normed, int(normed_width()));
-        for (std::size_t i = 0; i < normed_width(); i += kLanes) store(total + i, load(total + i) + load(normed + i));
-      }
-    const float share = 1.0f / ((y1 - y0) * (x1 - x0));
-    for (std::size_t i = 0; i < normed_width(); i += kLanes) store(out + i, load(total + i) * share);
+  // Panels of q, then tiles of each head, then panels of the projection.
+  void attend_by_panels(const Wave& wave) const {
+    const Shape& shape = wave.shape;
+    const int tokens = int(wave.tokens());
+    for_panels(wave.images, q_, tokens, [&](int p, std::int64_t image, Split::Tile cut) {
+      const std::int64_t row = image * tokens + cut.begin;
+      gemm_panel(rows_of(wave.normed, row, normed_width()), cut.rows(), q_.panel(p), p * kPanel,
+                 to_queries(wave.queries + row * inner()));
+    });
+    const Split split = split_rows(wave.images * heads_, tokens, 24, 96, kRowStep);
+    parallel_for(wave.images * heads_ * split.tiles, [&](std::int64_t item) {
+      const MatrixUnit unit;
+      auto tile = split.tile(item);
+      const int head = int(tile.image % heads_);
+      tile.image /= heads_;
+      Scratch& scratch = thread_scratch();
+      scratch.reset(score_bytes(shape, tile.rows()));
+      const Scores scores(scratch, shape, tile.rows());
+      const std::int64_t at = (tile.image * tokens + tile.begin) * inner();
+      attend_head(wave, tile, head, wave.queries + at, scores, wave.values + at);
+    });
+    for_panels(wave.images, proj_, tokens, [&](int p, std::int64_t image, Split::Tile cut) {
+      cut.image = image;
+      gemm_panel(rows_of(wave.values, image * tokens + cut.begin, inner()), cut.rows(), proj_.panel(p), p * kPanel,
+                 to_out(wave, cut));
+    });
   }
 
-  // Queries [tile.begin, tile.end) of one image, from LayerNorm to the residual sum.
-  void attend(const T* x, Map map, Split::Tile tile, const Keys& keys, const E* k, const E* v, const float* zeros,
-              float residual_scale, T* out) const {
-    const MatrixUnit unit;
-    const int rows = int(tile.end - tile.begin);
-    const std::size_t room = row_room(rows), score_width = row_width(keys.count);
-    const std::size_t wide = std::max<std::size_t>(normed_width(), inner());
-    Scratch& scratch = thread_scratch();
-    scratch.reset(Scratch::bytes_for<E>(room * wide) + Scratch::bytes_for<E>(room * inner()) +
-                  Scratch::bytes_for<float>(rows * score_width) + Scratch::bytes_for<E>(room * score_width));
-    E* normed = scratch.take<E>(room * wide);
-    E* queries = scratch.take<E>(room * inner());
-    float* scores = scratch.take<float>(rows * score_width);
-    E* probabilities = scratch.take<E>(room * score_width);
-
-    const std::ptrdiff_t at = (tile.image * map.tokens() + tile.begin) * channels_;
-    for (int r = 0; r < rows; ++r)
-      layer_norm_row(x + at + std::ptrdiff_t(r) * channels_, norm_, normed + r * normed_width(), int(normed_width()));
-    Epilogue<E> to_queries = plain(queries, inner(), q_.bias.data());
-    to_queries.multiply = scale_;
-    gemm(normed, normed_width(), rows, q_, to_queries);
-
-    E* values = normed;  // the normalised rows have done their work
-    for (int h = 0; h < heads_; ++h) {
-      const Epilogue<float> to_scores = plain(scores, score_width, zeros);
-      for (std::size_t n = 0; n < score_width; n += kPanel)
-        gemm_panel(queries + h * head_width_, inner(), rows, k + h * keys.k_size + n * head_width_, head_width_, int(n),
-                   to_scores);
-      for (int r = 0; r < rows; ++r)
-        softmax_row(scores + r * score_width, keys.count, int(score_width), probabilities + r * score_width);
-      const Epilogue<E> to_values = plain(values + h * head_width_, inner(), zeros);
-      for (int n = 0; n < head_width_; n += kPanel)
-        gemm_panel(probabilities, score_width, rows, v + h * keys.v_size + std::size_t(n) * keys.depth, keys.depth, n,
-                   to_values);
-    }
-
-    Epilogue<T> to_out{};
-    to_out.out = out + at;
-    to_out.ld = channels_;
-    to_out.columns = channels_;
-    to_out.bias = proj_.bias.data();
-    to_out.residual = x + at;
-    to_out.residual_scale = residual_scale;
-    gemm(values, inner(), rows, proj_, to_out);
+  // Rows of a dense matrix of `width` columns, from row `first` on.
+  static Rows<E> rows_of(const E* matrix, std::int64_t first, std::size_t width) {
+    return {matrix + first * std::ptrdiff_t(width), std::ptrdiff_t(width)};
   }
 
-  // Rows of `ld` columns, all stored.
-  template <class Out>
-  static Epilogue<Out> plain(Out* out, std::size_t ld, const float* bias) {
-    Epilogue<Out> epilogue{};
-    epilogue.out = out;
-    epilogue.ld = ld;
-    epilogue.columns = int(ld);
-    epilogue.bias = bias;
+  // Scores of one head's tile of queries, and their probabilities.
+  static std::size_t score_bytes(const Shape& shape, int rows) {
+    return Scratch::bytes_for<float>(rows * shape.score_width()) +
+           Scratch::bytes_for<E>(row_room(rows) * shape.score_width());
+  }
+  struct Scores {
+    Scores(Scratch& scratch, const Shape& shape, int rows)
+        : scores(scratch.take<float>(rows * shape.score_width())),
+          probabilities(scratch.take<E>(row_room(rows) * shape.score_width())) {}
+    float* scores;
+    E* probabilities;
+  };
+
+  // softmax(q k^T) v of one head for a tile of queries; rows of `queries` and `values` hold all heads.
+  void attend_head(const Wave& wave, const Split::Tile& tile, int head, const E* queries, const Scores& to,
+                   E* values) const {
+    const Shape& shape = wave.shape;
+    const std::size_t width = shape.score_width();
+    const std::int64_t matrix = tile.image * heads_ + head;
+    for (int p = 0; p < shape.k.panels(); ++p)
+      gemm_panel(rows_of(queries + head * head_width_, 0, inner()), tile.rows(),
+                 shape.k.panel(wave.k + matrix * shape.k.size(), p), p * kPanel,
+                 store_rows(to.scores, width, wave.zeros));
+    for (int r = 0; r < tile.rows(); ++r)
+      softmax_row(to.scores + r * width, shape.keys, int(width), to.probabilities + r * width);
+    Epilogue<E> to_values = store_rows(values + head * head_width_, inner(), wave.zeros);
+    to_values.columns = head_width_;
+    for (int p = 0; p < shape.v.panels(); ++p)
+      gemm_panel(rows_of(to.probabilities, 0, width), tile.rows(), shape.v.panel(wave.v + matrix * shape.v.size(), p), p * kPanel,
+                 to_values);
+  }
+
+  Epilogue<E> to_queries(E* queries) const {
+    Epilogue<E> epilogue = store_rows(queries, inner(), q_.bias.data());
+    epilogue.multiply = scale_;
+    return epilogue;
+  }
+  Epilogue<T> to_out(const Wave& wave, const Split::Tile& tile) const {
+    const std::ptrdiff_t at = tile.image * wave.tokens() * channels_;
+    Epilogue<T> epilogue =
+        add_rows(wave.out + at, wave.x + at, wave.scale(tile.image), channels_, proj_.bias.data());
+    epilogue.offsets = wave.places + tile.begin;
     return epilogue;
   }
 

@@ -8,7 +8,7 @@ class PatchEmbedOp final : public PatchEmbed {
         channels_(w.channels),
         kernel_(w.kernel),
         channels_last_(channels_last),
-        proj_(pack_conv<E, T>(w.proj, w.channels, w.in_channels, w.kernel, channels_last)),
+        proj_(pack_conv<E, T>(w.proj, w.channels, w.in_channels, w.kernel, channels_last, w.in_channels)),
         norm_(w.norm, w.channels, static_cast<const T*>(nullptr)) {}
 
   bool accepts(const Image& image) const override {
@@ -18,67 +18,97 @@ class PatchEmbedOp final : public PatchEmbed {
   void run(const Image& image, int stride, void* out) const override {
     const int pad = kernel_ / 2;
     const std::int64_t height = (image.height + 2 * pad - kernel_) / stride + 1;
-    const std::int64_t width = (image.width + 2 * pad - kernel_) / stride + 1;
-    const std::size_t wide = row_width(kernel_ * kernel_ * in_channels_), norm_wide = row_width(channels_);
+    const std::int64_t width = (image.width + 2 * pad - kernel_) / stride + 1, tokens = height * width;
+    const std::size_t wide = patch_width(), norm_wide = row_width(channels_);
+    auto gather_rows = [&](std::int64_t index, int begin, int end, E* patches) {
+      for (std::int64_t token = begin; token < end; ++token, patches += wide)
+        gather(image, index, token / width * stride - pad, token % width * stride - pad, patches);
+    };
+    auto finish_rows = [&](std::int64_t index, int begin, int end, const float* projected) {
+      T* to = static_cast<T*>(out) + (index * tokens + begin) * channels_;
+      for (int r = 0; r < end - begin; ++r)
+        layer_norm_row(projected + r * norm_wide, norm_, to + std::ptrdiff_t(r) * channels_, channels_);
+    };
+    const std::size_t weights = proj_.data.size() * sizeof(E), patches_size = row_room(tokens) * wide;
+    if (weights > l2_bytes() / 4 && patches_size * sizeof(E) <= max_threads() * l2_bytes() / 2) {
+      // large weights, small map: by panels, so that every weight is read once
+      Scratch& shared = shared_scratch();
+      shared.reset(Scratch::bytes_for<E>(patches_size) + Scratch::bytes_for<float>(tokens * norm_wide));
+      E* patches = shared.take<E>(patches_size);
+      float* projected = shared.take<float>(tokens * norm_wide);
+      const Split rows = split_rows(1, tokens, 8, 16), cuts = split_rows(proj_.panels(), tokens, 24, tokens, kRowStep);
+      for (std::int64_t index = 0; index < image.batch; ++index) {
+        parallel_for(rows.tiles, [&](std::int64_t item) {
+          const auto tile = rows.tile(item);
+          gather_rows(index, tile.begin, tile.end, patches + tile.begin * wide);
+        });
+        parallel_for(proj_.panels() * cuts.tiles, [&](std::int64_t item) {
+          const MatrixUnit unit;
+          const auto cut = cuts.tile(item);
+          const Rows<E> a{patches + cut.begin * wide, std::ptrdiff_t(wide)};
+          gemm_panel(a, cut.rows(), proj_.panel(int(cut.image)), int(cut.image) * kPanel,
+                     store_rows(projected + cut.begin * norm_wide, norm_wide, proj_.bias.data()));
+        });
+        parallel_for(rows.tiles, [&](std::int64_t item) {
+          const auto tile = rows.tile(item);
+          finish_rows(index, tile.begin, tile.end, projected + tile.begin * norm_wide);
+        });
+      }
+      return;
+    }
     const std::size_t row_bytes = wide * sizeof(E) + norm_wide * sizeof(float);
-    const std::int64_t most = std::clamp<std::int64_t>(l2_bytes() / 3 / row_bytes, kTileRows, 8 * kTileRows);
-    const Split split = split_rows(image.batch, height * width, most);
+    const std::int64_t most = std::clamp<std::int64_t>(l2_bytes() / 4 / row_bytes, 24, 96);
+    const Split split = split_rows(image.batch, tokens, 24, most, kRowStep);
     parallel_for(image.batch * split.tiles, [&](std::int64_t item) {
       const MatrixUnit unit;
       const auto tile = split.tile(item);
-      const int rows = int(tile.end - tile.begin);
       Scratch& scratch = thread_scratch();
-      scratch.reset(Scratch::bytes_for<E>(row_room(rows) * wide) + Scratch::bytes_for<float>(rows * norm_wide));
-      E* patches = scratch.take<E>(row_room(rows) * wide);
-      float* projected = scratch.take<float>(rows * norm_wide);
-      for (int r = 0; r < rows; ++r) {
-        const std::int64_t token = tile.begin + r;
-        gather(image, tile.image, token / width * stride - pad, token % width * stride - pad, patches + r * wide, wide);
-      }
-      Epilogue<float> epilogue{};
-      epilogue.out = projected;
-      epilogue.ld = norm_wide;
-      epilogue.columns = int(norm_wide);
-      epilogue.bias = proj_.bias.data();
-      gemm(patches, wide, rows, proj_, epilogue);
-      T* to = static_cast<T*>(out) + (tile.image * height * width + tile.begin) * channels_;
-      for (int r = 0; r < rows; ++r)
-        layer_norm_row(projected + r * norm_wide, norm_, to + std::ptrdiff_t(r) * channels_, channels_);
+      scratch.reset(Scratch::bytes_for<E>(row_room(tile.rows()) * wide) +
+                    Scratch::bytes_for<float>(tile.rows() * norm_wide));
+      E* patches = scratch.take<E>(row_room(tile.rows()) * wide);
+      float* projected = scratch.take<float>(tile.rows() * norm_wide);
+      gather_rows(tile.image, tile.begin, tile.end, patches);
+      gemm(Rows<E>{patches, std::ptrdiff_t(wide)}, tile.rows(), proj_,
+           store_rows(projected, norm_wide, proj_.bias.data()));
+      finish_rows(tile.image, tile.begin, tile.end, projected);
     });
   }
 
  private:
+  std::size_t patch_width() const { return row_width(kernel_ * kernel_ * in_channels_); }
+
   // The patch whose upper left corner is (y0, x0), zero outside the image, as pieces that are dense in the image: a
   // patch row of all channels (channels last), or a patch row of one channel.
-  void gather(const Image& image, std::int64_t index, std::int64_t y0, std::int64_t x0, E* row,
-              std::size_t wide) const {
+  void gather(const Image& image, std::int64_t index, std::int64_t y0, std::int64_t x0, E* row) const {
     const T* base = static_cast<const T*>(image.data) + index * image.stride_batch;
     const int pieces = channels_last_ ? 1 : in_channels_, unit = channels_last_ ? in_channels_ : 1;
     const int length = kernel_ * unit;
+    E* to = row;
+    if (y0 >= 0 && x0 >= 0 && y0 + kernel_ <= image.height && x0 + kernel_ < image.width) {
+      for (int dy = 0; dy < kernel_; ++dy) {
+        const T* from = base + (y0 + dy) * image.stride_row + x0 * image.stride_column;
+        for (int piece = 0; piece < pieces; ++piece, to += length, from += image.stride_channel) copy(from, to, length);
+      }
+      std::fill(to, row + patch_width(), E{});
+      return;
+    }
     const int left = int(std::clamp<std::int64_t>(-x0, 0, kernel_)) * unit;
     const int right = int(std::clamp<std::int64_t>(image.width - x0, 0, kernel_)) * unit;
-    E* to = row;
     for (int dy = 0; dy < kernel_; ++dy) {
       const std::int64_t y = y0 + dy;
-      const bool inside = y >= 0 && y < image.height;
+      const bool inside = y >= 0 && y < image.height && left < right;
       const T* from = base + y * image.stride_row + x0 * image.stride_column;
       for (int piece = 0; piece < pieces; ++piece, to += length, from += image.stride_channel) {
-        if (!inside || left >= right) {
-          std::fill(to, to + length, E{});
-        } else if (left == 0 && right == length) {
-          copy(from, to, length);
-        } else {
-          std::fill(to, to + left, E{});
-          copy(from + left, to + left, right - left);
-          std::fill(to + right, to + length, E{});
-        }
+        std::fill(to, to + length, E{});
+        if (inside) copy_some(from + left, to + left, right - left);
       }
     }
-    std::fill(to, row + wide, E{});
+    std::fill(to, row + patch_width(), E{});
   }
 
+  // With one element more in the row, and room for it: one channel of the first stage is a single vector then.
   static PVT_INLINE void copy(const T* from, E* to, int count) {
-    if (count == 7) return copy_some(from, to, 7);  // one channel of the first stage: too short for a call
+    if (count == 7) return copy_some(from, to, 8);
     copy_some(from, to, count);
   }
   static PVT_INLINE void copy_some(const T* from, E* to, int count) {
@@ -149,14 +179,10 @@ class HeadOp final : public Head {
       if (classes_) std::fill(means + b * wide + round_up(channels_, kLanes), means + (b + 1) * wide, E{});
     });
     if (!classes_) return;
-    Epilogue<T> epilogue{};
-    epilogue.out = static_cast<T*>(out);
-    epilogue.ld = classes_;
-    epilogue.columns = classes_;
-    epilogue.bias = classifier_.bias.data();
+    const Epilogue<T> epilogue = store_rows(static_cast<T*>(out), classes_, classifier_.bias.data());
     parallel_for(classifier_.panels(), [&](std::int64_t p) {
       const MatrixUnit unit;
-      gemm_panel(means, wide, int(batch), classifier_.panel(int(p)), classifier_.depth, int(p) * kPanel, epilogue);
+      gemm_panel(Rows<E>{means, std::ptrdiff_t(wide)}, int(batch), classifier_.panel(int(p)), int(p) * kPanel, epilogue);
     });
   }
 

@@ -4,12 +4,22 @@
 // otherwise widened when packed). Accumulation is in float, over k in order: a row's result does not depend on the
 // tile or the thread that computes it.
 
-// Columns of a packed panel: two vectors, so that a tile needs two loads per kTileRows * 2 multiply-adds.
-constexpr int kPanel = 2 * kLanes;
+// A register tile is kRows x kVectors vectors of accumulators, fed per k by kVectors loads of the panel and kRows
+// broadcasts. It must fit the registers and, as cores that share their front end with a second hardware thread decode
+// about three instructions a cycle, have few instructions per multiply-add. Rows of the largest tile:
+//   32 registers, 4 vectors:  6 x 4 accumulators + 4 of the panel + 1 broadcast = 29; 34 instructions for 24
+//   32 registers, 2 vectors: 14 x 2 + 2 + 1 = 31; 44 for 28: for the last panel of a matrix, where 4 are too wide
+//   16 registers, 2 vectors:  6 x 2 + 2 + 1 = 15; 20 for 12
+//   scalar, 16 registers of 4 lanes, one more for the product:  4 x 2 + 2 + 1 + 1 = 12
+constexpr int tile_rows(int vectors) { return vectors == 4 ? 6 : kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4; }
 
-// Rows of the largest register tile. 32 registers: 14 x 2 accumulators + 2 of the panel + 1 broadcast; 16 registers:
-// 6 x 2 + 2 + 1; the scalar ISA's 16 registers of 4 lanes need a spare for the product: 4 x 2 + 2 + 1 + 1.
-constexpr int kTileRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
+// Columns of a packed panel, and of a narrow one, which the last may be.
+#if PVT_LANES == 16 && !defined(PVT_AMX)
+constexpr int kPanelVectors = 4;
+#else
+constexpr int kPanelVectors = 2;
+#endif
+constexpr int kPanel = kPanelVectors * kLanes, kNarrow = 2 * kLanes;
 
 // k is padded with zero weights to a multiple of this, and rows must be readable (and finite) that far.
 template <class E>
@@ -22,36 +32,78 @@ template <>
 inline constexpr int kDepthStep<bf16> = 2;
 #endif
 
-// Row scratch is laid out with this width for k columns: a whole number of panels, so that a GEMM's output can be the
-// next one's input with its zero columns as the padding of k.
-constexpr std::size_t row_width(std::size_t columns) { return round_up(columns, kPanel); }
+// Row scratch is laid out with this width for k columns, so that a GEMM's output can be the next one's input with its
+// zero columns as the padding of k,
+constexpr std::size_t row_width(std::size_t columns) { return round_up(columns, kNarrow); }
 // and with this many rows for m of them: the matrix unit reads whole tiles.
 constexpr std::size_t row_room(std::size_t rows) { return round_up(rows, 16); }
 
-// B of a GEMM: `depth` x `columns` as panels of kPanel columns, each [depth][kPanel], or for bf16 pairs
-// [depth / 2][kPanel][2].
+// Work items begin at multiples of this many rows, so that none ends with a tile that is mostly empty.
+#ifdef PVT_AMX
+constexpr int kRowStep = 16;
+#else
+constexpr int kRowStep = 1;
+#endif
+
+// One panel of a packed matrix: [depth][width], or for bf16 pairs [depth / 2][width][2].
 template <class E>
-struct PackedMatrix {
-  int depth = 0, columns = 0;
-  Buffer<E> data;
-  Buffer<float> bias;  // padded to whole panels
-
-  PackedMatrix() = default;
-  PackedMatrix(int rows, int cols)
-      : depth(int(round_up(rows, kDepthStep<E>))), columns(cols), data(size(rows, cols)), bias(row_width(cols)) {}
-
-  static std::size_t size(int rows, int cols) { return round_up(rows, kDepthStep<E>) * row_width(cols); }
-  int panels() const { return int(row_width(columns) / kPanel); }
-  const E* panel(int p) const { return data.data() + std::size_t(p) * depth * kPanel; }
+struct Panel {
+  const E* data;
+  int depth, width;
+  const E* ahead;  // the panel that is likely wanted next, to be fetched into cache meanwhile
 };
 
-// Where (k, n) of a packed matrix of that depth lies.
+// A of a GEMM: rows of `ld` elements, or blocks of `block` columns, `block_stride` elements apart, each of such rows.
+// Rows of a long k in one piece lie pages apart.
 template <class E>
-PVT_INLINE std::size_t packed_index(int depth, int k, int n) {
-  const std::size_t start = std::size_t(n / kPanel) * depth * kPanel;
-  if constexpr (kDepthStep<E> == 1) return start + std::size_t(k) * kPanel + n % kPanel;
-  return start + std::size_t(k / 2) * 2 * kPanel + (n % kPanel) * 2 + k % 2;
-}
+struct Rows {
+  const E* data;
+  std::ptrdiff_t ld;
+  int block = 1 << 30;
+  std::ptrdiff_t block_stride = 0;
+
+  PVT_INLINE const E* at(int row, int k) const {
+    return k < block ? data + row * ld + k : data + (k / block) * block_stride + row * ld + k % block;
+  }
+};
+
+// How a depth x columns matrix lies in memory: panels of kPanel columns, the last one narrow where that suffices.
+template <class E>
+struct PanelLayout {
+  int depth = 0, columns = 0;  // both padded
+
+  PanelLayout() = default;
+  PanelLayout(int rows, int cols) : depth(int(round_up(rows, kDepthStep<E>))), columns(int(row_width(cols))) {}
+
+  std::size_t size() const { return std::size_t(depth) * columns; }
+  int panels() const { return (columns + kPanel - 1) / kPanel; }
+  int width(int p) const { return std::min(kPanel, columns - p * kPanel); }
+  Panel<E> panel(const E* data, int p) const {
+    const E* start = data + std::size_t(p) * kPanel * depth;
+    return {start, depth, width(p), p + 1 < panels() ? start + std::size_t(kPanel) * depth : start};
+  }
+  // Where element (k, n) lies.
+  std::size_t index(int k, int n) const {
+    const int p = n / kPanel, column = n % kPanel;
+    const std::size_t start = std::size_t(p) * kPanel * depth;
+    if constexpr (kDepthStep<E> == 1) return start + std::size_t(k) * width(p) + column;
+    return start + std::size_t(k / 2) * 2 * width(p) + column * 2 + k % 2;
+  }
+};
+
+// Weights: B of a GEMM, with the bias of its columns.
+template <class E>
+struct PackedMatrix {
+  PanelLayout<E> layout;
+  Buffer<E> data;
+  Buffer<float> bias;
+
+  PackedMatrix() = default;
+  PackedMatrix(int rows, int cols) : layout(rows, cols), data(layout.size()), bias(layout.columns) {}
+
+  int panels() const { return layout.panels(); }
+  Panel<E> panel(int p) const { return layout.panel(data.data(), p); }
+};
 
 PVT_INLINE void assign(float& to, float value) { to = value; }
 PVT_INLINE void assign(bf16& to, float value) { store_first(&to, splat(value), 1); }
@@ -71,55 +123,97 @@ struct Epilogue {
 
   PVT_INLINE std::ptrdiff_t place(int row) const { return offsets ? offsets[row] : row * ld; }
 
-  PVT_INLINE void finish(int row, int column, Vec v0, Vec v1) const {
-    if (multiply != 1) v0 *= multiply, v1 *= multiply;
-    // max(0, v), in this order: NaN stays NaN
-    if (relu) v0 = max(Vec{}, v0), v1 = max(Vec{}, v1);
+  template <int kVectors>
+  PVT_INLINE void finish(int row, int column, const Vec (&v)[kVectors]) const {
     const std::ptrdiff_t at = place(row) + column;
-    const int count = columns - column;
-    if (__builtin_expect(count >= kPanel, 1)) {
-      if (residual) {
-        v0 = load(residual + at) + v0 * residual_scale;
-        v1 = load(residual + at + kLanes) + v1 * residual_scale;
+    if (__builtin_expect(columns - column >= kVectors * kLanes, 1)) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) {
+        Vec x = finished(v[i]);
+        if (residual) x = load(residual + at + i * kLanes) + x * residual_scale;
+        store(out + at + i * kLanes, x);
       }
-      store(out + at, v0);
-      store(out + at + kLanes, v1);
       return;
     }
-    finish_part(at, count, v0);
-    if (count > kLanes) finish_part(at + kLanes, count - kLanes, v1);
+    for (int i = 0; i < kVectors && column + i * kLanes < columns; ++i) {
+      const int count = std::min(kLanes, columns - column - i * kLanes);
+      Vec x = finished(v[i]);
+      if (residual) x = load_first(residual + at + i * kLanes, count) + x * residual_scale;
+      store_first(out + at + i * kLanes, x, count);
+    }
   }
 
-  PVT_INLINE void finish_part(std::ptrdiff_t at, int count, Vec v) const {
-    const int n = count < kLanes ? count : kLanes;
-    if (residual) v = load_first(residual + at, n) + v * residual_scale;
-    store_first(out + at, v, n);
+  // Is storing all that happens to columns up to `end`?
+  bool plain(int end) const { return !offsets && !relu && !residual && multiply == 1 && end <= columns; }
+
+  PVT_INLINE Vec finished(Vec v) const {
+    if (multiply != 1) v *= multiply;
+    return relu ? max(Vec{}, v) : v;  // in this order: NaN stays NaN
   }
 };
 
-template <int kRows>
-PVT_INLINE void multiply_tile(const float* a, std::ptrdiff_t lda, const float* b, int depth, Vec (&acc)[kRows][2]) {
-  for (int k = 0; k < depth; ++k, b += kPanel) {
-    const Vec b0 = load(b), b1 = load(b + kLanes);
+// Rows of `ld` columns, all stored.
+template <class Out>
+Epilogue<Out> store_rows(Out* out, std::size_t ld, const float* bias) {
+  Epilogue<Out> epilogue{};
+  epilogue.out = out;
+  epilogue.ld = ld;
+  epilogue.columns = int(ld);
+  epilogue.bias = bias;
+  return epilogue;
+}
+
+// residual + scale * rows of `columns` columns, all dense.
+template <class Out>
+Epilogue<Out> add_rows(Out* out, const Out* residual, float scale, int columns, const float* bias) {
+  Epilogue<Out> epilogue = store_rows(out, columns, bias);
+  epilogue.residual = residual;
+  epilogue.residual_scale = scale;
+  return epilogue;
+}
+
+// Lines of the panel ahead, one per step of k: memory is slow enough that a core waits for weights it did not ask for
+// in time, and the hardware follows a single long stream only.
+struct Ahead {
+  const char* at;
+  int step;  // bytes; 0 once the panel is fetched
+  PVT_INLINE void fetch() {
+    __builtin_prefetch(at, 0, 2);
+    at += step;
+  }
+};
+
+template <int kRows, int kVectors>
+PVT_INLINE void multiply_tile(const float* a, std::ptrdiff_t lda, const float* b, int depth, Ahead& ahead,
+                              Vec (&acc)[kRows][kVectors]) {
+  for (int k = 0; k < depth; ++k, b += kVectors * kLanes) {
+    Vec panel[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) panel[i] = load(b + i * kLanes);
+    ahead.fetch();
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const Vec value = splat(a[r * lda + k]);
-      acc[r][0] += value * b0;
-      acc[r][1] += value * b1;
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) acc[r][i] += value * panel[i];
     }
   }
 }
 
 #if defined(PVT_HAS_DOT_BF16) && !defined(PVT_AMX)
-template <int kRows>
-PVT_INLINE void multiply_tile(const bf16* a, std::ptrdiff_t lda, const bf16* b, int depth, Vec (&acc)[kRows][2]) {
-  for (int k = 0; k < depth; k += 2, b += 2 * kPanel) {
-    const VecPairs b0 = load_pairs(b), b1 = load_pairs(b + kPanel);
+template <int kRows, int kVectors>
+PVT_INLINE void multiply_tile(const bf16* a, std::ptrdiff_t lda, const bf16* b, int depth, Ahead& ahead,
+                              Vec (&acc)[kRows][kVectors]) {
+  for (int k = 0; k < depth; k += 2, b += 2 * kVectors * kLanes) {
+    VecPairs panel[kVectors];
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) panel[i] = load_pairs(b + 2 * i * kLanes);
+    ahead.fetch();
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const VecPairs pair = splat_pair(a + r * lda + k);
-      acc[r][0] = dot(acc[r][0], pair, b0);
-      acc[r][1] = dot(acc[r][1], pair, b1);
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) acc[r][i] = dot(acc[r][i], pair, panel[i]);
     }
   }
 }
@@ -131,50 +225,75 @@ PVT_INLINE void multiply_tile(const bf16* a, std::ptrdiff_t lda, const bf16* b, 
 template <class E>
 constexpr int kDepthBlock = std::is_same_v<E, float> ? 256 : 1 << 30;
 
-template <int kRows, class E, class Out>
-void gemm_tile(const E* a, std::ptrdiff_t lda, const E* b, int depth, int row, int column,
+// k of [begin, end).
+template <int kRows, int kVectors, class E>
+PVT_INLINE void multiply_block(const Rows<E>& a, int row, const E* b, int begin, int end, Ahead& ahead,
+                               Vec (&acc)[kRows][kVectors]) {
+  for (int k = begin; k < end; k += a.block)
+    multiply_tile<kRows, kVectors>(a.at(row, k), a.ld, b + std::ptrdiff_t(k) * kVectors * kLanes,
+                                   std::min(a.block, end - k), ahead, acc);
+}
+
+template <int kRows, int kVectors, class E, class Out>
+void gemm_tile(const Rows<E>& a, const E* b, int depth, Ahead ahead, int row, int column,
                const Epilogue<Out>& epilogue) {
-  Vec acc[kRows][2] = {};
-  const int head = depth < kDepthBlock<E> ? depth : kDepthBlock<E>;
-  multiply_tile<kRows>(a, lda, b, head, acc);
-  for (int k = head; k < depth; k += kDepthBlock<E>) {
-    Vec block[kRows][2] = {};
-    multiply_tile<kRows>(a + k, lda, b + std::ptrdiff_t(k) * kPanel, std::min(kDepthBlock<E>, depth - k), block);
-    for (int r = 0; r < kRows; ++r) acc[r][0] += block[r][0], acc[r][1] += block[r][1];
-  }
-  const Vec bias0 = load(epilogue.bias + column), bias1 = load(epilogue.bias + column + kLanes);
+  Vec acc[kRows][kVectors] = {};
+  multiply_block<kRows, kVectors>(a, row, b, 0, std::min(depth, kDepthBlock<E>), ahead, acc);
+  for (int k = kDepthBlock<E>; k < depth; k += kDepthBlock<E>) {
+    Vec block[kRows][kVectors] = {};
+    multiply_block<kRows, kVectors>(a, row, b, k, std::min(depth, k + kDepthBlock<E>), ahead, block);
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) epilogue.finish(row + r, column, acc[r][0] + bias0, acc[r][1] + bias1);
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < kVectors; ++i) acc[r][i] += block[r][i];
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) acc[r][i] += load(epilogue.bias + column + i * kLanes);
+    epilogue.finish(row + r, column, acc[r]);
+  }
 }
 
-template <class E, class Out, int... kRows>
+template <int kVectors, class E, class Out, int... kRows>
 constexpr auto gemm_tiles(std::integer_sequence<int, kRows...>) {
-  using Tile = void (*)(const E*, std::ptrdiff_t, const E*, int, int, int, const Epilogue<Out>&);
-  return std::array<Tile, sizeof...(kRows)>{&gemm_tile<kRows + 1, E, Out>...};
+  using Tile = void (*)(const Rows<E>&, const E*, int, Ahead, int, int, const Epilogue<Out>&);
+  return std::array<Tile, sizeof...(kRows)>{&gemm_tile<kRows + 1, kVectors, E, Out>...};
 }
 
-#ifdef PVT_AMX
-template <class Out>
-void gemm_panel(const bf16* a, std::ptrdiff_t lda, int rows, const bf16* b, int depth, int column,
-                const Epilogue<Out>& epilogue);
-#endif
-
-// One panel's columns of the product for all rows, in tiles of as equal heights as can be: a height of one or two would
-// leave the multiply-add units waiting on each other.
-template <class E, class Out>
-void gemm_panel(const E* a, std::ptrdiff_t lda, int rows, const E* b, int depth, int column,
-                const Epilogue<Out>& epilogue) {
-  static constexpr auto tiles = gemm_tiles<E, Out>(std::make_integer_sequence<int, kTileRows>());
-  const int count = (rows + kTileRows - 1) / kTileRows;
+// In tiles of as equal heights as can be: a height of one or two would leave the multiply-add units waiting on each
+// other. The first tiles fetch the panel ahead.
+template <int kVectors, class E, class Out>
+void gemm_panel_tiles(const Rows<E>& a, int rows, const Panel<E>& panel, int column, const Epilogue<Out>& epilogue) {
+  static constexpr auto tiles = gemm_tiles<kVectors, E, Out>(std::make_integer_sequence<int, tile_rows(kVectors)>());
+  constexpr int kLine = 64, kLinesPerStep = int(kVectors * sizeof(Vec) / kLine);
+  const std::size_t steps = panel.depth / kDepthStep<E>;
+  const int count = (rows + tile_rows(kVectors) - 1) / tile_rows(kVectors);
   for (int i = 0, row = 0; i < count; ++i) {
     const int height = rows / count + (i < rows % count ? 1 : 0);
-    tiles[height - 1](a + row * lda, lda, b, depth, row, column, epilogue);
+    Ahead ahead{reinterpret_cast<const char*>(panel.ahead), 0};
+    if (i < kLinesPerStep) ahead = {ahead.at + i * steps * kLine, kLine};
+    tiles[height - 1](a, panel.data, panel.depth, ahead, row, column, epilogue);
     row += height;
   }
 }
 
-// out = epilogue(a * b), a (rows, >= depth) with row stride lda. Call within a MatrixUnit's life.
+#ifdef PVT_AMX
+template <class Out>
+void gemm_panel(const Rows<bf16>& a, int rows, const Panel<bf16>& panel, int column, const Epilogue<Out>& epilogue);
+#endif
+
+// One panel's columns of the product, for all rows. Call within a MatrixUnit's life.
 template <class E, class Out>
-void gemm(const E* a, std::ptrdiff_t lda, int rows, const PackedMatrix<E>& b, const Epilogue<Out>& epilogue) {
-  for (int p = 0; p < b.panels(); ++p) gemm_panel(a, lda, rows, b.panel(p), b.depth, p * kPanel, epilogue);
+void gemm_panel(const Rows<E>& a, int rows, const Panel<E>& panel, int column, const Epilogue<Out>& epilogue) {
+  if (panel.width == kPanel)
+    gemm_panel_tiles<kPanelVectors>(a, rows, panel, column, epilogue);
+  else
+    gemm_panel_tiles<2>(a, rows, panel, column, epilogue);
+}
+
+// out = epilogue(a * b), a (rows, >= depth).
+template <class E, class Out>
+void gemm(const Rows<E>& a, int rows, const PackedMatrix<E>& b, const Epilogue<Out>& epilogue) {
+  for (int p = 0; p < b.panels(); ++p) gemm_panel(a, rows, b.panel(p), p * kPanel, epilogue);
 }

@@ -1,9 +1,12 @@
 // x + scale * fc2(gelu(dwconv3x3(h))), h = [relu] fc1(LayerNorm(x)).
 //
-// The hidden map is 4-8 times as wide as x; it never leaves the second-level cache. A band of image rows is walked in
-// groups of rows: for each panel of hidden channels, fc1 gives the group's hidden rows (one panel wide: they stay in
-// the first-level cache), depthwise convolution and GELU turn them into the group's activated rows; when all panels are
-// done, fc2 takes those. Two hidden rows per panel are carried from group to group, so none is computed twice.
+// The hidden map is 4-8 times as wide as x; it never leaves the second-level caches. For each panel of hidden channels
+// fc1 gives some image rows of the panel (they stay near the first-level cache), depthwise convolution and GELU turn
+// them into activated rows; fc2 takes those when all panels are done. Two ways to share that out:
+//
+// * by groups of image rows, where the weights stay in each core's cache. A thread walks down an image, and carries two
+//   hidden rows per panel from group to group, so that none is computed twice.
+// * by panels, where weights are large and maps small: every weight is read once, for several images at a time.
 
 template <class T, class E>
 class MlpOp final : public ResidualOp {
@@ -26,184 +29,237 @@ class MlpOp final : public ResidualOp {
   }
 
   void run(const void* x, Map map, const void* residual_scale, void* out) const override {
-    const std::int64_t size = map.tokens() * channels_;
-    auto image = [&](std::int64_t index) {
-      const float scale = residual_scale ? to_float(static_cast<const T*>(residual_scale)[index]) : 1.0f;
-      return Image{static_cast<const T*>(x) + index * size, static_cast<T*>(out) + index * size, map.height, map.width,
-                   scale};
-    };
-    // A whole image per thread while there are enough. The images left over are cut into bands, each of which computes
-    // two hidden rows more; where that would cost more than a seventh of fc1, threads share an image by panels, unless
-    // its activated map would leave their caches.
-    const std::int64_t threads = max_threads(), whole = map.batch / threads * threads;
-    parallel_for(whole, [&](std::int64_t i) { run_band(image(i), 0, map.height); });
-    const bool fits = map.tokens() * activated_width() * sizeof(E) <= threads * l2_bytes();
-    if (map.height < kLeastBand * threads && fits) {
-      for (std::int64_t i = whole; i < map.batch; ++i) run_shared(image(i));
-    } else {
-      const int rows = std::max(kLeastBand, int((map.height + threads - 1) / threads));
-      const std::int64_t bands = (map.height + rows - 1) / rows;
-      parallel_for((map.batch - whole) * bands, [&](std::int64_t item) {
-        const int begin = int(item % bands) * rows;
-        run_band(image(whole + item / bands), begin, std::min(begin + rows, map.height));
+    const Call call{static_cast<const T*>(x), static_cast<T*>(out), static_cast<const T*>(residual_scale), map};
+    const std::size_t weights = (fc1_.data.size() + fc2_.data.size()) * sizeof(E), threads = max_threads();
+    const std::size_t activated = activated_size(map.tokens()) * sizeof(E);
+    const bool few_rows = map.batch * map.height < std::int64_t(2 * kItemsPerThread * threads);
+    const std::size_t room = threads * l2_bytes() / 2;
+    if ((weights > l2_bytes() / 2 || few_rows) && activated <= room)
+      run_panels(call, std::max<std::int64_t>(1, room / activated));
+    else
+      run_groups(call);
+  }
+
+ private:
+  static constexpr int kTaps = 10;  // nine and the bias
+
+  // Hidden rows of one panel have a zero column at either end: the convolution's padding. The matrix unit stores whole
+  // tiles at a time: there, normalised rows have the same gaps, so that fc1's rows are the hidden rows' as they stand.
+#ifdef PVT_AMX
+  static constexpr int kGap = 1;
+#else
+  static constexpr int kGap = 0;
+#endif
+
+  struct Call {
+    const T* x;
+    T* out;
+    const T* residual_scale;
+    Map map;
+    const T* image(std::int64_t index, std::int64_t row, int channels) const {
+      return x + (index * map.tokens() + row * map.width) * channels;
+    }
+    float scale(std::int64_t index) const { return residual_scale ? to_float(residual_scale[index]) : 1.0f; }
+  };
+
+  std::size_t normed_width() const { return row_width(channels_); }
+  static int normed_tokens(int width) { return width + 2 * kGap; }  // of one image row
+  static std::size_t hidden_row(int width) { return std::size_t(width + 2) * kPanel; }
+  // The activated map is [panel][token][kPanel].
+  std::size_t activated_size(std::size_t tokens) const { return row_room(tokens) * fc1_.panels() * kPanel; }
+  static Rows<E> activated_rows(const E* activated, std::int64_t first, std::size_t tokens) {
+    return {activated + first * kPanel, kPanel, kPanel, std::ptrdiff_t(row_room(tokens) * kPanel)};
+  }
+
+  void run_groups(const Call& call) const {
+    const Map& map = call.map;
+    // a group's activated and normed rows take a quarter of the cache; two rows at least, as two are carried
+    const std::size_t row_bytes = map.width * (row_width(hidden_) + normed_width()) * sizeof(E);
+    const std::int64_t most = std::max<std::int64_t>(2, l2_bytes() / 4 / row_bytes);
+    Split split = split_rows(map.batch, map.height, 2, most);
+    split.tiles = std::clamp<std::int64_t>(split.tiles, 1, std::max(1, map.height / 2));
+    parallel_workers(map.batch * split.tiles, [&](Worker& worker) {
+      Groups groups(*this, call, int((map.height + split.tiles - 1) / split.tiles));
+      std::int64_t before = -2;
+      for (std::int64_t item; (item = worker.next()) >= 0; before = item)
+        groups.run(split.tile(item), item == before + 1 && item % split.tiles != 0);
+    });
+  }
+
+  // One thread's buffers for groups of at most `most` rows.
+  class Groups {
+   public:
+    Groups(const MlpOp& op, const Call& call, int most)
+        : op_(op), call_(call), width_(call.map.width), row_(hidden_row(call.map.width)) {
+      const std::size_t new_tokens = std::size_t(most + 2) * normed_tokens(width_);
+      const std::size_t hidden_size = (most + 2 + 2 * op.fc1_.panels()) * row_;
+      tokens_ = std::size_t(most) * width_;
+      Scratch& scratch = thread_scratch();
+      scratch.reset(Scratch::bytes_for<E>(row_room(new_tokens) * op.normed_width()) +
+                    Scratch::bytes_for<E>(op.activated_size(tokens_)) + Scratch::bytes_for<float>(hidden_size) +
+                    Scratch::bytes_for<int>(new_tokens) + Scratch::bytes_for<const float*>(most + 2));
+      normed_ = scratch.take<E>(row_room(new_tokens) * op.normed_width());
+      activated_ = scratch.take<E>(op.activated_size(tokens_));
+      hidden_ = scratch.take<float>(hidden_size);
+      carry_ = hidden_ + (most + 2) * row_;
+      offsets_ = scratch.take<int>(new_tokens);
+      rows_ = scratch.take<const float*>(most + 2);
+      std::memset(hidden_, 0, hidden_size * sizeof(float));
+      hidden_offsets(width_, most + 2, offsets_);
+    }
+
+    // Rows [begin, end) of an image; `carried` where this thread has just done the rows above them.
+    void run(Split::Tile tile, bool carried) {
+      const MatrixUnit unit;
+      const int from = tile.begin, height = tile.rows(), map_height = call_.map.height;
+      // Hidden row j of the group is row from - 1 + j of the image. The last two go where the next group finds them.
+      const bool carries = tile.end < map_height;
+      const int first = carried ? 2 : from == 0 ? 1 : 0, kept = carries ? height : height + 1;
+      const int last = carries ? height + 2 : height + 1;
+      const T* x = call_.image(tile.image, from - 1 + first, op_.channels_);
+      for (int j = first; j < last; ++j) op_.norm_row(x, j - first, width_, normed_);
+      const std::size_t row_bytes = row_ * sizeof(float);
+      if (from == 0) std::memset(hidden_, 0, row_bytes);
+      if (!carries) std::memset(hidden_ + (height + 1) * row_, 0, row_bytes);
+      for (int p = 0; p < op_.fc1_.panels(); ++p) {
+        float* carry = carry_ + p * 2 * row_;
+        if (carried) std::memcpy(hidden_, carry, 2 * row_bytes);
+        for (int j = 0; j < height + 2; ++j)
+          rows_[j] = j < kept || !carries ? hidden_ + j * row_ : carry + (j - kept) * row_;
+        op_.fc1_panel(p, normed_, 0, kept - first, width_, hidden_ + first * row_, offsets_);
+        if (carries) {
+          const int start = std::max(first, kept);
+          op_.fc1_panel(p, normed_, start - first, last - start, width_, carry + (start - kept) * row_, offsets_);
+        }
+        op_.convolve(p, rows_, height, width_, activated_ + p * row_room(tokens_) * kPanel);
+      }
+      const std::ptrdiff_t at = call_.image(tile.image, from, op_.channels_) - call_.x;
+      gemm(activated_rows(activated_, 0, tokens_), height * width_, op_.fc2_, op_.output(call_, tile.image, at));
+    }
+
+   private:
+    const MlpOp& op_;
+    const Call& call_;
+    const int width_;
+    const std::size_t row_;  // floats of a hidden row
+    std::size_t tokens_;     // that there is room for
+    E *normed_, *activated_;
+    float *hidden_, *carry_;
+    int* offsets_;
+    const float** rows_;
+  };
+
+  // Panels of hidden channels first, then of the output, for `most` images at a time.
+  void run_panels(const Call& call, std::int64_t most) const {
+    const Map& map = call.map;
+    const int width = map.width, tokens = int(map.tokens());
+    const std::int64_t count = std::min(most, map.batch);
+    const std::size_t normed_size = row_room(count * map.height * normed_tokens(width)) * normed_width();
+    Scratch& shared = shared_scratch();
+    shared.reset(Scratch::bytes_for<E>(normed_size) + Scratch::bytes_for<E>(activated_size(count * tokens)) +
+                 Scratch::bytes_for<int>(map.height * normed_tokens(width)));
+    E* normed = shared.take<E>(normed_size);
+    E* activated = shared.take<E>(activated_size(count * tokens));
+    int* offsets = shared.take<int>(map.height * normed_tokens(width));
+    hidden_offsets(width, map.height, offsets);
+    for (std::int64_t first = 0; first < map.batch; first += count) {
+      const std::int64_t images = std::min(count, map.batch - first);
+      const T* x = call.image(first, 0, channels_);
+      parallel_for(images * map.height, [&](std::int64_t row) { norm_row(x, row, width, normed); });
+      // bands of rows compute two hidden rows more: only where panels are too few for the threads
+      const Split bands = split_rows(images * fc1_.panels(), map.height, 4, map.height);
+      parallel_for(fc1_.panels() * images * bands.tiles, [&](std::int64_t item) {
+        const auto band = bands.tile(item);
+        const std::int64_t p = band.image / images, index = band.image % images;
+        const E* to = activated_rows(activated, index * tokens, count * tokens).at(0, int(p) * kPanel);
+        hidden_band(int(p), map, band, normed, int(index) * map.height, offsets, const_cast<E*>(to));
+      });
+      const Split cuts = split_rows(images * fc2_.panels(), tokens, 24, tokens, kRowStep);
+      parallel_for(fc2_.panels() * images * cuts.tiles, [&](std::int64_t item) {
+        const MatrixUnit unit;
+        const auto cut = cuts.tile(item);
+        const int p = int(cut.image / images);
+        const std::int64_t index = cut.image % images, row = index * tokens + cut.begin;
+        const std::ptrdiff_t at = (first * tokens + row) * channels_;
+        gemm_panel(activated_rows(activated, row, count * tokens), cut.rows(), fc2_.panel(p), p * kPanel,
+                   output(call, first + index, at));
       });
     }
   }
 
- private:
-  static constexpr int kTaps = 10;       // nine and the bias
-  static constexpr int kLeastBand = 14;  // rows
-
-  struct Image {
-    const T* x;
-    T* out;
-    int height, width;
-    float scale;
-  };
-
-  std::size_t normed_width() const { return row_width(channels_); }
-  std::size_t activated_width() const { return row_width(hidden_); }
-  // Hidden rows of one panel have a zero column at either end: the convolution's padding.
-  static std::size_t hidden_row(int width) { return std::size_t(width + 2) * kPanel; }
-
-  // Rows per group such that the group's activated and normed rows take about half of the second-level cache; at least
-  // two, or the carried rows would outweigh the new ones.
-  int group_rows(int width, int band) const {
-    const std::size_t row = width * (activated_width() + normed_width()) * sizeof(E);
-    const int most = std::max(2, int(l2_bytes() / 2 / row));
-    const int groups = (band + most - 1) / most;
-    return (band + groups - 1) / groups;
-  }
-
-  void run_band(const Image& image, int begin, int end) const {
+  // Rows [begin, end) of one panel of an image's activated map; its normalised map starts at row `top` of `normed`.
+  void hidden_band(int p, const Map& map, Split::Tile band, const E* normed, int top, const int* offsets,
+                   E* activated) const {
     const MatrixUnit unit;
-    const int width = image.width, most = group_rows(width, end - begin), panels = fc1_.panels();
+    const int width = map.width, first = std::max(band.begin - 1, 0), last = std::min(band.end + 1, map.height);
     const std::size_t row = hidden_row(width);
-    const std::size_t new_tokens = std::size_t(most + 2) * width, tokens = std::size_t(most) * width;
-    const std::size_t carry_size = most < end - begin ? panels * 2 * row : 0;
     Scratch& scratch = thread_scratch();
-    scratch.reset(Scratch::bytes_for<E>(row_room(new_tokens) * normed_width()) +
-                  Scratch::bytes_for<E>(row_room(tokens) * activated_width()) +
-                  Scratch::bytes_for<float>((most + 2) * row) + Scratch::bytes_for<float>(carry_size) +
-                  Scratch::bytes_for<int>(new_tokens));
-    E* normed = scratch.take<E>(row_room(new_tokens) * normed_width());
-    E* activated = scratch.take<E>(row_room(tokens) * activated_width());
-    float* hidden = scratch.take<float>((most + 2) * row);
-    float* carry = scratch.take<float>(carry_size);
-    int* offsets = scratch.take<int>(new_tokens);
-    std::memset(hidden, 0, (most + 2) * row * sizeof(float));
-
-    for (int from = begin; from < end; from += most) {
-      const int to = std::min(from + most, end);
-      // hidden row j of the group is image row from - 1 + j; those up to `from` are carried from the group before
-      const int first = from == begin ? std::max(from - 1, 0) : from + 1, last = std::min(to + 1, image.height);
-      const int count = norm_rows(image, first, last, normed);
-      hidden_offsets(width, first - (from - 1), count, offsets);
-      for (int p = 0; p < panels; ++p) {
-        float* carried = carry + p * 2 * row;
-        if (from == 0) std::memset(hidden, 0, row * sizeof(float));
-        if (from > begin) std::memcpy(hidden, carried, 2 * row * sizeof(float));
-        if (to == image.height) std::memset(hidden + (to + 1 - from) * row, 0, row * sizeof(float));
-        fc1_panel(p, normed, count, hidden, offsets);
-        if (to < end) std::memcpy(carried, hidden + (to - from) * row, 2 * row * sizeof(float));
-        convolve(p, hidden, to - from, width, activated + p * kPanel);
-      }
-      const std::ptrdiff_t at = std::ptrdiff_t(from) * width * channels_;
-      gemm(activated, activated_width(), (to - from) * width, fc2_, output(image, at));
-    }
+    scratch.reset(Scratch::bytes_for<float>((band.rows() + 2) * row) +
+                  Scratch::bytes_for<const float*>(band.rows() + 2));
+    float* hidden = scratch.take<float>((band.rows() + 2) * row);
+    const float** rows = scratch.take<const float*>(band.rows() + 2);
+    std::memset(hidden, 0, (band.rows() + 2) * row * sizeof(float));
+    for (int j = 0; j < band.rows() + 2; ++j) rows[j] = hidden + j * row;
+    fc1_panel(p, normed, top + first, last - first, width, hidden + (first - (band.begin - 1)) * row, offsets);
+    convolve(p, rows, band.rows(), width, activated + std::ptrdiff_t(band.begin) * width * kPanel);
   }
 
-  // All threads on one image: panels of hidden channels first, then tiles of the output.
-  void run_shared(const Image& image) const {
-    const int width = image.width, height = image.height, tokens = height * width;
-    Scratch& shared = shared_scratch();
-    shared.reset(Scratch::bytes_for<E>(row_room(tokens) * normed_width()) +
-                 Scratch::bytes_for<E>(row_room(tokens) * activated_width()) + Scratch::bytes_for<int>(tokens));
-    E* normed = shared.take<E>(row_room(tokens) * normed_width());
-    E* activated = shared.take<E>(row_room(tokens) * activated_width());
-    int* offsets = shared.take<int>(tokens);
-    hidden_offsets(width, 1, tokens, offsets);
-    parallel_for(height, [&](std::int64_t y) { norm_rows(image, y, y + 1, normed + y * width * normed_width()); });
-    parallel_for(fc1_.panels(), [&](std::int64_t p) {
-      const MatrixUnit unit;
-      const std::size_t size = (height + 2) * hidden_row(width);
-      thread_scratch().reset(Scratch::bytes_for<float>(size));
-      float* hidden = thread_scratch().template take<float>(size);
-      std::memset(hidden, 0, size * sizeof(float));
-      fc1_panel(int(p), normed, tokens, hidden, offsets);
-      convolve(int(p), hidden, height, width, activated + p * kPanel);
-    });
-    // A panel of fc2 for all rows, so that weights are read once; rows are cut only where threads outnumber panels.
-    const int cuts = (2 * max_threads() + fc2_.panels() - 1) / fc2_.panels();
-    const int rows = int(round_up((tokens + cuts - 1) / cuts, 16));
-    const int tiles = (tokens + rows - 1) / rows;
-    parallel_for(tiles * fc2_.panels(), [&](std::int64_t item) {
-      const MatrixUnit unit;
-      const int row = int(item % tiles) * rows, p = int(item / tiles);
-      gemm_panel(activated + row * activated_width(), activated_width(), std::min(rows, tokens - row), fc2_.panel(p),
-                 fc2_.depth, p * kPanel, output(image, std::ptrdiff_t(row) * channels_));
-    });
+  // LayerNorm of row `row` of the maps at x.
+  void norm_row(const T* x, std::int64_t row, int width, E* normed) const {
+    const T* from = x + row * width * channels_;
+    E* to = normed + (row * normed_tokens(width) + kGap) * std::ptrdiff_t(normed_width());
+    for (int c = 0; c < width; ++c)
+      layer_norm_row(from + std::ptrdiff_t(c) * channels_, norm_, to + c * normed_width(), int(normed_width()));
   }
 
-  // LayerNorm of image rows [first, last) into `normed`; the number of tokens.
-  int norm_rows(const Image& image, std::int64_t first, std::int64_t last, E* normed) const {
-    const int count = int(last - first) * image.width;
-    const T* x = image.x + first * image.width * channels_;
-    for (int t = 0; t < count; ++t)
-      layer_norm_row(x + std::ptrdiff_t(t) * channels_, norm_, normed + t * normed_width(), int(normed_width()));
-    return count;
+  // Places of the tokens of `rows` rows in a panel's hidden rows.
+  static void hidden_offsets(int width, int rows, int* offsets) {
+    for (int y = 0; y < rows; ++y)
+      for (int c = 0; c < width; ++c) *offsets++ = (y * (width + 2) + c + 1) * kPanel;
   }
 
-  // Places of `count` tokens in a panel's hidden rows, from row `first` on.
-  static void hidden_offsets(int width, int first, int count, int* offsets) {
-    for (int t = 0; t < count; ++t) offsets[t] = ((first + t / width) * (width + 2) + t % width + 1) * kPanel;
-  }
-
-  void fc1_panel(int p, const E* normed, int count, float* hidden, const int* offsets) const {
-    Epilogue<float> epilogue{};
-    epilogue.out = hidden;
-    epilogue.offsets = offsets;
-    epilogue.columns = kPanel;
-    epilogue.bias = fc1_.bias.data() + p * kPanel;
+  // One panel of fc1 for rows [first, first + rows) of the normalised map.
+  void fc1_panel(int p, const E* normed, int first, int rows, int width, float* hidden, const int* offsets) const {
+    const Rows<E> a{normed + std::ptrdiff_t(first) * normed_tokens(width) * normed_width(),
+                    std::ptrdiff_t(normed_width())};
+    Epilogue<float> epilogue = store_rows(hidden, kPanel, fc1_.bias.data() + p * kPanel);
+    epilogue.offsets = kGap ? nullptr : offsets;
     epilogue.relu = relu_;
-    gemm_panel(normed, normed_width(), count, fc1_.panel(p), fc1_.depth, 0, epilogue);
+    gemm_panel(a, rows * normed_tokens(width), fc1_.panel(p), 0, epilogue);
+    for (int y = 0; kGap && y < rows; ++y)  // what came of the gaps
+      for (int c = 0; c < kPanel; ++c)
+        hidden[y * hidden_row(width) + c] = hidden[(y + 1) * hidden_row(width) - kPanel + c] = 0;
   }
 
-  Epilogue<T> output(const Image& image, std::ptrdiff_t at) const {
-    Epilogue<T> epilogue{};
-    epilogue.out = image.out + at;
-    epilogue.ld = channels_;
-    epilogue.columns = channels_;
-    epilogue.bias = fc2_.bias.data();
-    epilogue.residual = image.x + at;
-    epilogue.residual_scale = image.scale;
-    return epilogue;
+  // The epilogue of fc2 for the rows that start at element `at`.
+  Epilogue<T> output(const Call& call, std::int64_t image, std::ptrdiff_t at) const {
+    return add_rows(call.out + at, call.x + at, call.scale(image), channels_, fc2_.bias.data());
   }
 
-  // gelu(dwconv) of `rows` rows of one panel: `hidden` has one row more above and below, one column more either side.
-  void convolve(int p, const float* hidden, int rows, int width, E* out) const {
+  // gelu(dwconv) of `count` rows of one panel: rows[y] is the row above row y.
+  void convolve(int p, const float* const* rows, int count, int width, E* out) const {
     const float* panel = taps_.data() + std::size_t(p) * kTaps * kPanel;
-    for (int half = 0; half < kPanel; half += kLanes) {
+    for (int part = 0; part < fc1_.layout.width(p); part += kLanes) {
       Vec taps[kTaps];
-      for (int i = 0; i < kTaps; ++i) taps[i] = load(panel + i * kPanel + half);
-      for (int y = 0; y < rows; ++y) {
-        const float* above = hidden + y * hidden_row(width) + half;
-        E* to = out + std::size_t(y) * width * activated_width() + half;
+      for (int i = 0; i < kTaps; ++i) taps[i] = load(panel + i * kPanel + part);
+      for (int y = 0; y < count; ++y) {
+        const float* above[3] = {rows[y] + part, rows[y + 1] + part, rows[y + 2] + part};
+        E* to = out + std::ptrdiff_t(y) * width * kPanel + part;
         int c = 0;
-        for (; c + 4 <= width; c += 4) convolve_columns<4>(above + c * kPanel, width, taps, to + c * activated_width());
-        for (; c < width; ++c) convolve_columns<1>(above + c * kPanel, width, taps, to + c * activated_width());
+        for (; c + 4 <= width; c += 4) convolve_columns<4>(above, c, taps, to + c * kPanel);
+        for (; c < width; ++c) convolve_columns<1>(above, c, taps, to + c * kPanel);
       }
     }
   }
 
-  // kColumns outputs of one row: each loaded value serves up to three of them.
+  // kColumns outputs of one row from column c on: each loaded value serves up to three of them.
   template <int kColumns>
-  PVT_INLINE void convolve_columns(const float* above, int width, const Vec (&taps)[kTaps], E* out) const {
+  PVT_INLINE void convolve_columns(const float* const (&above)[3], int c, const Vec (&taps)[kTaps], E* out) const {
     Vec acc[kColumns];
     for (int i = 0; i < kColumns; ++i) acc[i] = taps[9];
 #pragma GCC unroll 3
     for (int dy = 0; dy < 3; ++dy) {
-      const float* row = above + dy * hidden_row(width);
+      const float* row = above[dy] + c * kPanel;
 #pragma GCC unroll 6
       for (int j = 0; j < kColumns + 2; ++j) {
         const Vec value = load(row + j * kPanel);
@@ -212,7 +268,7 @@ class MlpOp final : public ResidualOp {
           if (j - dx >= 0 && j - dx < kColumns) acc[j - dx] += value * taps[dy * 3 + dx];
       }
     }
-    for (int i = 0; i < kColumns; ++i) store(out + i * activated_width(), gelu<std::is_same_v<T, float>>(acc[i]));
+    for (int i = 0; i < kColumns; ++i) store(out + i * kPanel, gelu<std::is_same_v<T, float>>(acc[i]));
   }
 
   int channels_, hidden_;

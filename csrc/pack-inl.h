@@ -5,7 +5,7 @@ template <class E, class At, class Bias>
 PackedMatrix<E> pack(int rows, int cols, const At& at, const Bias& bias) {
   PackedMatrix<E> packed(rows, cols);
   for (int n = 0; n < cols; ++n) {
-    for (int k = 0; k < rows; ++k) assign(packed.data[packed_index<E>(packed.depth, k, n)], at(k, n));
+    for (int k = 0; k < rows; ++k) assign(packed.data[packed.layout.index(k, n)], at(k, n));
     packed.bias[n] = bias(n);
   }
   return packed;
@@ -21,17 +21,19 @@ PackedMatrix<E> pack_linear(const Linear& linear, int out, int in) {
       [&](int n) { return bias ? to_float(bias[n]) : 0.0f; });
 }
 
-// A torch convolution (out, in, kernel, kernel) whose input rows are [dy][dx][channel] (channels last) or
-// [dy][channel][dx].
+// A torch convolution (out, in, kernel, kernel) whose input rows are [dy][dx][channel] (channels last, each pixel
+// padded with zeros to `pitch` elements) or [dy][channel][dx].
 template <class E, class T>
-PackedMatrix<E> pack_conv(const Linear& conv, int out, int in, int kernel, bool channels_last) {
+PackedMatrix<E> pack_conv(const Linear& conv, int out, int in, int kernel, bool channels_last, int pitch) {
   const T* weight = static_cast<const T*>(conv.weight);
   const T* bias = static_cast<const T*>(conv.bias);
   return pack<E>(
-      kernel * kernel * in, out,
+      kernel * kernel * pitch, out,
       [&](int k, int n) {
-        const int inner = k % (kernel * in), dy = k / (kernel * in);
-        const int dx = channels_last ? inner / in : inner % kernel, c = channels_last ? inner % in : inner / kernel;
+        const int inner = k % (kernel * pitch), dy = k / (kernel * pitch);
+        const int dx = channels_last ? inner / pitch : inner % kernel;
+        const int c = channels_last ? inner % pitch : inner / kernel;
+        if (c >= in) return 0.0f;
         return to_float(weight[((std::size_t(n) * in + c) * kernel + dy) * kernel + dx]);
       },
       [&](int n) { return bias ? to_float(bias[n]) : 0.0f; });

@@ -11,14 +11,34 @@ int max_threads();
 // Bytes of one core's second-level cache, read from the machine; 1 MiB where it does not tell.
 std::size_t l2_bytes();
 
-void parallel_for(std::int64_t items, void (*body)(void* context, std::int64_t item), void* context);
+// A thread's share of the items [0, n): a range of its own, taken in order, so that what neighbouring items share stays
+// in its cache; then, one at a time, the last items of the thread that has most left, so that none waits for a slower
+// core.
+class Worker {
+ public:
+  // The next item, or -1 when none is left.
+  virtual std::int64_t next() = 0;
 
-// body(item) for every item of [0, items), in any order, on up to max_threads() threads.
+ protected:
+  ~Worker() = default;
+};
+
+void parallel_workers(std::int64_t items, void (*body)(void* context, Worker& worker), void* context);
+
+// body(worker) on up to max_threads() threads, which together take every item once.
+template <class Body>
+void parallel_workers(std::int64_t items, const Body& body) {
+  parallel_workers(
+      items, [](void* context, Worker& worker) { (*static_cast<const Body*>(context))(worker); },
+      const_cast<Body*>(&body));
+}
+
+// body(item) for every item of [0, items), in any order.
 template <class Body>
 void parallel_for(std::int64_t items, const Body& body) {
-  parallel_for(
-      items, [](void* context, std::int64_t item) { (*static_cast<const Body*>(context))(item); },
-      const_cast<Body*>(&body));
+  parallel_workers(items, [&](Worker& worker) {
+    for (std::int64_t item; (item = worker.next()) >= 0;) body(item);
+  });
 }
 
 }  // namespace pvt

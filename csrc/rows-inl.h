@@ -61,8 +61,7 @@ void softmax_row(float* scores, int count, int width, Out* probabilities) {
   Vec top = splat(scores[0]);
   for (int j = 0; j < full; j += kLanes) top = max(top, load(scores + j));
   if (rest) top = max(top, valid > 0.0f ? load(scores + full) : splat(scores[0]));
-  float highest = top[0];
-  for (int i = 1; i < kLanes; ++i) highest = top[i] > highest ? top[i] : highest;
+  const float highest = reduce(top, [](Vec a, Vec b) __attribute__((always_inline)) { return max(a, b); });
   Vec total{};
   for (int j = 0; j < full; j += kLanes) {
     const Vec e = exp2_nonpositive(load(scores + j) - highest);

@@ -8,27 +8,32 @@
 
 namespace pvt {
 
-// Every image's rows in `tiles` nearly equal tiles of at most `rows` rows; items count through all images.
+// Items per thread that even out threads of different speed.
+constexpr int kItemsPerThread = 4;
+
+// Every image's rows in `tiles` tiles of nearly equal height, in whole steps; items count through all images.
 struct Split {
-  std::int64_t tiles, rows, total;
+  std::int64_t tiles, rows, step;
 
   struct Tile {
-    std::int64_t image, begin, end;
+    std::int64_t image;
+    int begin, end;
+    int rows() const { return end - begin; }
   };
   Tile tile(std::int64_t item) const {
-    const std::int64_t image = item / tiles, begin = item % tiles * rows;
-    return {image, begin, std::min(begin + rows, total)};
+    return {item / tiles, begin(item % tiles), begin(item % tiles + 1)};
   }
+
+ private:
+  int begin(std::int64_t i) const { return int(std::min(rows, (i * rows / tiles + step - 1) / step * step)); }
 };
 
-// Tiles of at most max_rows; when there are few, as many as give each thread the same number.
-inline Split split_rows(std::int64_t batch, std::int64_t rows, std::int64_t max_rows) {
-  const std::int64_t threads = max_threads();
-  std::int64_t tiles = (rows + max_rows - 1) / max_rows;
-  if (batch * tiles < 4 * threads)
-    while (batch * tiles % threads != 0 && tiles < rows) ++tiles;
-  const std::int64_t height = (rows + tiles - 1) / tiles;
-  return {(rows + height - 1) / height, height, rows};
+// Tiles of at most `most` rows; of fewer, but not fewer than `least`, where there would be too few items otherwise.
+inline Split split_rows(std::int64_t images, std::int64_t rows, std::int64_t least, std::int64_t most,
+                        std::int64_t step = 1) {
+  const std::int64_t threads = max_threads(), items = threads == 1 ? 1 : kItemsPerThread * threads;
+  const std::int64_t wanted = images > 0 ? (items + images - 1) / images : 1;
+  return {std::max({std::int64_t{1}, (rows + most - 1) / most, std::min(wanted, rows / least)}), rows, step};
 }
 
 }  // namespace pvt

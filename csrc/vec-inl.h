@@ -78,17 +78,27 @@ PVT_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
 PVT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 #endif
 
+template <int kDistance, int... kLane>
+PVT_INLINE Vec exchange(Vec v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, (kLane ^ kDistance)...);
+}
+
+// All lanes combined, halves with halves: lane by lane, each step would wait for the one before.
+template <int kDistance = kLanes / 2, class Combine>
+PVT_INLINE float reduce(Vec v, const Combine& combine) {
+  if constexpr (kDistance == 0)
+    return v[0];
+  else
+    return reduce<kDistance / 2>(combine(v, exchange<kDistance>(v, std::make_integer_sequence<int, kLanes>())), combine);
+}
 PVT_INLINE float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+  return reduce(v, [](Vec a, Vec b) __attribute__((always_inline)) { return a + b; });
 }
 
 // 1 in the first n lanes, 0 in the others.
 PVT_INLINE Vec first_lanes(int n) {
-  Vec v{};
-  for (int i = 0; i < kLanes; ++i) v[i] = i < n ? 1.0f : 0.0f;
-  return v;
+  static constexpr float kLane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load(kLane) < float(n) ? splat(1) : Vec{};
 }
 
 template <std::size_t N>

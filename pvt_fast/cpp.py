@@ -163,9 +163,13 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
 def layer_norm(x: Tensor, w: Norm) -> Tensor:
     """LayerNorm over the last dimension; see `reference.layer_norm`."""
     x = x.contiguous()
+
+    def build() -> Any:
+        with _Addresses() as at:
+            return _C.LayerNorm(_isa, at.bf16(x), at.norm(w), x.shape[-1])
+
+    op = packed(w.cache, ("cpp", _isa, w.eps), w[:2], build)
     out = torch.empty_like(x)
-    with _Addresses() as at:
-        op = _C.LayerNorm(_isa, at.bf16(x), at.norm(w), x.shape[-1])
     op.run(x.data_ptr(), x.numel() // x.shape[-1], out.data_ptr())
     return out
 

@@ -50,6 +50,7 @@ _MAIN_WEIGHT: dict[type, Callable[[Any], Tensor]] = {
     AttentionWeights: lambda w: w.q.weight,
     MlpWeights: lambda w: w.fc1.weight,
     Linear: lambda w: w.weight,
+    Norm: lambda w: w.weight,
 }
 
 
@@ -198,7 +199,7 @@ class TracedOps:
 
     def overlap_patch_embed(self, image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
         hw = ops.check_patch_embed(image, w, stride)
-        return _embed(image, *w.proj[:2], *w.norm, stride, self.backend), hw
+        return _embed(image, *w.proj[:2], *w.norm[:3], stride, self.backend), hw
 
     def sr_attention(
         self, x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, residual_scale: Tensor | None = None
@@ -207,7 +208,7 @@ class TracedOps:
         if spec.attn_drop or spec.proj_drop:
             raise ValueError(f"sr_attention: spec must be without dropout on {self.backend!r}, got {spec}")
         sr = (None, None) if w.sr is None else w.sr[:2]
-        sr_norm = (None, None, 0.0) if w.sr_norm is None else w.sr_norm
+        sr_norm = (None, None, 0.0) if w.sr_norm is None else w.sr_norm[:3]
         tensors = (*w.norm[:2], *w.q[:2], *w.kv[:2], *sr, *sr_norm[:2], *w.proj[:2], residual_scale)
         numbers = (w.norm.eps, sr_norm[2], spec.num_heads, spec.scale, spec.linear)
         return _attention(x, *hw, *tensors, *numbers, self.backend)
@@ -222,7 +223,7 @@ class TracedOps:
         return _mlp(x, *hw, *tensors, w.norm.eps, spec.relu, self.backend)
 
     def layer_norm(self, x: Tensor, w: Norm) -> Tensor:
-        return _layer_norm(x, *w, self.backend)
+        return _layer_norm(x, *w[:3], self.backend)
 
     def head(self, x: Tensor, w: Linear | None) -> Tensor:
         return _head(x, *((None, None) if w is None else w[:2]), self.backend)

@@ -23,6 +23,7 @@ from .layers import (
     norm_weights,
 )
 from .ops import HW, Backend, to_map, to_tokens
+from .prepack import PackCache
 
 
 class PVT_V2(nn.Module):
@@ -96,6 +97,8 @@ class PVT_V2(nn.Module):
         )
         self._backend = "auto"
         self._checkpointing = False
+        self._norm_caches = [PackCache() for _ in range(num_stages)]
+        self._head_cache = PackCache()
         total = sum(config.depths)
         rates = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
         channels = in_channels
@@ -216,14 +219,15 @@ class PVT_V2(nn.Module):
             x, hw = getattr(self, f"patch_embed{stage + 1}")(image, ops)
             for block in getattr(self, f"block{stage + 1}"):
                 x = checkpoint(block, x, hw, ops, use_reentrant=False) if checkpointing else block(x, hw, ops)
-            normed = ops.layer_norm(x, norm_weights(getattr(self, f"norm{stage + 1}")))
+            norm = getattr(self, f"norm{stage + 1}")
+            normed = ops.layer_norm(x, norm_weights(norm, self._norm_caches[stage]))
             if keep is not None and not keep(stage, x, normed, hw):
                 break
             image = to_map(normed, hw)
         return normed, hw
 
     def _head_weights(self) -> Any:
-        return linear_weights(self.head) if isinstance(self.head, nn.Linear) else None
+        return linear_weights(self.head, self._head_cache) if isinstance(self.head, nn.Linear) else None
 
     # -- what users of timm expect ---------------------------------------------------------------------------------
 

@@ -31,11 +31,15 @@ HW = tuple[int, int]
 
 
 class Norm(NamedTuple):
-    """LayerNorm over the last dimension: `weight (C,)`, `bias (C,)`, `eps`."""
+    """LayerNorm over the last dimension: `weight (C,)`, `bias (C,)`, `eps`.
+
+    `cache` is used where a norm is an op of its own, as in `layer_norm`.
+    """
 
     weight: Tensor
     bias: Tensor
     eps: float
+    cache: PackCache | None = None
 
 
 class Linear(NamedTuple):

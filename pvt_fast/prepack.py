@@ -16,7 +16,7 @@ from torch import Tensor
 class PackCache:
     """A slot for one packed form. Copies and pickles of it are empty: packed weights are derived data."""
 
-    __slots__ = ("key", "packed", "stamps", "tensors")
+    __slots__ = ("key", "packed", "stamps", "storages", "tensors")
 
     def __init__(self) -> None:
         self.drop()
@@ -26,6 +26,8 @@ class PackCache:
         self.key: Any = None
         self.tensors: tuple[Tensor | None, ...] = ()
         self.stamps: tuple[tuple[int, int], ...] = ()
+        # `.to()` swaps a parameter's storage and not its version: a storage that lives on lends no one its address
+        self.storages: tuple[Tensor | None, ...] = ()
         self.packed: Any = None
 
     def __deepcopy__(self, memo: dict) -> PackCache:
@@ -43,19 +45,29 @@ def packed(cache: PackCache | None, key: Any, tensors: tuple[Tensor | None, ...]
     """
     if cache is None:
         return build()
-    stamps = tuple(_stamp(tensor) for tensor in tensors)
-    if cache.key == key and cache.stamps == stamps and _same(cache.tensors, tensors):
+    if cache.key == key and _unchanged(cache, tensors):
         return cache.packed
+    stamps = tuple(_stamp(tensor) for tensor in tensors)
     form = build()
     # the key goes first and comes back last, so that another thread never sees it beside a form that is not its own
     cache.key = None
     cache.packed, cache.tensors, cache.stamps = form, tensors, stamps
+    cache.storages = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
     cache.key = key
     return form
 
 
-def _same(left: tuple, right: tuple) -> bool:
-    return len(left) == len(right) and all(a is b for a, b in zip(left, right, strict=True))
+def _unchanged(cache: PackCache, tensors: tuple[Tensor | None, ...]) -> bool:
+    # a plain loop: it runs for every op of every forward
+    known = cache.tensors
+    if len(known) != len(tensors):
+        return False
+    for tensor, before, (address, version) in zip(tensors, known, cache.stamps, strict=True):
+        if tensor is not before:
+            return False
+        if tensor is not None and (tensor.data_ptr() != address or (version >= 0 and tensor._version != version)):
+            return False
+    return True
 
 
 def _stamp(tensor: Tensor | None) -> tuple[int, int]:
