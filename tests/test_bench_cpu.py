@@ -4,7 +4,10 @@ import dataclasses
 import json
 
 import instructions
+import peak
 import pytest
+import report
+import timing
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -65,3 +68,137 @@ def test_flops_are_about_the_published_ones(model, billions):
     """Table 2 of the paper, which counts a multiplication with its addition as one."""
     config = PVTConfig(**VARIANTS[f"pvt_v2_{model}"])
     assert testing.model_flops(config, 1, (224, 224)) / 2e9 == pytest.approx(billions, rel=0.1)
+
+
+def row(case="b0", ours=10.0, **fields) -> report.Row:
+    """A row in which pvt_fast took `ours` ms, and peers more, less, nothing as they failed, and less but wrongly."""
+
+    def cell(ms: float, error: float, note: str = "") -> dict:
+        return {"ms": ms, "ms_10": 0.9 * ms, "ms_90": 1.1 * ms, "calls": 5, "error": error, "note": note}
+
+    return {
+        "machine": "A CPU (avx2)",
+        "threads": 2,
+        "model": f"pvt_v2_{case}",
+        "batch": 1,
+        "size": 224,
+        "dtype": "fp32",
+        "date": "2026-01-31",
+        "versions": {"torch": "2.13.0"},
+        "gflop": 1.2,
+        "peaks": {"fp32": 240.0, "bf16": 3000.0, "read": 20.0},
+        "bound": 1e-6,
+        "contenders": {
+            "pvt_fast": cell(ours, 5e-7),
+            "timm": cell(20.0, 5e-7),
+            "openvino": cell(8.0, 1.9e-5, "asked for latency"),
+            "onnxruntime": {"failure": "NotImplementedError: it | cannot"},
+            "compile": cell(1.0, 2.1e-5),
+        },
+    } | fields
+
+
+def test_what_is_derived_from_a_row():
+    assert report.name(row()) == "b0 fp32 bs1 224px"
+    assert report.ratio(row(), "timm") == 2.0
+    assert report.ratio(row(ours=40.0), "timm") == 0.5
+    assert report.gflops(row(), "timm") == pytest.approx(60.0)
+    assert report.percent_of_peak(row(), "pvt_fast") == pytest.approx(50.0)
+    assert report.percent_of_peak(row(dtype="bf16"), "pvt_fast") == pytest.approx(4.0)
+    assert report.percent_of_peak(row(peaks={}), "pvt_fast") is None
+
+
+@pytest.mark.parametrize(("error", "wrong"), [(0.0, False), (1.9e-5, False), (2.1e-5, True), (float("nan"), True)])
+def test_an_answer_far_out_of_the_bound_is_wrong(error, wrong):
+    odd = row()
+    odd["contenders"]["timm"]["error"] = error
+    assert report.is_wrong(odd, "timm") is wrong
+
+
+def test_the_best_peer_answered_and_was_right():
+    assert report.best_peer(row()) == "openvino"
+    assert report.best_peer(row(contenders={"pvt_fast": row()["contenders"]["pvt_fast"]})) is None
+
+
+def test_a_case_measured_again_replaces_its_row_and_no_other():
+    earlier = [row(), row("b2"), row(dtype="bf16"), row(threads=4), row(size=512), row(machine="B")]
+    again = row("b2", ours=11.0, date="2026-02-01")
+    merged = report.merge(earlier, [again, row("b2", batch=8)])
+    assert len(merged) == 7
+    assert again in merged
+    assert earlier[1] not in merged
+    assert all(kept in merged for kept in earlier if kept is not earlier[1])
+    assert [(r["machine"], r["threads"], report.name(r)) for r in merged] == [
+        ("A CPU (avx2)", 2, "b0 fp32 bs1 224px"),
+        ("A CPU (avx2)", 2, "b0 bf16 bs1 224px"),
+        ("A CPU (avx2)", 2, "b0 fp32 bs1 512px"),
+        ("A CPU (avx2)", 2, "b2 fp32 bs1 224px"),
+        ("A CPU (avx2)", 2, "b2 fp32 bs8 224px"),
+        ("A CPU (avx2)", 4, "b0 fp32 bs1 224px"),
+        ("B", 2, "b0 fp32 bs1 224px"),
+    ]
+
+
+def test_markdown_has_every_figure():
+    lines = report.markdown([row(), row("b2", peaks={}, date="2026-02-01"), row(threads=1)]).splitlines()
+    assert [line for line in lines if line.startswith("#")] == [
+        "## A CPU (avx2), 2 threads",
+        "## A CPU (avx2), 1 thread",
+    ]
+    for line in (
+        "- 2026-01-31: torch 2.13.0",
+        "- 2026-02-01: torch 2.13.0",
+        "- peak fp32: 240.0 to 240.0 GFLOP/s over the rows",
+        "- memory read: 20.0 to 20.0 GB/s over the rows",
+        "| case | pvt_fast | timm | openvino | onnxruntime | compile | best peer | % of peak | measured |",
+        "| b0 fp32 bs1 224px | 10.0 | 20.0 (2.00) | 8.0 (0.80) | - | **wrong**: error 2e-05 | openvino 0.80 | 50 "
+        "| 2026-01-31 |",
+        "| b2 fp32 bs1 224px | 10.0 | 20.0 (2.00) | 8.0 (0.80) | - | **wrong**: error 2e-05 | openvino 0.80 | - "
+        "| 2026-02-01 |",
+        "| b0 fp32 bs1 224px | openvino | 8.00 | 7.20-8.80 | 0.80 | 150 | 62 | 1.9e-05 | asked for latency |",
+        "| b0 fp32 bs1 224px | compile | 1.00 | 0.90-1.10 | 0.10 | 1200 | 500 | 2.1e-05 "
+        "| **wrong**, at most 1.0e-06 is right |",
+        "| b0 fp32 bs1 224px | onnxruntime | - | - | - | - | - | - | did not run: NotImplementedError: it \\| cannot |",
+    ):
+        assert line in lines
+
+
+def test_a_row_without_some_peer_leaves_its_column_empty():
+    alone = row("b2", contenders={"pvt_fast": row()["contenders"]["pvt_fast"]})
+    assert "| b2 fp32 bs1 224px | 10.0 | - | - | - | - | - | 50 | 2026-01-31 |" in report.markdown([row(), alone])
+
+
+def test_a_folder_is_added_to(tmp_path):
+    assert report.load(tmp_path / "new") == []
+    report.save([row(), row(threads=1, contenders={"pvt_fast": row()["contenders"]["pvt_fast"]})], tmp_path / "new")
+    rows = report.load(tmp_path / "new")
+    assert len(rows) == 2
+    assert rows[0] == row()
+    assert (tmp_path / "new" / "cpu.md").read_text() == report.markdown(rows)
+    assert (tmp_path / "new" / "cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_spread_of_calls():
+    assert timing.spread([0.011, 0.001, 0.006, 0.002, 0.010, 0.004, 0.008, 0.003, 0.009, 0.005, 0.007]) == {
+        "ms": pytest.approx(6.0),
+        "ms_10": pytest.approx(2.0),
+        "ms_90": pytest.approx(10.0),
+        "calls": 11,
+    }
+
+
+def test_peaks_without_a_compiler_say_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(peak, "PROGRAM", tmp_path / "peak")
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    with pytest.raises(peak.Unavailable, match="no-such-compiler was not found; CXX names the C"):
+        peak.build()
+
+
+def test_peaks_are_medians(monkeypatch):
+    answers = iter([3, 1, 2])
+    monkeypatch.setattr(peak, "_run", lambda command: json.dumps({"fp32": next(answers), "read": 5}))
+    meter = peak.Meter("avx2", threads=2)
+    assert meter.medians() == {}
+    for _ in range(3):
+        meter.measure()
+    assert meter.medians() == {"fp32": 2, "read": 5}
