@@ -2,6 +2,7 @@
 
     python benchmarks/cpu.py --models b0,b2,b2_li --batch 1,8 --size 224,512 --dtype fp32,bf16 \
         --peers timm,compile,onnxruntime,openvino --threads 2 --out results/
+    python benchmarks/cpu.py --op --models b0,b2    # single ops against plain torch
 
 Every contender's logits are held against float64 before it is timed, and the error stands beside the time. Rounds go
 through the contenders one after the other, and through the machine's peaks, so that a change of clock or load meets all
@@ -24,6 +25,7 @@ from typing import Any
 
 import peak
 import report
+import single_ops
 import torch
 from contenders import CONTENDERS, Case, truth
 from rich.console import Console
@@ -164,6 +166,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.7, help="per contender and round")
     parser.add_argument("--out", type=Path, help="folder that cpu.json, cpu.md and cpu.png are made or merged in")
+    parser.add_argument("--op", action="store_true", help="single ops against plain torch, printed; without peers")
     options = parser.parse_args()
     options.models = [f"pvt_v2_{model.removeprefix('pvt_v2_')}" for model in options.models]
     for option, given, known in (
@@ -174,6 +177,8 @@ def parse() -> argparse.Namespace:
         for word in given:
             if word not in known:
                 parser.error(f"{option} must be among {', '.join(known)}; got {word}")
+    if options.op and options.out:
+        parser.error(f"--out must be left out with --op, which prints only; got {options.out}")
     return options
 
 
@@ -189,12 +194,17 @@ def main() -> None:
         console.print(f"The machine's peaks are not measured: {escape(str(error))}")
         peaks = False
     with Progress(console=console) as progress:
-        rows = []
-        for case in progress.track(cases, description="cases"):
-            rows.append(compare(case, options, peaks, progress))
-            if options.out:
-                report.save(report.merge(report.load(options.out), rows), options.out)
-    print(report.markdown(rows))
+        if options.op:
+            where = report.where(cpu_name(), options.threads)
+            table = f"## {where}\n\n{single_ops.compare(cases, options, peaks, progress)}"
+        else:
+            rows = []
+            for case in progress.track(cases, description="cases"):
+                rows.append(compare(case, options, peaks, progress))
+                if options.out:
+                    report.save(report.merge(report.load(options.out), rows), options.out)
+            table = report.markdown(rows)
+    print(table)
 
 
 if __name__ == "__main__":

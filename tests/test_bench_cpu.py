@@ -7,11 +7,13 @@ import instructions
 import peak
 import pytest
 import report
+import single_ops
 import timing
 import torch
+from contenders import Case
 from torch.utils.flop_counter import FlopCounterMode
 
-from pvt_fast import PVT_V2, testing
+from pvt_fast import PVT_V2, reference, testing
 from pvt_fast.config import VARIANTS, PVTConfig
 
 
@@ -185,6 +187,28 @@ def test_spread_of_calls():
         "ms_90": pytest.approx(10.0),
         "calls": 11,
     }
+
+
+def test_ops_of_the_models_are_timed_once_each():
+    ops = single_ops.op_cases([Case("pvt_v2_b1", 1, 64, dtype) for dtype in ("fp32", "bf16")] * 2)
+    assert len(ops) == len(set(ops)) == 2 * 3 * 4
+    assert single_ops.op_cases([Case(f"pvt_v2_{m}", 1, 64, "fp32") for m in ("b1", "b3")]) == ops[:12]
+
+
+def test_a_line_of_single_ops():
+    op = testing.MlpCase(2, (4, 6), 8, 32)
+    arguments = op.make(torch.float32)
+    x = 2 * 24 * 8
+    weights = (8 + 8) + (32 * 8 + 32) + (32 * 9 + 32) + (8 * 32 + 8)
+    moved = single_ops.least_bytes(arguments, testing.run(reference, op, arguments))
+    assert moved == 4 * (2 * x + weights)
+    gflop = 2 * 48 * 32 * (8 + 9 + 8) / 1e9
+    peaks = {"fp32": gflop / 2e-3, "bf16": 1.0, "read": moved / 1e9 / 1e-3}
+    assert single_ops.line(op, "fp32", [4e-3] * 3, [6e-3] * 3, moved, peaks) == [
+        str(op), "fp32", "4.000", "4.000-4.000", "6.000", "1.50", f"{gflop / 4e-3:.1f}", "50",
+        f"{moved / 1e6:.2f}", f"{moved / 4e-3 / 1e9:.2f}", "25",
+    ]  # fmt: skip
+    assert single_ops.line(op, "fp32", [4e-3] * 3, [6e-3] * 3, moved, {})[7::3] == ["-", "-"]
 
 
 def test_peaks_without_a_compiler_say_so(tmp_path, monkeypatch):
