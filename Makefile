@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # what the editable install is built from
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test lint wheel cpp-test sanitize bench-cpu clean
+.PHONY: setup demo test lint wheel cpp-test sanitize bench-cpu instructions instructions-update clean
 
 setup: $(VENV)/.demo
 
@@ -21,13 +21,13 @@ test: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES))
+	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES)) $(wildcard benchmarks/*.cpp)
 	$(BIN)/mypy
 
 # the kernels without Python: every op on every ISA that this CPU runs, against loops in double
 CXXFLAGS := -std=c++17 -ffp-contract=fast -fno-math-errno -fopenmp -Wall -Wextra \
 	-Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized -Icsrc
-KERNELS := csrc/isa.cpp csrc/parallel.cpp $(wildcard csrc/isa/*.cpp) csrc/tests/test_kernels.cpp
+KERNELS := csrc/isa.cpp csrc/parallel.cpp $(wildcard csrc/isa/*.cpp)
 
 cpp-test: build/test_kernels
 	build/test_kernels
@@ -37,15 +37,27 @@ sanitize: build/test_kernels_sanitized
 
 build/test_kernels: $(SOURCES)
 	mkdir -p build
-	$(CXX) $(CXXFLAGS) -O3 $(KERNELS) -o $@
+	$(CXX) $(CXXFLAGS) -O3 $(KERNELS) csrc/tests/test_kernels.cpp -o $@
 
 build/test_kernels_sanitized: $(SOURCES)
 	mkdir -p build
-	$(CXX) $(CXXFLAGS) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined $(KERNELS) -o $@
+	$(CXX) $(CXXFLAGS) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined $(KERNELS) \
+		csrc/tests/test_kernels.cpp -o $@
 
 bench-cpu: $(VENV)/.bench
 	$(BIN)/python benchmarks/cpu.py --models b0,b2,b2_li --peers timm,compile,onnxruntime,openvino \
 		--out benchmarks/results
+
+# counts of executed instructions against the committed ones; wants valgrind, no Python package
+instructions: build/instructions
+	$(PYTHON) benchmarks/instructions.py $<
+
+instructions-update: build/instructions
+	$(PYTHON) benchmarks/instructions.py $< --update
+
+build/instructions: $(SOURCES) benchmarks/instructions.cpp
+	mkdir -p build
+	$(CXX) $(CXXFLAGS) -O3 $(KERNELS) benchmarks/instructions.cpp -o $@
 
 wheel: $(VENV)/.created
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -1,6 +1,7 @@
-"""Single ops at the stage shapes of b0 and b2, by pytest-benchmark: `pytest benchmarks/bench_ops.py`.
+"""Single ops at the stage shapes of b0, b2 and b2_li, by pytest-benchmark: `pytest benchmarks/bench_ops.py`.
 
-Each op's answer is held against float64 before its clock starts. Compare rows of one run only.
+For a saved history (--benchmark-save, --benchmark-compare) and a profiler's runs; `cpu.py --op` sets the times against
+the machine's peaks. Each op's answer is held against float64 before its clock starts. Compare rows of one run only.
 """
 
 from __future__ import annotations
@@ -9,18 +10,12 @@ import pytest
 import torch
 
 from pvt_fast import cpp, dispatch, reference, testing
-from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase
+from pvt_fast.config import VARIANTS, PVTConfig
 
-CASES: list[testing.Case] = [
-    PatchEmbedCase(1, (224, 224), 3, 64, kernel=7, stride=4),
-    PatchEmbedCase(1, (56, 56), 64, 128, layout="nhwc"),
-]
-for dims in ((32, 64, 160, 256), (64, 128, 320, 512)):
-    for stage, (dim, heads, ratio, sr) in enumerate(zip(dims, (1, 2, 5, 8), (8, 8, 4, 4), (8, 4, 2, 1), strict=True)):
-        side = 56 >> stage
-        CASES.append(MlpCase(1, (side, side), dim, ratio * dim))
-        CASES.append(AttentionCase(1, (side, side), dim, heads, sr_ratio=sr))
-        CASES.append(AttentionCase(1, (side, side), dim, heads, linear=True))
+MODELS = ("pvt_v2_b0", "pvt_v2_b2", "pvt_v2_b2_li")
+CASES = list(
+    dict.fromkeys(case for m in MODELS for case in testing.model_cases(PVTConfig(**VARIANTS[m]), 1, (224, 224)))
+)
 
 
 @pytest.mark.parametrize("backend", [cpp, reference], ids=["cpp", "reference"])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from timing import burst
 from torch import Tensor, nn
 
 import pvt_fast
@@ -35,6 +36,13 @@ class Case(NamedTuple):
 
 
 Call = Callable[[], Tensor]
+
+
+class Ready(NamedTuple):
+    """A contender that can be called, and what is to be told beside its time."""
+
+    call: Call
+    note: str = ""
 
 
 def make_model(case: Case) -> pvt_fast.PVT_V2:
@@ -62,10 +70,10 @@ def truth(case: Case) -> tuple[Tensor, Tensor]:
         return model.double()(images.double()), same
 
 
-def pvt_fast_cpp(case: Case) -> Call:
+def pvt_fast_cpp(case: Case) -> Ready:
     model, images = make_model(case).to(case.torch_dtype), make_images(case).to(case.torch_dtype)
     model.backend = "cpp"
-    return lambda: model(images)
+    return Ready(lambda: model(images))
 
 
 def timm_model(case: Case) -> nn.Module:
@@ -87,22 +95,22 @@ def _timm_key(key: str) -> str:
     return re.sub(r"^(block|norm)(\d)", lambda m: f"stages.{int(m[2]) - 1}.{m[1].replace('block', 'blocks')}", key)
 
 
-def timm_eager(case: Case) -> Call:
+def timm_eager(case: Case) -> Ready:
     model = timm_model(case).to(case.torch_dtype).to(memory_format=torch.channels_last)
     images = make_images(case).to(case.torch_dtype).to(memory_format=torch.channels_last)
-    return lambda: model(images)
+    return Ready(lambda: model(images))
 
 
-def torch_compile(case: Case) -> Call:
+def torch_compile(case: Case) -> Ready:
     import torch._inductor.config as inductor
 
     inductor.freezing = True
     model, images = timm_model(case).to(case.torch_dtype), make_images(case).to(case.torch_dtype)
     compiled = torch.compile(model)
-    return lambda: compiled(images)
+    return Ready(lambda: compiled(images))
 
 
-def onnxruntime(case: Case) -> Call:
+def onnxruntime(case: Case) -> Ready:
     if case.dtype != "fp32":
         raise NotImplementedError("its CPU provider computes in float32")
     import onnxruntime as ort
@@ -115,21 +123,24 @@ def onnxruntime(case: Case) -> Call:
         torch.onnx.export(timm_model(case), (images,), path, dynamo=True, verbose=False, input_names=["images"])
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {"images": images.numpy()}
-    return lambda: torch.from_numpy(session.run(None, feed)[0])
+    return Ready(lambda: torch.from_numpy(session.run(None, feed)[0]))
 
 
-def openvino(case: Case) -> Call:
+def openvino(case: Case) -> Ready:
+    """Asked for latency; of a larger batch also for throughput, and what is faster in a short trial counts."""
+    calls = {"latency": _openvino_latency(case)}
+    if case.batch > 1:
+        calls["throughput"] = _openvino_throughput(case)
+    hint = min(calls, key=lambda hint: min(burst(calls[hint], 0)))
+    return Ready(calls[hint], f"asked for {hint}")
+
+
+def _openvino_latency(case: Case) -> Call:
+    """The batch as one request."""
     import openvino as ov
 
     images = make_images(case)
-    core = ov.Core()
-    config = {
-        "PERFORMANCE_HINT": "LATENCY" if case.batch == 1 else "THROUGHPUT",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[case.dtype],
-    }
-    model = ov.convert_model(timm_model(case), example_input=images, input=[images.shape])
-    request = core.compile_model(model, "CPU", config).create_infer_request()
+    request = _openvino_model(case, images, "LATENCY").create_infer_request()
     request.set_input_tensor(ov.Tensor(images.numpy()))
 
     def call() -> Tensor:
@@ -139,7 +150,42 @@ def openvino(case: Case) -> Call:
     return call
 
 
-CONTENDERS: dict[str, Callable[[Case], Call]] = {
+def _openvino_throughput(case: Case) -> Call:
+    """The batch as requests of one image, as many at once as OpenVINO wants: one request would fill one stream only."""
+    import openvino as ov
+
+    images = make_images(case)
+    queue = ov.AsyncInferQueue(_openvino_model(case, images[:1], "THROUGHPUT"))
+    inputs = [ov.Tensor(image[None].numpy()) for image in images]
+    logits: list[Tensor] = [torch.empty(0)] * case.batch
+
+    def keep(request, index: int) -> None:
+        logits[index] = torch.from_numpy(request.get_output_tensor().data[0].copy())
+
+    queue.set_callback(keep)
+
+    def call() -> Tensor:
+        for index, image in enumerate(inputs):
+            queue.start_async({0: image}, index)
+        queue.wait_all()
+        return torch.stack(logits)
+
+    return call
+
+
+def _openvino_model(case: Case, images: Tensor, hint: str):
+    import openvino as ov
+
+    config = {
+        "PERFORMANCE_HINT": hint,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[case.dtype],
+    }
+    model = ov.convert_model(timm_model(case), example_input=images, input=[images.shape])
+    return ov.Core().compile_model(model, "CPU", config)
+
+
+CONTENDERS: dict[str, Callable[[Case], Ready]] = {
     "pvt_fast": pvt_fast_cpp,
     "timm": timm_eager,
     "compile": torch_compile,

@@ -1,35 +1,44 @@
 """Whole models on CPUs: pvt_fast against what else runs them, each contender in a process of its own, in turns.
 
-    python benchmarks/cpu.py --models b0,b2,b2_li --batch 1,8 --size 224 --dtype fp32,bf16 --peers timm,compile
+    python benchmarks/cpu.py --models b0,b2,b2_li --batch 1,8 --size 224,512 --dtype fp32,bf16 \
+        --peers timm,compile,onnxruntime,openvino --threads 2 --out results/
+    python benchmarks/cpu.py --op --models b0,b2    # single ops against plain torch
 
 Every contender's logits are held against float64 before it is timed, and the error stands beside the time. Rounds go
-through the contenders one after the other, so that a change of clock or load meets all alike; medians of all rounds
-count, and only ratios within one run compare.
+through the contenders one after the other, and through the machine's peaks, so that a change of clock or load meets all
+alike; medians of all rounds count, and only ratios within one run compare. A folder given twice is added to: cases
+measured again replace their rows.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing as mp
 import platform
 import re
-import time
 from datetime import date
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
+import peak
+import report
+import single_ops
 import torch
 from contenders import CONTENDERS, Case, truth
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
+from timing import burst, spread
 
 import pvt_fast
-from pvt_fast import cpp
+from pvt_fast import cpp, testing
+from pvt_fast.config import VARIANTS, PVTConfig
+
+# The package whose version is told of a contender, besides torch.
+PACKAGES = {"timm": "timm", "compile": "timm", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 
 
 def serve(connection: Connection, name: str, case: Case, threads: int) -> None:
@@ -37,32 +46,20 @@ def serve(connection: Connection, name: str, case: Case, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            call = CONTENDERS[name](case)
+            call, note = CONTENDERS[name](case)
             for _ in range(3):
                 logits = call()
-            connection.send(("ready", logits.double()))
+            connection.send(("ready", (logits.double(), note)))
             while (seconds := connection.recv()) is not None:
                 connection.send(("times", burst(call, seconds)))
     except Exception as error:  # the comparison goes on without this contender and says why
         connection.send(("failed", f"{type(error).__name__}: {error}".splitlines()[0][:200]))
 
 
-def burst(call: Any, seconds: float) -> list[float]:
-    """Seconds of each call for about that long, at least three; one call before them wakes the threads."""
-    call()
-    times = []
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return times
-
-
 class Contender:
     """The parent's end of a contender's process."""
 
-    def __init__(self, name: str, case: Case, threads: int) -> None:
+    def __init__(self, name: str, case: Case, exact: torch.Tensor, threads: int) -> None:
         self.name = name
         context = mp.get_context("spawn")
         self.connection, child = context.Pipe()
@@ -70,9 +67,13 @@ class Contender:
         self.process.start()
         child.close()
         self.times: list[float] = []
+        self.failure: str | None = None
         kind, value = self._receive()
-        self.failure = value if kind == "failed" else None
-        self.logits = value if kind == "ready" else None
+        if kind == "failed":
+            self.failure = value
+        else:
+            logits, self.note = value
+            self.error = float((logits - exact).abs().max())
 
     def _receive(self) -> tuple[str, Any]:
         try:
@@ -81,6 +82,8 @@ class Contender:
             return "failed", f"its process ended with status {self.process.exitcode}"
 
     def burst(self, seconds: float) -> None:
+        if self.failure:
+            return
         self.connection.send(seconds)
         kind, value = self._receive()
         if kind == "failed":
@@ -94,71 +97,51 @@ class Contender:
         self.process.join(timeout=10)
         self.process.kill()
 
+    def cell(self) -> dict[str, Any]:
+        """Its part of the row."""
+        if self.failure:
+            return {"failure": self.failure}
+        return {**spread(self.times), "error": self.error, "note": self.note}
 
-def compare(case: Case, names: list[str], options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+
+def compare(case: Case, options: argparse.Namespace, peaks: bool, progress: Progress) -> report.Row:
     """Time one case; its row of the report."""
+    names = [report.OURS, *(peer for peer in options.peers if peer != report.OURS)]
     task = progress.add_task(str(case), total=len(names) + options.rounds)
     exact, plain = truth(case)
     bound = 2 * float((plain - exact).abs().max()) + torch.finfo(case.torch_dtype).eps * float(exact.abs().max())
     contenders = []
     for name in names:
-        contenders.append(Contender(name, case, options.threads))
+        contenders.append(Contender(name, case, exact, options.threads))
         progress.advance(task)
-    running = [c for c in contenders if c.failure is None]
-    ours = next(c for c in contenders if c.name == "pvt_fast")
+    ours = contenders[0]
     if ours.failure:
         raise SystemExit(f"cpu.py: pvt_fast failed on {case}: {ours.failure}")
-    error = {c.name: float((c.logits - exact).abs().max()) for c in running}
-    if error["pvt_fast"] > bound:
-        raise SystemExit(
-            f"cpu.py: pvt_fast errs by {error['pvt_fast']:.2e} on {case}, the parity rule allows {bound:.2e}"
-        )
+    if ours.error > bound:
+        raise SystemExit(f"cpu.py: pvt_fast errs by {ours.error:.2e} on {case}, the parity rule allows {bound:.2e}")
+    meter = peak.Meter(cpp.isa(), options.threads)
     for _ in range(options.rounds):
-        for contender in running:
+        for contender in contenders:
             contender.burst(options.seconds)
+        if peaks:
+            meter.measure()
         progress.advance(task)
     for contender in contenders:
         contender.close()
     progress.remove_task(task)
-    row: dict[str, Any] = {"case": str(case), **case._asdict(), "contenders": {}}
-    for contender in contenders:
-        if contender.failure:
-            row["contenders"][contender.name] = {"failure": contender.failure}
-            continue
-        ms = [1e3 * t for t in contender.times]
-        deciles = quantiles(ms, n=10)
-        row["contenders"][contender.name] = {
-            "ms": median(ms),
-            "ms_10": deciles[0],
-            "ms_90": deciles[-1],
-            "calls": len(ms),
-            "error": error[contender.name],
-            "ratio": median(ms) / (1e3 * median(ours.times)),
-        }
-    return row
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The report as a Markdown table: median ms, and in brackets the ratio of its time to ours."""
-    names = report["contenders"]
-    lines = [
-        f"{report['cpu']}, {report['threads']} threads, {report['date']}; "
-        + ", ".join(f"{package} {number}" for package, number in report["versions"].items()),
-        "",
-        "| case | " + " | ".join(names) + " |",
-        "|---" * (len(names) + 1) + "|",
-    ]
-    for row in report["rows"]:
-        cells = []
-        for name in names:
-            cell = row["contenders"][name]
-            if "failure" in cell:
-                cells.append("-")
-            else:
-                ratio = "" if name == "pvt_fast" else f" ({cell['ratio']:.2f})"
-                cells.append(f"{cell['ms']:.1f}{ratio}")
-        lines.append(f"| {row['case']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return {
+        "machine": cpu_name(),
+        "threads": options.threads,
+        **case._asdict(),
+        "date": date.today().isoformat(),
+        "versions": {
+            package: version(package) for package in ("torch", *(PACKAGES[n] for n in names if n in PACKAGES))
+        },
+        "gflop": testing.model_flops(PVTConfig(**VARIANTS[case.model]), case.batch, (case.size, case.size)) / 1e9,
+        "peaks": meter.medians(),
+        "bound": bound,
+        "contenders": {contender.name: contender.cell() for contender in contenders},
+    }
 
 
 def cpu_name() -> str:
@@ -170,60 +153,58 @@ def parse() -> argparse.Namespace:
     def words(text: str) -> list[str]:
         return [word for word in text.split(",") if word]
 
+    def numbers(text: str) -> list[int]:
+        return [int(word) for word in words(text)]
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=words, default=["b0", "b2", "b2_li"], help="comma-separated, e.g. b0,b2_li")
-    parser.add_argument("--batch", type=words, default=["1"])
-    parser.add_argument("--size", type=words, default=["224"], help="image side in pixels")
-    parser.add_argument("--dtype", type=words, default=["fp32", "bf16"])
+    parser.add_argument("--batch", type=numbers, default=[1])
+    parser.add_argument("--size", type=numbers, default=[224], help="image side in pixels")
+    parser.add_argument("--dtype", type=words, default=list(report.DTYPES))
     parser.add_argument("--peers", type=words, default=["timm", "compile"], help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.7, help="per contender and round")
-    parser.add_argument("--out", type=Path, help="folder for cpu.json and cpu.md")
+    parser.add_argument("--out", type=Path, help="folder that cpu.json, cpu.md and cpu.png are made or merged in")
+    parser.add_argument("--op", action="store_true", help="single ops against plain torch, printed; without peers")
     options = parser.parse_args()
+    options.models = [f"pvt_v2_{model.removeprefix('pvt_v2_')}" for model in options.models]
     for option, given, known in (
-        ("--models", [f"pvt_v2_{m}" for m in options.models], pvt_fast.list_models()),
-        ("--dtype", options.dtype, ["fp32", "bf16"]),
-        ("--peers", options.peers, list(CONTENDERS)),
+        ("--models", options.models, pvt_fast.list_models()),
+        ("--dtype", options.dtype, report.DTYPES),
+        ("--peers", options.peers, CONTENDERS),
     ):
         for word in given:
             if word not in known:
                 parser.error(f"{option} must be among {', '.join(known)}; got {word}")
+    if options.op and options.out:
+        parser.error(f"--out must be left out with --op, which prints only; got {options.out}")
     return options
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    names = ["pvt_fast", *(peer for peer in options.peers if peer != "pvt_fast")]
-    cases = [
-        Case(f"pvt_v2_{model}", int(batch), int(size), dtype)
-        for model, batch, size, dtype in itertools.product(options.models, options.batch, options.size, options.dtype)
-    ]
-    packages = {"timm": "timm", "compile": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
-    report: dict[str, Any] = {
-        "cpu": cpu_name(),
-        "threads": options.threads,
-        "date": date.today().isoformat(),
-        "versions": {"torch": version("torch")} | {packages[n]: version(packages[n]) for n in names if n in packages},
-        "contenders": names,
-        "rows": [],
-    }
-    with Progress(console=Console(stderr=True)) as progress:
-        for case in progress.track(cases, description="cases"):
-            report["rows"].append(compare(case, names, options, progress))
-            if options.out:
-                options.out.mkdir(parents=True, exist_ok=True)
-                (options.out / "cpu.json").write_text(json.dumps(report, indent=1) + "\n")
-                (options.out / "cpu.md").write_text(markdown(report))
-    print(markdown(report))
-    for row in report["rows"]:
-        for name, cell in row["contenders"].items():
-            print(
-                f"{row['case']:28} {name:12}",
-                cell.get("failure")
-                or f"{cell['ms']:8.2f} ms [{cell['ms_10']:.2f}, {cell['ms_90']:.2f}]  error {cell['error']:.1e}",
-            )
+    console = Console(stderr=True)
+    cases = [Case(*chosen) for chosen in itertools.product(options.models, options.batch, options.size, options.dtype)]
+    try:
+        peak.build()
+        peaks = True
+    except peak.Unavailable as error:
+        console.print(f"The machine's peaks are not measured: {escape(str(error))}")
+        peaks = False
+    with Progress(console=console) as progress:
+        if options.op:
+            where = report.where(cpu_name(), options.threads)
+            table = f"## {where}\n\n{single_ops.compare(cases, options, peaks, progress)}"
+        else:
+            rows = []
+            for case in progress.track(cases, description="cases"):
+                rows.append(compare(case, options, peaks, progress))
+                if options.out:
+                    report.save(report.merge(report.load(options.out), rows), options.out)
+            table = report.markdown(rows)
+    print(table)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .config import conv_size
+from .config import LINEAR_POOL_SIZE, PVTConfig, conv_size
 from .ops import AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
 from .prepack import PackCache
 
@@ -91,7 +91,7 @@ class AttentionCase:
         return x, self.hw, weights, spec, draw.residual_scale(self.batch) if self.scale_residual else None
 
     def keys(self) -> int:
-        return 49 if self.linear else (self.hw[0] // self.sr_ratio) * (self.hw[1] // self.sr_ratio)
+        return LINEAR_POOL_SIZE**2 if self.linear else (self.hw[0] // self.sr_ratio) * (self.hw[1] // self.sr_ratio)
 
     def gemm_flops(self) -> int:
         tokens, keys, c = math.prod(self.hw), self.keys(), self.channels
@@ -202,6 +202,30 @@ CASES: tuple[Case, ...] = (
     MlpCase(1, (1, 1), 48, 96),
     MlpCase(0, (4, 4), 16, 64),
 )
+
+
+def model_cases(config: PVTConfig, batch: int, hw: tuple[int, int]) -> list[Case]:
+    """Every call of these three ops in one forward pass on images (batch, in_channels, *hw), in order."""
+    cases: list[Case] = []
+    channels = config.in_channels
+    for stage, size in enumerate(config.map_sizes(*hw)):
+        kernel, stride = config.patch(stage)
+        dim, heads, sr_ratio = config.embed_dims[stage], config.num_heads[stage], config.sr_ratios[stage]
+        # later stages read the tokens of the one before, which are channels-last
+        cases.append(PatchEmbedCase(batch, hw, channels, dim, kernel, stride, "nhwc" if stage else "nchw"))
+        attention = AttentionCase(
+            batch, size, dim, heads, 1 if config.linear else sr_ratio, config.linear, config.qkv_bias
+        )
+        mlp = MlpCase(batch, size, dim, config.hidden_dims[stage], relu=config.linear)
+        cases += [attention, mlp] * config.depths[stage]
+        hw, channels = size, dim
+    return cases
+
+
+def model_flops(config: PVTConfig, batch: int, hw: tuple[int, int]) -> int:
+    """Multiplications and additions of a forward pass in its matrix products and convolutions; nothing else counts."""
+    head = 2 * batch * config.embed_dims[-1] * config.num_classes
+    return head + sum(case.gemm_flops() for case in model_cases(config, batch, hw))
 
 
 def backend_arguments(arguments: Any, transform: Any) -> Any:

@@ -1,0 +1,221 @@
+"""The report of whole-model comparisons: rows that merge over runs, and what is derived from them.
+
+A row is one case measured in one run: `machine`, `threads`, the fields of the case, `date`, `versions`, `gflop` of one
+call, `peaks` in GFLOP/s and GB/s (empty where they were not measured), `bound` of the error that the parity rule
+allows, and `contenders`: for each `ms`, `ms_10`, `ms_90`, `calls`, `error`, `note`, or only `failure`. Ratios are of
+times within a row, to those of pvt_fast; times of different rows do not compare.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+OURS = "pvt_fast"
+DTYPES = ("fp32", "bf16")
+# A contender that errs by this many times what the parity rule allows computes something else: its time counts nothing.
+WRONG_FACTOR = 20
+
+
+def name(row: Row) -> str:
+    return f"{row['model'].removeprefix('pvt_v2_')} {row['dtype']} bs{row['batch']} {row['size']}px"
+
+
+def key(row: Row) -> tuple:
+    """What makes two rows measurements of the same; and their order in a report."""
+    return (row["machine"], row["threads"], row["model"], row["size"], row["batch"], DTYPES.index(row["dtype"]))
+
+
+def merge(rows: list[Row], new: list[Row]) -> list[Row]:
+    """Rows of earlier runs, those measured again replaced."""
+    return sorted(({key(row): row for row in rows} | {key(row): row for row in new}).values(), key=key)
+
+
+def is_wrong(row: Row, contender: str) -> bool:
+    return not row["contenders"][contender]["error"] <= WRONG_FACTOR * row["bound"]
+
+
+def ratio(row: Row, contender: str) -> float:
+    """How many times as long as pvt_fast."""
+    return row["contenders"][contender]["ms"] / row["contenders"][OURS]["ms"]
+
+
+def best_peer(row: Row) -> str | None:
+    """The fastest of the others, of those whose answer is right."""
+    peers = [p for p, cell in row["contenders"].items() if p != OURS and "ms" in cell and not is_wrong(row, p)]
+    return min(peers, key=lambda peer: ratio(row, peer), default=None)
+
+
+def gflops(row: Row, contender: str) -> float:
+    return row["gflop"] / (row["contenders"][contender]["ms"] / 1e3)
+
+
+def percent_of_peak(row: Row, contender: str) -> float | None:
+    return 100 * gflops(row, contender) / row["peaks"][row["dtype"]] if row["peaks"] else None
+
+
+def markdown(rows: list[Row]) -> str:
+    """Per machine and number of threads: a table of medians, and one of every figure."""
+    sections = []
+    for title, group in groupby(rows, key=_where):
+        of_machine = list(group)
+        sections.append(f"## {title}")
+        sections.append("\n".join(_origin(of_machine)))
+        sections.append(
+            "Median ms of a call, and in brackets how many times as long as pvt_fast it took; `% of peak` is that of "
+            "pvt_fast's arithmetic."
+        )
+        sections.append(table(*_medians(of_machine)))
+        sections.append(table(*_figures(of_machine)))
+    return "\n\n".join(sections) + "\n"
+
+
+def where(machine: str, threads: int) -> str:
+    return f"{machine}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _where(row: Row) -> str:
+    return where(row["machine"], row["threads"])
+
+
+def _origin(rows: list[Row]) -> list[str]:
+    lines = {}
+    for row in rows:
+        versions = ", ".join(f"{package} {number}" for package, number in row["versions"].items())
+        lines.setdefault(f"- {row['date']}: {versions}", None)
+    for unit, figures in (("GFLOP/s", DTYPES), ("GB/s", ("read",))):
+        for figure in figures:
+            values = [row["peaks"][figure] for row in rows if row["peaks"]]
+            if values:
+                what = "memory read" if figure == "read" else f"peak {figure}"
+                lines[f"- {what}: {min(values):.1f} to {max(values):.1f} {unit} over the rows"] = None
+    return list(lines)
+
+
+def _medians(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    contenders = list(dict.fromkeys(contender for row in rows for contender in row["contenders"]))
+    lines = []
+    for row in rows:
+        best = best_peer(row)
+        lines.append(
+            [
+                name(row),
+                *(_cell(row, contender) for contender in contenders),
+                "-" if best is None else f"{best} {ratio(row, best):.2f}",
+                _percent(row, OURS),
+                row["date"],
+            ]
+        )
+    return ["case", *contenders, "best peer", "% of peak", "measured"], lines
+
+
+def _cell(row: Row, contender: str) -> str:
+    cell = row["contenders"].get(contender)
+    if cell is None or "failure" in cell:
+        return "-"
+    if is_wrong(row, contender):
+        return f"**wrong**: error {cell['error']:.0e}"
+    if contender == OURS:
+        return f"{cell['ms']:.1f}"
+    return f"{cell['ms']:.1f} ({ratio(row, contender):.2f})"
+
+
+def _figures(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    lines = []
+    for row in rows:
+        for contender, cell in row["contenders"].items():
+            if "failure" in cell:
+                lines.append([name(row), contender, *["-"] * 6, f"did not run: {cell['failure']}"])
+                continue
+            remark = f"**wrong**, at most {row['bound']:.1e} is right" if is_wrong(row, contender) else ""
+            lines.append(
+                [
+                    name(row),
+                    contender,
+                    f"{cell['ms']:.2f}",
+                    f"{cell['ms_10']:.2f}-{cell['ms_90']:.2f}",
+                    f"{ratio(row, contender):.2f}",
+                    f"{gflops(row, contender):.0f}",
+                    _percent(row, contender),
+                    f"{cell['error']:.1e}",
+                    "; ".join(filter(None, (cell["note"], remark))),
+                ]
+            )
+    return ["case", "contender", "ms", "10-90 %", "ratio", "GFLOP/s", "% of peak", "error", "note"], lines
+
+
+def _percent(row: Row, contender: str) -> str:
+    percent = percent_of_peak(row, contender)
+    return "-" if percent is None else f"{percent:.0f}"
+
+
+def table(heading: list[str], lines: list[list[str]]) -> str:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return "\n".join([line(heading), "|---" * len(heading) + "|", *map(line, lines)])
+
+
+def chart(rows: list[Row], path: Path) -> None:
+    """Bars of the ratios, a group for each case, a panel for each machine and number of threads."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    panels = [list(group) for _, group in groupby(rows, key=_where)]
+    peers = list(dict.fromkeys(peer for row in rows for peer in row["contenders"] if peer != OURS))
+    height = 0.8 / max(len(peers), 1)
+    bars = [len(panel) * max(len(peers), 1) for panel in panels]
+    figure, axes = pyplot.subplots(
+        len(panels),
+        figsize=(9, 0.24 * sum(bars) + 1.5 * len(panels)),
+        height_ratios=bars,
+        squeeze=False,
+        layout="constrained",
+    )
+    for panel, axis in zip(panels, axes[:, 0], strict=True):
+        for place, peer in enumerate(peers):
+            shown = [
+                (line + (place - (len(peers) - 1) / 2) * height, ratio(row, peer), row["contenders"][peer]["ms"])
+                for line, row in enumerate(panel)
+                if "ms" in row["contenders"].get(peer, {}) and not is_wrong(row, peer)
+            ]
+            drawn = axis.barh([y for y, _, _ in shown], [r for _, r, _ in shown], height, label=peer, color=f"C{place}")
+            labels = [f"{r:.2f}  ({ms:.1f} ms)" for _, r, ms in shown]
+            plate = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the line at 1
+            axis.bar_label(drawn, labels, padding=3, fontsize=7, bbox=plate)
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_yticks(
+            range(len(panel)), [f"{name(row)}\n{row['contenders'][OURS]['ms']:.1f} ms" for row in panel], fontsize=8
+        )
+        axis.invert_yaxis()
+        axis.margins(x=0.2)
+        axis.set_xlabel(
+            "time as a multiple of pvt_fast's, whose own stands below each case; right of the line is slower"
+        )
+        dates = sorted({row["date"] for row in panel})
+        when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+        axis.set_title(f"{_where(panel[0])}, {when}", fontsize=9, loc="left")
+    if peers:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(peers), fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def load(folder: Path) -> list[Row]:
+    """Rows of earlier runs into that folder."""
+    path = folder / "cpu.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def save(rows: list[Row], folder: Path) -> None:
+    """cpu.json, cpu.md and cpu.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cpu.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    (folder / "cpu.md").write_text(markdown(rows))
+    chart(rows, folder / "cpu.png")
