@@ -9,7 +9,13 @@ constexpr int kPanel = 2 * kLanes;
 
 // Rows of the largest register tile. 32 registers: 14 x 2 accumulators + 2 of the panel + 1 broadcast; 16 registers:
 // 6 x 2 + 2 + 1; the scalar ISA's 16 registers of 4 lanes need a spare for the product: 4 x 2 + 2 + 1 + 1.
+#ifdef PVT_NEON
+// 32 registers of 4 lanes: 10 x 2 + 2 + 10, a row's value being loaded into a register of its own, of which fmla takes
+// one lane. At 12 x 2 GCC 12 spills accumulators inside the loop, as it loads the rows' values ahead.
+constexpr int kTileRows = 10;
+#else
 constexpr int kTileRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
+#endif
 
 // k is padded with zero weights to a multiple of this, and rows must be readable (and finite) that far.
 template <class E>
