@@ -35,7 +35,7 @@ DTYPE_IDS = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16",
 # The dtypes a backend is tested in: all that it claims on the device it is tested on.
 DTYPES = {
     "reference": (torch.float64, torch.float32, torch.bfloat16),
-    "cpp": (torch.float32, torch.bfloat16),
+    "cpp": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
 
@@ -62,6 +62,12 @@ class Target(NamedTuple):
     @property
     def interpreted(self) -> bool:
         return self.backend == "triton" and self.device == "cpu"
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Those of the backend; float16, which "cpp" hands to its float32 kernels, on the best instruction set only."""
+        best = self.isa is None or self.isa == self.module.isas()[0]
+        return tuple(dtype for dtype in DTYPES[self.backend] if best or dtype != torch.float16)
 
     def in_use(self) -> AbstractContextManager:
         """Within the block, calls of the backend's module run on this target's instruction set."""
@@ -176,7 +182,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for case in CASES if "case" in wanted else [None]:
             if case is not None and not target.takes(case):
                 continue
-            for dtype in DTYPES[target.backend] if "dtype" in wanted else [None]:
+            for dtype in target.dtypes if "dtype" in wanted else [None]:
                 parts = {"case": case, "target": target, "dtype": dtype}
                 label = {"case": str(case), "target": str(target), "dtype": DTYPE_IDS.get(dtype)}
                 values = tuple(parts[name] for name in wanted)
