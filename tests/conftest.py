@@ -149,6 +149,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "not_interpreted: not collected for a backend that runs in triton's interpreter, where it takes minutes",
     )
+    config.addinivalue_line("markers", "only(backend): not collected for other backends")
     config.addinivalue_line("markers", "no_target: set here on a test that none of the backends under test can run")
     config.addinivalue_line(
         "markers", "one_isa: of a backend's instruction sets only the first asked for; for what does not depend on it"
@@ -202,6 +203,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _targets_of(test: pytest.Item, targets: list[Target]) -> list[Target]:
+    only = test.get_closest_marker("only")
+    if only is not None:
+        targets = [target for target in targets if target.backend in only.args]
     if test.get_closest_marker("not_interpreted"):
         targets = [target for target in targets if not target.interpreted]
     if test.get_closest_marker("one_isa"):
