@@ -8,7 +8,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # what the editable install is built from
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test lint wheel cpp-test sanitize bench-cpu instructions instructions-update clean
+.PHONY: setup demo test lint wheel cpp-test sanitize neon-test cross-tools bench-cpu instructions instructions-update \
+	clean
 
 setup: $(VENV)/.demo
 
@@ -38,6 +39,23 @@ sanitize: build/test_kernels_sanitized
 build/test_kernels: $(SOURCES)
 	mkdir -p build
 	$(CXX) $(CXXFLAGS) -O3 $(KERNELS) csrc/tests/test_kernels.cpp -o $@
+
+# the kernels for ARM, cross-compiled and emulated: on a CPU with everything, then on one without bf16 instructions,
+# where every ISA that calls itself runnable must run
+CROSS_CXX ?= aarch64-linux-gnu-g++
+QEMU ?= qemu-aarch64-static -L /usr/aarch64-linux-gnu
+
+neon-test: build/test_kernels_aarch64
+	$(QEMU) -cpu max $< neon_bf16 neon
+	$(QEMU) -cpu cortex-a57 $<
+
+cross-tools:
+	@for tool in $(CROSS_CXX) $(firstword $(QEMU)); do command -v $$tool >/dev/null || { echo \
+		"neon-test: $$tool must be installed (Debian: apt-get install g++-aarch64-linux-gnu qemu-user-static)"; exit 1; }; done
+
+build/test_kernels_aarch64: $(SOURCES) | cross-tools
+	mkdir -p build
+	$(CROSS_CXX) $(CXXFLAGS) -O3 $(KERNELS) csrc/tests/test_kernels.cpp -o $@
 
 build/test_kernels_sanitized: $(SOURCES)
 	mkdir -p build

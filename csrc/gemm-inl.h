@@ -11,7 +11,13 @@
 //   32 registers, 2 vectors: 14 x 2 + 2 + 1 = 31; 44 for 28: for the last panel of a matrix, where 4 are too wide
 //   16 registers, 2 vectors:  6 x 2 + 2 + 1 = 15; 20 for 12
 //   scalar, 16 registers of 4 lanes, one more for the product:  4 x 2 + 2 + 1 + 1 = 12
+//   NEON, 32 registers, a row's value in a register of its own, of which fmla takes one lane:  10 x 2 + 2 + 10; at
+//   12 x 2 GCC 12 spills accumulators inside the loop, as it loads the rows' values ahead
+#ifdef PVT_NEON
+constexpr int tile_rows(int) { return 10; }
+#else
 constexpr int tile_rows(int vectors) { return vectors == 4 ? 6 : kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4; }
+#endif
 
 // Columns of a packed panel, and of a narrow one, which the last may be.
 #if PVT_LANES == 16 && !defined(PVT_AMX)

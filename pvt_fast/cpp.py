@@ -1,14 +1,19 @@
 """Backend "cpp": the ops of the contract on C++ kernels (csrc/), float32 and bfloat16 on CPUs.
 
+float16 is computed in float32: an op converts its activations on entry and its result on return, and packs its weights
+for the float32 kernels.
+
 The instruction set is chosen once, at import: the best that this CPU runs, capped by the environment variable
 PVT_FAST_ISA. Weights are packed for it at first use and kept until they change (see `prepack`).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,7 +36,9 @@ from .ops import (
 )
 from .prepack import packed
 
-_DTYPES = (torch.float32, torch.bfloat16)
+logger = logging.getLogger("pvt_fast")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Every instruction set that is built in, best first; `isas` tells which of them this CPU runs.
 ISAS: list[str] = _C.built_isas()
@@ -76,7 +83,7 @@ def unsupported(facts: Facts) -> str | None:
     if facts.device != "cpu":
         return f"it runs on CPU tensors, got {facts.device}"
     if facts.dtype not in _DTYPES:
-        return f"it computes in float32 and bfloat16, got {facts.dtype}"
+        return f"it takes float32, bfloat16 and float16, got {facts.dtype}"
     if facts.dropout:
         return "it has no dropout; training with drop_rate or attn_drop_rate above 0 runs on the reference"
     if facts.autocast:
@@ -87,6 +94,7 @@ def unsupported(facts: Facts) -> str | None:
 def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
     """LayerNorm(conv(image)); see `reference.overlap_patch_embed`."""
     hw = check_patch_embed(image, w, stride)
+    dtype, image = image.dtype, _widened(image)
     channels, in_channels, kernel, _ = w.proj.weight.shape
     strides = image.stride()
     channels_last = strides[1] == 1 and strides[3] == in_channels
@@ -103,7 +111,7 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
     op = packed(w.cache, ("cpp", _isa, w.norm.eps, channels_last), tensors, build)
     out = torch.empty((image.shape[0], hw[0] * hw[1], channels), dtype=image.dtype)
     op.run(image.data_ptr(), (image.shape[0], *image.shape[2:]), strides, stride, out.data_ptr())
-    return out, hw
+    return out.to(dtype), hw
 
 
 def sr_attention(
@@ -162,7 +170,7 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
 
 def layer_norm(x: Tensor, w: Norm) -> Tensor:
     """LayerNorm over the last dimension; see `reference.layer_norm`."""
-    x = x.contiguous()
+    dtype, x = x.dtype, _widened(x).contiguous()
 
     def build() -> Any:
         with _Addresses() as at:
@@ -171,12 +179,12 @@ def layer_norm(x: Tensor, w: Norm) -> Tensor:
     op = packed(w.cache, ("cpp", _isa, w.eps), w[:2], build)
     out = torch.empty_like(x)
     op.run(x.data_ptr(), x.numel() // x.shape[-1], out.data_ptr())
-    return out
+    return out.to(dtype)
 
 
 def head(x: Tensor, w: Linear | None) -> Tensor:
     """Mean over tokens, then the classifier; see `reference.head`."""
-    x = x.contiguous()
+    dtype, x = x.dtype, _widened(x).contiguous()
     batch, tokens, channels = x.shape
     classes = channels if w is None else w.weight.shape[0]
 
@@ -187,18 +195,31 @@ def head(x: Tensor, w: Linear | None) -> Tensor:
     op = build() if w is None else packed(w.cache, ("cpp", _isa), w[:2], build)
     out = torch.empty((batch, classes), dtype=x.dtype)
     op.run(x.data_ptr(), batch, tokens, out.data_ptr())
-    return out
+    return out.to(dtype)
 
 
 def _run_residual(op: Any, x: Tensor, hw: HW, residual_scale: Tensor | None) -> Tensor:
-    x = x.contiguous()
+    dtype, x = x.dtype, _widened(x).contiguous()
     out = torch.empty_like(x)
     if residual_scale is None:
         op.run(x.data_ptr(), x.shape[0], *hw, 0, out.data_ptr())
     else:
         residual_scale = residual_scale.to(x.dtype).contiguous()
         op.run(x.data_ptr(), x.shape[0], *hw, residual_scale.data_ptr(), out.data_ptr())
-    return out
+    return out.to(dtype)
+
+
+def _widened(x: Tensor) -> Tensor:
+    """The tensor in a dtype that the kernels have: float16 as float32."""
+    if x.dtype != torch.float16:
+        return x
+    _log_float16()
+    return x.float()
+
+
+@cache
+def _log_float16() -> None:
+    logger.info("backend 'cpp' computes float16 in float32, by conversion")
 
 
 def _refuse_dropout(op: str, *rates: float) -> None:
@@ -228,5 +249,5 @@ class _Addresses:
     def _of(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
-        self._alive.append(tensor.detach().contiguous())
+        self._alive.append(_widened(tensor.detach()).contiguous())
         return self._alive[-1].data_ptr()

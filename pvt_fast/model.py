@@ -23,6 +23,7 @@ from .layers import (
     norm_weights,
 )
 from .ops import HW, Backend, to_map, to_tokens
+from .pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from .prepack import PackCache
 
 
@@ -48,6 +49,9 @@ class PVT_V2(nn.Module):
     sr_ratios: per stage, side and stride of the convolution that reduces keys and values; ignored when linear.
     num_stages: number of stages; every per-stage sequence has this length.
     linear: the "-li" form: keys and values from a 7x7 average pooling, ReLU before the depthwise convolution.
+
+    An image is normalised values in the weights' dtype, or 8-bit RGB pixels (torch.uint8): those are normalised as for
+    the published weights, (pixel / 255 - mean) / std with ImageNet's mean and deviation. Any memory layout.
 
     `backend` ("auto", "reference", "cpp", "triton") may be set on the instance; "auto" follows `use_backend`, then
     the environment variable PVT_FAST_BACKEND, then takes the fastest that can run.
@@ -163,13 +167,13 @@ class PVT_V2(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """image (B, in_channels, H, W) -> logits (B, num_classes)."""
-        ops = self._check_and_select(image)
+        image, ops = self._prepare(image)
         x, _ = self._run_stages(image, ops)
         return ops.head(x, self._head_weights())
 
     def forward_features(self, image: Tensor) -> Tensor:
         """image (B, in_channels, H, W) -> the last stage's map after its norm, (B, C, H / 32, W / 32)."""
-        x, hw = self._run_stages(image, self._check_and_select(image))
+        x, hw = self._run_stages(*self._prepare(image))
         return to_map(x, hw)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -189,7 +193,7 @@ class PVT_V2(nn.Module):
         norm: maps after their stage's norm, as detection and segmentation heads take them; else before it.
         """
         chosen = _stage_indices(indices, self.config.num_stages)
-        ops = self._check_and_select(image)
+        image, ops = self._prepare(image)
         maps: dict[int, Tensor] = {}
         last = max(chosen) if intermediates_only else self.config.num_stages - 1
 
@@ -202,13 +206,21 @@ class PVT_V2(nn.Module):
         intermediates = list(maps.values())  # in stage order, each once, as timm
         return intermediates if intermediates_only else (to_map(x, hw), intermediates)
 
-    def _check_and_select(self, image: Tensor) -> Backend:
+    def _prepare(self, image: Tensor) -> tuple[Tensor, Backend]:
+        """The image checked, and normalised if it is pixels; the ops for it."""
         if image.dim() != 4 or image.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"PVT_V2: image must have shape (B, {self.config.in_channels}, H, W), got {tuple(image.shape)}"
             )
         self.config.map_sizes(image.shape[2], image.shape[3])
-        return self._ops(image)
+        if image.dtype == torch.uint8:
+            if self.config.in_channels != len(IMAGENET_MEAN):
+                raise TypeError(
+                    f"PVT_V2: image must be floating-point unless in_channels is {len(IMAGENET_MEAN)} (RGB), "
+                    f"got {image.dtype} with in_channels {self.config.in_channels}"
+                )
+            image = normalise(image, IMAGENET_MEAN, IMAGENET_STD).to(next(self.parameters()).dtype)
+        return image, self._ops(image)
 
     def _run_stages(
         self, image: Tensor, ops: Backend, keep: Callable[[int, Tensor, Tensor, HW], bool] | None = None

@@ -10,8 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from .pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _MODES = {1: "L", 3: "RGB"}
@@ -71,8 +70,7 @@ class Preprocess:
         image = image.crop((left, top, left + self.size, top + self.size))
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
         pixels = pixels.view(self.size, self.size, self.in_channels).permute(2, 0, 1)
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        return ((pixels.float() / 255 - mean) / std).contiguous()
+        return normalise(pixels, self.mean, self.std).contiguous()
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:

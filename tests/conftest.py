@@ -35,7 +35,7 @@ DTYPE_IDS = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16",
 # The dtypes a backend is tested in: all that it claims on the device it is tested on.
 DTYPES = {
     "reference": (torch.float64, torch.float32, torch.bfloat16),
-    "cpp": (torch.float32, torch.bfloat16),
+    "cpp": (torch.float32, torch.bfloat16, torch.float16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),
 }
 
@@ -62,6 +62,12 @@ class Target(NamedTuple):
     @property
     def interpreted(self) -> bool:
         return self.backend == "triton" and self.device == "cpu"
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Those of the backend; float16, which "cpp" hands to its float32 kernels, on the best instruction set only."""
+        best = self.isa is None or self.isa == self.module.isas()[0]
+        return tuple(dtype for dtype in DTYPES[self.backend] if best or dtype != torch.float16)
 
     def in_use(self) -> AbstractContextManager:
         """Within the block, calls of the backend's module run on this target's instruction set."""
@@ -143,6 +149,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers",
         "not_interpreted: not collected for a backend that runs in triton's interpreter, where it takes minutes",
     )
+    config.addinivalue_line("markers", "only(backend): not collected for other backends")
     config.addinivalue_line("markers", "no_target: set here on a test that none of the backends under test can run")
     config.addinivalue_line(
         "markers", "one_isa: of a backend's instruction sets only the first asked for; for what does not depend on it"
@@ -176,7 +183,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for case in CASES if "case" in wanted else [None]:
             if case is not None and not target.takes(case):
                 continue
-            for dtype in DTYPES[target.backend] if "dtype" in wanted else [None]:
+            for dtype in target.dtypes if "dtype" in wanted else [None]:
                 parts = {"case": case, "target": target, "dtype": dtype}
                 label = {"case": str(case), "target": str(target), "dtype": DTYPE_IDS.get(dtype)}
                 values = tuple(parts[name] for name in wanted)
@@ -196,6 +203,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _targets_of(test: pytest.Item, targets: list[Target]) -> list[Target]:
+    only = test.get_closest_marker("only")
+    if only is not None:
+        targets = [target for target in targets if target.backend in only.args]
     if test.get_closest_marker("not_interpreted"):
         targets = [target for target in targets if not target.interpreted]
     if test.get_closest_marker("one_isa"):

@@ -15,6 +15,7 @@ import pvt_fast
 import pvt_fast.reference
 from pvt_fast import PVT_V2
 from pvt_fast.layers import Block
+from pvt_fast.pixels import IMAGENET_MEAN, IMAGENET_STD
 from pvt_fast.testing import assert_parity
 
 TINY = {
@@ -596,3 +597,27 @@ def test_the_image_must_survive_the_stages():
         model(image_of(1, (12, 32)))
     with pytest.raises(TypeError, match="overlap_patch_embed: image must have the weights' dtype"):
         model(image_of(1, (32, 32)).double())
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.one_isa
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@torch.no_grad()
+def test_pixels_are_normalised_as_for_the_published_weights(memory_format, target, dtype):
+    draw = torch.Generator().manual_seed(3)
+    pixels = torch.randint(0, 256, (2, 3, 37, 32), generator=draw, dtype=torch.uint8).to(memory_format=memory_format)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    image = ((pixels / 255 - mean) / std).to(dtype)
+    model = copy.deepcopy(randomised("sr", dtype)).to(target.device)
+    model.backend = target.backend
+    image, pixels = image.to(target.device), pixels.to(target.device)
+    with target.in_use():
+        assert torch.equal(model(pixels), model(image))
+        assert torch.equal(model.forward_features(pixels), model.forward_features(image))
+        stages = zip(model.forward_intermediates(pixels)[1], model.forward_intermediates(image)[1], strict=True)
+        assert all(torch.equal(one, other) for one, other in stages)
+
+
+def test_pixels_must_be_rgb():
+    with pytest.raises(TypeError, match=r"unless in_channels is 3 \(RGB\), got torch.uint8 with in_channels 1"):
+        tiny(in_channels=1)(torch.zeros(1, 1, 32, 32, dtype=torch.uint8))
