@@ -26,7 +26,7 @@ struct MatrixUnit {
 // The panel is fetched kAhead steps before its use: a tile load is 16 lines at once, more than the hardware's own
 // prefetching keeps up with.
 template <bool kTwo>
-PVT_INLINE void multiply_amx(const bf16* a, std::ptrdiff_t lda, std::ptrdiff_t a_step, const bf16* b, int depth,
+void multiply_amx(const bf16* a, std::ptrdiff_t lda, std::ptrdiff_t a_step, const bf16* b, int depth,
                              const float* bias, float* to, std::ptrdiff_t ld) {
   constexpr int kPairRow = kPanel * 2 * sizeof(bf16);  // bytes of one k pair in the panel
   const std::ptrdiff_t row_bytes = lda * sizeof(bf16);
@@ -84,27 +84,23 @@ PVT_INLINE void multiply_amx(const bf16* a, std::ptrdiff_t lda, std::ptrdiff_t a
 template <class Out>
 void gemm_panel(const Rows<bf16>& a, int rows, const Panel<bf16>& panel, int column, const Epilogue<Out>& epilogue) {
   alignas(64) float result[32 * kPanel];
+  // Where storing is all there is to do, whole tiles go where they belong, bias and all. The bias is then the first
+  // term of all sums, those of a last part of a tile too: no bit depends on where tiles begin.
+  const bool plain = std::is_same_v<Out, float> && epilogue.plain(column + kPanel);
   const float* bias = epilogue.bias + column;
-  const Vec bias0 = load(bias), bias1 = load(bias + kLanes);
+  const Vec last[] = {plain ? Vec{} : load(bias), plain ? Vec{} : load(bias + kLanes)};
   const std::ptrdiff_t step = a.block_stride ? a.block_stride : 32;  // blocks are one step wide: kPanel
   for (int row = 0; row < rows; row += 32) {
     const int height = std::min(rows - row, 32);
-    const bf16* from = a.data + row * a.ld;
+    const bool whole = plain && height % 16 == 0;
+    float* to = result;
+    std::ptrdiff_t ld = kPanel;
     if constexpr (std::is_same_v<Out, float>)
-      if (epilogue.plain(column + kPanel) && height % 16 == 0) {  // nothing to do but store, and whole tiles
-        float* to = epilogue.out + row * epilogue.ld + column;
-        if (height == 32)
-          multiply_amx<true>(from, a.ld, step, panel.data, panel.depth, bias, to, epilogue.ld);
-        else
-          multiply_amx<false>(from, a.ld, step, panel.data, panel.depth, bias, to, epilogue.ld);
-        continue;
-      }
-    if (height > 16)
-      multiply_amx<true>(from, a.ld, step, panel.data, panel.depth, nullptr, result, kPanel);
-    else
-      multiply_amx<false>(from, a.ld, step, panel.data, panel.depth, nullptr, result, kPanel);
-    for (int r = 0; r < height; ++r) {
-      const Vec sums[] = {load(result + r * kPanel) + bias0, load(result + r * kPanel + kLanes) + bias1};
+      if (whole) to = epilogue.out + row * epilogue.ld + column, ld = epilogue.ld;
+    const auto multiply = height > 16 ? &multiply_amx<true> : &multiply_amx<false>;
+    multiply(a.data + row * a.ld, a.ld, step, panel.data, panel.depth, plain ? bias : nullptr, to, ld);
+    for (int r = 0; !whole && r < height; ++r) {
+      const Vec sums[] = {load(result + r * kPanel) + last[0], load(result + r * kPanel + kLanes) + last[1]};
       epilogue.finish(row + r, column, sums);
     }
   }
