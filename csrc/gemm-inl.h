@@ -56,7 +56,7 @@ template <class E>
 struct Panel {
   const E* data;
   int depth, width;
-  const E* ahead;  // the panel that is likely wanted next, to be fetched into cache meanwhile
+  const E* ahead;  // the panel that is likely wanted next, to be fetched into cache meanwhile, or null
 };
 
 // A of a GEMM: rows of `ld` elements, or blocks of `block` columns, `block_stride` elements apart, each of such rows.
@@ -86,7 +86,7 @@ struct PanelLayout {
   int width(int p) const { return std::min(kPanel, columns - p * kPanel); }
   Panel<E> panel(const E* data, int p) const {
     const E* start = data + std::size_t(p) * kPanel * depth;
-    return {start, depth, width(p), p + 1 < panels() ? start + std::size_t(kPanel) * depth : start};
+    return {start, depth, width(p), p + 1 < panels() ? start + std::size_t(kPanel) * depth : nullptr};
   }
   // Where element (k, n) lies.
   std::size_t index(int k, int n) const {
@@ -114,7 +114,7 @@ struct PackedMatrix {
 PVT_INLINE void assign(float& to, float value) { to = value; }
 PVT_INLINE void assign(bf16& to, float value) { store_first(&to, splat(value), 1); }
 
-// What happens to an accumulator, bias added, before it is stored: * multiply, ReLU, residual + scale * it.
+// What happens to a sum, which the bias began, before it is stored: * multiply, ReLU, residual + scale * it.
 template <class Out>
 struct Epilogue {
   Out* out;                      // of row 0, column 0
@@ -133,11 +133,17 @@ struct Epilogue {
   PVT_INLINE void finish(int row, int column, const Vec (&v)[kVectors]) const {
     const std::ptrdiff_t at = place(row) + column;
     if (__builtin_expect(columns - column >= kVectors * kLanes, 1)) {
+      // one branch per row, not per vector
+      if (residual) {
 #pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) {
-        Vec x = finished(v[i]);
-        if (residual) x = load(residual + at + i * kLanes) + x * residual_scale;
-        store(out + at + i * kLanes, x);
+        for (int i = 0; i < kVectors; ++i)
+          store(out + at + i * kLanes, load(residual + at + i * kLanes) + finished(v[i]) * residual_scale);
+      } else if (relu || multiply != 1) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) store(out + at + i * kLanes, finished(v[i]));
+      } else {
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) store(out + at + i * kLanes, v[i]);
       }
       return;
     }
@@ -182,16 +188,19 @@ Epilogue<Out> add_rows(Out* out, const Out* residual, float scale, int columns, 
 // in time, and the hardware follows a single long stream only.
 struct Ahead {
   const char* at;
-  int step;  // bytes; 0 once the panel is fetched
   PVT_INLINE void fetch() {
     __builtin_prefetch(at, 0, 2);
-    at += step;
+    at += 64;
   }
 };
+struct NothingAhead {
+  PVT_INLINE void fetch() {}
+};
 
-template <int kRows, int kVectors>
-PVT_INLINE void multiply_tile(const float* a, std::ptrdiff_t lda, const float* b, int depth, Ahead& ahead,
+template <int kRows, int kVectors, class Fetch>
+PVT_INLINE void multiply_tile(const float* a, std::ptrdiff_t lda, const float* b, int depth, Fetch& ahead,
                               Vec (&acc)[kRows][kVectors]) {
+#pragma GCC unroll 2
   for (int k = 0; k < depth; ++k, b += kVectors * kLanes) {
     Vec panel[kVectors];
 #pragma GCC unroll 4
@@ -207,9 +216,10 @@ PVT_INLINE void multiply_tile(const float* a, std::ptrdiff_t lda, const float* b
 }
 
 #if defined(PVT_HAS_DOT_BF16) && !defined(PVT_AMX)
-template <int kRows, int kVectors>
-PVT_INLINE void multiply_tile(const bf16* a, std::ptrdiff_t lda, const bf16* b, int depth, Ahead& ahead,
+template <int kRows, int kVectors, class Fetch>
+PVT_INLINE void multiply_tile(const bf16* a, std::ptrdiff_t lda, const bf16* b, int depth, Fetch& ahead,
                               Vec (&acc)[kRows][kVectors]) {
+#pragma GCC unroll 2
   for (int k = 0; k < depth; k += 2, b += 2 * kVectors * kLanes) {
     VecPairs panel[kVectors];
 #pragma GCC unroll 4
@@ -232,18 +242,22 @@ template <class E>
 constexpr int kDepthBlock = std::is_same_v<E, float> ? 256 : 1 << 30;
 
 // k of [begin, end).
-template <int kRows, int kVectors, class E>
-PVT_INLINE void multiply_block(const Rows<E>& a, int row, const E* b, int begin, int end, Ahead& ahead,
+template <int kRows, int kVectors, class E, class Fetch>
+PVT_INLINE void multiply_block(const Rows<E>& a, int row, const E* b, int begin, int end, Fetch& ahead,
                                Vec (&acc)[kRows][kVectors]) {
   for (int k = begin; k < end; k += a.block)
     multiply_tile<kRows, kVectors>(a.at(row, k), a.ld, b + std::ptrdiff_t(k) * kVectors * kLanes,
                                    std::min(a.block, end - k), ahead, acc);
 }
 
-template <int kRows, int kVectors, class E, class Out>
-void gemm_tile(const Rows<E>& a, const E* b, int depth, Ahead ahead, int row, int column,
+template <int kRows, int kVectors, class E, class Out, class Fetch>
+void gemm_tile(const Rows<E>& a, const E* b, int depth, Fetch ahead, int row, int column,
                const Epilogue<Out>& epilogue) {
-  Vec acc[kRows][kVectors] = {};
+  Vec acc[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) acc[r][i] = load(epilogue.bias + column + i * kLanes);
   multiply_block<kRows, kVectors>(a, row, b, 0, std::min(depth, kDepthBlock<E>), ahead, acc);
   for (int k = kDepthBlock<E>; k < depth; k += kDepthBlock<E>) {
     Vec block[kRows][kVectors] = {};
@@ -254,32 +268,35 @@ void gemm_tile(const Rows<E>& a, const E* b, int depth, Ahead ahead, int row, in
       for (int i = 0; i < kVectors; ++i) acc[r][i] += block[r][i];
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) acc[r][i] += load(epilogue.bias + column + i * kLanes);
-    epilogue.finish(row + r, column, acc[r]);
-  }
+  for (int r = 0; r < kRows; ++r) epilogue.finish(row + r, column, acc[r]);
 }
 
-template <int kVectors, class E, class Out, int... kRows>
+template <int kVectors, class Fetch, class E, class Out, int... kRows>
 constexpr auto gemm_tiles(std::integer_sequence<int, kRows...>) {
-  using Tile = void (*)(const Rows<E>&, const E*, int, Ahead, int, int, const Epilogue<Out>&);
-  return std::array<Tile, sizeof...(kRows)>{&gemm_tile<kRows + 1, kVectors, E, Out>...};
+  using Tile = void (*)(const Rows<E>&, const E*, int, Fetch, int, int, const Epilogue<Out>&);
+  return std::array<Tile, sizeof...(kRows)>{&gemm_tile<kRows + 1, kVectors, E, Out, Fetch>...};
 }
 
 // In tiles of as equal heights as can be: a height of one or two would leave the multiply-add units waiting on each
-// other. The first tiles fetch the panel ahead.
+// other. The first tiles fetch the panel ahead: the last panel, which may be narrow, has none.
 template <int kVectors, class E, class Out>
 void gemm_panel_tiles(const Rows<E>& a, int rows, const Panel<E>& panel, int column, const Epilogue<Out>& epilogue) {
-  static constexpr auto tiles = gemm_tiles<kVectors, E, Out>(std::make_integer_sequence<int, tile_rows(kVectors)>());
-  constexpr int kLine = 64, kLinesPerStep = int(kVectors * sizeof(Vec) / kLine);
-  const std::size_t steps = panel.depth / kDepthStep<E>;
+  constexpr auto kHeights = std::make_integer_sequence<int, tile_rows(kVectors)>();
+  static constexpr auto tiles = gemm_tiles<kVectors, NothingAhead, E, Out>(kHeights);
   const int count = (rows + tile_rows(kVectors) - 1) / tile_rows(kVectors);
   for (int i = 0, row = 0; i < count; ++i) {
     const int height = rows / count + (i < rows % count ? 1 : 0);
-    Ahead ahead{reinterpret_cast<const char*>(panel.ahead), 0};
-    if (i < kLinesPerStep) ahead = {ahead.at + i * steps * kLine, kLine};
-    tiles[height - 1](a, panel.data, panel.depth, ahead, row, column, epilogue);
+    if constexpr (kVectors == kPanelVectors) {
+      static constexpr auto fetching_tiles = gemm_tiles<kVectors, Ahead, E, Out>(kHeights);
+      const std::size_t steps = panel.depth / kDepthStep<E>;  // a line in each
+      if (panel.ahead && i < int(kVectors * sizeof(Vec) / 64)) {
+        const Ahead ahead{reinterpret_cast<const char*>(panel.ahead) + i * steps * 64};
+        fetching_tiles[height - 1](a, panel.data, panel.depth, ahead, row, column, epilogue);
+        row += height;
+        continue;
+      }
+    }
+    tiles[height - 1](a, panel.data, panel.depth, {}, row, column, epilogue);
     row += height;
   }
 }
