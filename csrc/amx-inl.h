@@ -20,14 +20,14 @@ struct MatrixUnit {
 
 // One or two tiles of 16 rows times a panel of two tiles, tiles 0-3 the sums, 4-5 rows of a, 6-7 the panel: each loaded
 // tile is used twice. The sums start from `bias` (of the panel's columns), or null for 0, and go to two tiles of `to`,
-// `ld` floats between rows. Where a second hardware thread is busy the unit has few spare registers and a product waits for the
-// load before it; hence the loads of the next step stand as early as their tile is free.
+// `ld` floats between rows. Where a second hardware thread is busy the unit has few spare registers and a product waits
+// for the load before it; hence the loads of the next step stand as early as their tile is free.
 //
 // The panel is fetched kAhead steps before its use: a tile load is 16 lines at once, more than the hardware's own
 // prefetching keeps up with.
 template <bool kTwo>
-void multiply_amx(const bf16* a, std::ptrdiff_t lda, std::ptrdiff_t a_step, const bf16* b, int depth,
-                             const float* bias, float* to, std::ptrdiff_t ld) {
+void multiply_amx(const bf16* a, std::ptrdiff_t lda, std::ptrdiff_t a_step, const bf16* b, int depth, const float* bias,
+                  float* to, std::ptrdiff_t ld) {
   constexpr int kPairRow = kPanel * 2 * sizeof(bf16);  // bytes of one k pair in the panel
   const std::ptrdiff_t row_bytes = lda * sizeof(bf16);
   if (bias) {

@@ -4,8 +4,8 @@
 // convolution is a GEMM over rows of whole patches, and queries are the same memory as rows of tokens. Keys and values
 // are packed as the right-hand sides of the products to come. Queries then go all the way to the output in tiles, so
 // that q, scores, probabilities and their product with v stay in cache; where weights are large and the map small, each
-// step is shared out by panels instead, so that every weight is read once. Heads are padded to whole narrow panels, with
-// zero weights, so that any head width works.
+// step is shared out by panels instead, so that every weight is read once. Heads are padded to whole narrow panels,
+// with zero weights, so that any head width works.
 
 template <class T, class E>
 class AttentionOp final : public ResidualOp {
@@ -71,13 +71,13 @@ class AttentionOp final : public ResidualOp {
     const T* residual_scale;
     std::int64_t images;
     bool by_panels = false;
-    E* normed = nullptr;              // (images, tokens, normed_width), tokens in the order of patches
-    int* places = nullptr;            // (tokens): element of an image where the token at that place of `normed` lies
-    E* source = nullptr;              // (images, keys, normed_width): pooled, then reduced and normalised tokens
-    float* reduced = nullptr;         // (images, keys, normed_width)
-    E *k = nullptr, *v = nullptr;     // (images, heads) packed matrices
+    E* normed = nullptr;           // (images, tokens, normed_width), tokens in the order of patches
+    int* places = nullptr;         // (tokens): element of an image where the token at that place of `normed` lies
+    E* source = nullptr;           // (images, keys, normed_width): pooled, then reduced and normalised tokens
+    float* reduced = nullptr;      // (images, keys, normed_width)
+    E *k = nullptr, *v = nullptr;  // (images, heads) packed matrices
     E *queries = nullptr, *values = nullptr;  // (images, tokens, inner), by panels only
-    float* zeros = nullptr;           // the bias of products that have none
+    float* zeros = nullptr;                   // the bias of products that have none
 
     std::int64_t tokens() const { return shape.map.tokens(); }
     float scale(std::int64_t image) const { return residual_scale ? to_float(residual_scale[image]) : 1.0f; }
@@ -312,8 +312,8 @@ class AttentionOp final : public ResidualOp {
     Epilogue<E> to_values = store_rows(values + head * head_width_, inner(), wave.zeros);
     to_values.columns = head_width_;
     for (int p = 0; p < shape.v.panels(); ++p)
-      gemm_panel(rows_of(to.probabilities, 0, width), tile.rows(), shape.v.panel(wave.v + matrix * shape.v.size(), p), p * kPanel,
-                 to_values);
+      gemm_panel(rows_of(to.probabilities, 0, width), tile.rows(), shape.v.panel(wave.v + matrix * shape.v.size(), p),
+                 p * kPanel, to_values);
   }
 
   Epilogue<E> to_queries(E* queries) const {
@@ -323,8 +323,7 @@ class AttentionOp final : public ResidualOp {
   }
   Epilogue<T> to_out(const Wave& wave, const Split::Tile& tile) const {
     const std::ptrdiff_t at = tile.image * wave.tokens() * channels_;
-    Epilogue<T> epilogue =
-        add_rows(wave.out + at, wave.x + at, wave.scale(tile.image), channels_, proj_.bias.data());
+    Epilogue<T> epilogue = add_rows(wave.out + at, wave.x + at, wave.scale(tile.image), channels_, proj_.bias.data());
     epilogue.offsets = wave.places + tile.begin;
     return epilogue;
   }

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "forward.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -56,6 +57,32 @@ std::unique_ptr<pvt::ResidualOp> mlp(const std::string& isa, bool bf16, const py
   return factories(isa, bf16).mlp(weights);
 }
 
+using Size = std::tuple<std::int64_t, std::int64_t, std::int64_t>;                   // batch, height, width
+using Strides = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;  // of batch, channel, row, column
+
+pvt::Image view(Address image, const Size& size, const Strides& strides) {
+  const auto [batch, height, width] = size;
+  const auto [stride_batch, stride_channel, stride_row, stride_column] = strides;
+  return {input(image), batch, height, width, stride_batch, stride_channel, stride_row, stride_column};
+}
+
+void check_accepts(const pvt::PatchEmbed& op, const pvt::Image& image) {
+  if (!op.accepts(image)) throw std::invalid_argument("PatchEmbed: image strides must fit the packed layout");
+}
+
+// A stage: (embed, (kernel, stride, channels), blocks, norm).
+using StageTuple = std::tuple<const pvt::PatchEmbed*, std::tuple<int, int, int>, std::vector<const pvt::ResidualOp*>,
+                              const pvt::LayerNorm*>;
+
+std::unique_ptr<pvt::Forward> forward(const std::vector<StageTuple>& stages, const pvt::Head& head, bool bf16) {
+  std::vector<pvt::Stage> all;
+  for (const auto& [embed, sizes, blocks, stage_norm] : stages) {
+    const auto [kernel, stride, channels] = sizes;
+    all.push_back({embed, kernel, stride, channels, blocks, stage_norm});
+  }
+  return std::make_unique<pvt::Forward>(std::move(all), head, bf16 ? 2 : 4);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -66,17 +93,13 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<pvt::PatchEmbed>(m, "PatchEmbed")
       .def(py::init(&patch_embed))
-      .def("run",
-           [](const pvt::PatchEmbed& op, Address image, std::tuple<std::int64_t, std::int64_t, std::int64_t> size,
-              std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t> strides, int stride, Address out) {
-             const auto [batch, height, width] = size;
-             const auto [stride_batch, stride_channel, stride_row, stride_column] = strides;
-             const pvt::Image view{input(image), batch,          height,     width,
-                                   stride_batch, stride_channel, stride_row, stride_column};
-             if (!op.accepts(view)) throw std::invalid_argument("PatchEmbed: image strides must fit the packed layout");
-             py::gil_scoped_release release;
-             op.run(view, stride, output(out));
-           });
+      .def("run", [](const pvt::PatchEmbed& op, Address image, const Size& size, const Strides& strides, int stride,
+                     Address out) {
+        const pvt::Image from = view(image, size, strides);
+        check_accepts(op, from);
+        py::gil_scoped_release release;
+        op.run(from, stride, output(out));
+      });
   py::class_<pvt::ResidualOp>(m, "ResidualOp")
       .def("run", [](const pvt::ResidualOp& op, Address x, std::int64_t batch, int height, int width,
                      Address residual_scale, Address out) {
@@ -100,5 +123,13 @@ PYBIND11_MODULE(_C, m) {
       .def("run", [](const pvt::Head& op, Address x, std::int64_t batch, std::int64_t tokens, Address out) {
         py::gil_scoped_release release;
         op.run(input(x), batch, tokens, output(out));
+      });
+  // its ops are the caller's to keep alive
+  py::class_<pvt::Forward>(m, "Forward")
+      .def(py::init(&forward))
+      .def("run", [](const pvt::Forward& op, Address image, const Size& size, const Strides& strides, Address out) {
+        const pvt::Image from = view(image, size, strides);
+        py::gil_scoped_release release;
+        op.run(from, output(out));
       });
 }

@@ -182,7 +182,8 @@ class HeadOp final : public Head {
     const Epilogue<T> epilogue = store_rows(static_cast<T*>(out), classes_, classifier_.bias.data());
     parallel_for(classifier_.panels(), [&](std::int64_t p) {
       const MatrixUnit unit;
-      gemm_panel(Rows<E>{means, std::ptrdiff_t(wide)}, int(batch), classifier_.panel(int(p)), int(p) * kPanel, epilogue);
+      gemm_panel(Rows<E>{means, std::ptrdiff_t(wide)}, int(batch), classifier_.panel(int(p)), int(p) * kPanel,
+                 epilogue);
     });
   }
 

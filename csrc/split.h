@@ -20,9 +20,7 @@ struct Split {
     int begin, end;
     int rows() const { return end - begin; }
   };
-  Tile tile(std::int64_t item) const {
-    return {item / tiles, begin(item % tiles), begin(item % tiles + 1)};
-  }
+  Tile tile(std::int64_t item) const { return {item / tiles, begin(item % tiles), begin(item % tiles + 1)}; }
 
  private:
   int begin(std::int64_t i) const { return int(std::min(rows, (i * rows / tiles + step - 1) / step * step)); }

@@ -89,7 +89,8 @@ PVT_INLINE float reduce(Vec v, const Combine& combine) {
   if constexpr (kDistance == 0)
     return v[0];
   else
-    return reduce<kDistance / 2>(combine(v, exchange<kDistance>(v, std::make_integer_sequence<int, kLanes>())), combine);
+    return reduce<kDistance / 2>(combine(v, exchange<kDistance>(v, std::make_integer_sequence<int, kLanes>())),
+                                 combine);
 }
 PVT_INLINE float sum(Vec v) {
   return reduce(v, [](Vec a, Vec b) __attribute__((always_inline)) { return a + b; });

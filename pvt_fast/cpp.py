@@ -14,12 +14,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import _C
+from . import _C, program
 from .dispatch import BackendMisconfigured, BackendUnavailable, Facts
 from .ops import (
     HW,
@@ -35,6 +35,9 @@ from .ops import (
     check_patch_embed,
 )
 from .prepack import packed
+
+if TYPE_CHECKING:
+    from .model import PVT_V2
 
 logger = logging.getLogger("pvt_fast")
 
@@ -196,6 +199,20 @@ def head(x: Tensor, w: Linear | None) -> Tensor:
     out = torch.empty((batch, classes), dtype=x.dtype)
     op.run(x.data_ptr(), batch, tokens, out.data_ptr())
     return out.to(dtype)
+
+
+def run_model(model: PVT_V2, image: Tensor) -> Tensor | None:
+    """The logits of a model by the `Program` recorded for it; None where there is none that stands."""
+    recorded = model._program.packed
+    if recorded is None or not program.fits(model, image) or not recorded.stands(_isa, image):
+        return None
+    return recorded.run(image)
+
+
+def record_model(model: PVT_V2, image: Tensor) -> None:
+    """After a forward op by op on `image`: record it for `run_model`, if it can be."""
+    if program.fits(model, image):
+        model._program.packed = program.record(model, _isa, image)
 
 
 def _run_residual(op: Any, x: Tensor, hw: HW, residual_scale: Tensor | None) -> Tensor:

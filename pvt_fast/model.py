@@ -103,6 +103,7 @@ class PVT_V2(nn.Module):
         self._checkpointing = False
         self._norm_caches = [PackCache() for _ in range(num_stages)]
         self._head_cache = PackCache()
+        self._program = PackCache()  # of the backend that runs whole models
         total = sum(config.depths)
         rates = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
         channels = in_channels
@@ -168,8 +169,14 @@ class PVT_V2(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """image (B, in_channels, H, W) -> logits (B, num_classes)."""
         image, ops = self._prepare(image)
-        x, _ = self._run_stages(image, ops)
-        return ops.head(x, self._head_weights())
+        run_model = getattr(ops, "run_model", None)
+        logits = None if run_model is None else run_model(self, image)
+        if logits is None:
+            x, _ = self._run_stages(image, ops)
+            logits = ops.head(x, self._head_weights())
+            if run_model is not None:
+                ops.record_model(self, image)  # type: ignore[attr-defined]
+        return logits
 
     def forward_features(self, image: Tensor) -> Tensor:
         """image (B, in_channels, H, W) -> the last stage's map after its norm, (B, C, H / 32, W / 32)."""

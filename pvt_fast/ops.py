@@ -10,6 +10,9 @@ A backend is a module with the functions below under exactly these names and par
     layer_norm(x, w) -> x'
     head(x, w) -> logits
 
+A backend may know whole models besides: `run_model(model, image) -> logits or None`, asked before a forward op by op,
+and `record_model(model, image)`, told after one.
+
 The grain is coarse on purpose: the gain of a fused backend is that the hidden map of the MLP (4-8 C wide), the
 queries and the attention scores never reach memory.
 """

@@ -45,9 +45,9 @@ def packed(cache: PackCache | None, key: Any, tensors: tuple[Tensor | None, ...]
     """
     if cache is None:
         return build()
-    if cache.key == key and _unchanged(cache, tensors):
+    if cache.key == key and unchanged(cache.tensors, tensors, cache.stamps):
         return cache.packed
-    stamps = tuple(_stamp(tensor) for tensor in tensors)
+    stamps = tuple(stamp(tensor) for tensor in tensors)
     form = build()
     # the key goes first and comes back last, so that another thread never sees it beside a form that is not its own
     cache.key = None
@@ -57,12 +57,12 @@ def packed(cache: PackCache | None, key: Any, tensors: tuple[Tensor | None, ...]
     return form
 
 
-def _unchanged(cache: PackCache, tensors: tuple[Tensor | None, ...]) -> bool:
-    # a plain loop: it runs for every op of every forward
-    known = cache.tensors
+def unchanged(known: tuple, tensors: tuple, stamps: tuple[tuple[int, int], ...]) -> bool:
+    """Are `tensors` the `known` ones, with the storage and version of `stamps`?"""
     if len(known) != len(tensors):
         return False
-    for tensor, before, (address, version) in zip(tensors, known, cache.stamps, strict=True):
+    # a plain loop: it runs for every weight of every forward
+    for tensor, before, (address, version) in zip(tensors, known, stamps, strict=True):
         if tensor is not before:
             return False
         if tensor is not None and (tensor.data_ptr() != address or (version >= 0 and tensor._version != version)):
@@ -70,7 +70,8 @@ def _unchanged(cache: PackCache, tensors: tuple[Tensor | None, ...]) -> bool:
     return True
 
 
-def _stamp(tensor: Tensor | None) -> tuple[int, int]:
+def stamp(tensor: Tensor | None) -> tuple[int, int]:
+    """(address, version) of a tensor."""
     if tensor is None:  # a linear without bias
         return 0, 0
     # tensors made under torch.inference_mode() have no version counter; they cannot be updated outside of it
