@@ -74,7 +74,7 @@ class AttentionOp final : public ResidualOp {
     E* normed = nullptr;           // (images, tokens, normed_width), tokens in the order of patches
     int* places = nullptr;         // (tokens): element of an image where the token at that place of `normed` lies
     E* source = nullptr;           // (images, keys, normed_width): pooled, then reduced and normalised tokens
-    float* reduced = nullptr;      // (images, keys, normed_width)
+    float* reduced = nullptr;      // (parts, images, keys, normed_width)
     E *k = nullptr, *v = nullptr;  // (images, heads) packed matrices
     E *queries = nullptr, *values = nullptr;  // (images, tokens, inner), by panels only
     float* zeros = nullptr;                   // the bias of products that have none
@@ -86,6 +86,8 @@ class AttentionOp final : public ResidualOp {
   int inner() const { return heads_ * head_width_; }
   std::size_t normed_width() const { return row_width(channels_); }
   std::size_t patch_width() const { return sr_ratio_ * sr_ratio_ * normed_width(); }
+  static constexpr int kPartDepth = 1024;
+  int reducing_parts() const { return (sr_.layout.depth + kPartDepth - 1) / kPartDepth; }
 
   void take_buffers(Wave& wave) const {
     const Shape& shape = wave.shape;
@@ -96,16 +98,16 @@ class AttentionOp final : public ResidualOp {
     const std::size_t normed_size = rows * normed_width() + row_room(1) * patch_width();
     const std::size_t reduced_size = reduce_ ? row_room(keys) * normed_width() : 0;
     const std::size_t inner_size = wave.by_panels ? row_room(rows) * inner() : 0;
-    const std::size_t zeros_size = std::max<std::size_t>(shape.score_width(), head_width_);
+    const std::size_t zeros_size = std::max({shape.score_width(), std::size_t(head_width_), normed_width()});
     Scratch& shared = shared_scratch();
     shared.reset(Scratch::bytes_for<E>(normed_size) + Scratch::bytes_for<int>(wave.tokens()) +
-                 Scratch::bytes_for<E>(reduced_size) + Scratch::bytes_for<float>(reduced_size) +
+                 Scratch::bytes_for<E>(reduced_size) + Scratch::bytes_for<float>(reduced_size * reducing_parts()) +
                  Scratch::bytes_for<E>(heads * shape.k.size()) + Scratch::bytes_for<E>(heads * shape.v.size()) +
                  2 * Scratch::bytes_for<E>(inner_size) + Scratch::bytes_for<float>(zeros_size));
     wave.normed = shared.take<E>(normed_size);
     wave.places = shared.take<int>(wave.tokens());
     wave.source = shared.take<E>(reduced_size);
-    wave.reduced = shared.take<float>(reduced_size);
+    wave.reduced = shared.take<float>(reduced_size * reducing_parts());
     wave.k = shared.take<E>(heads * shape.k.size());
     wave.v = shared.take<E>(heads * shape.v.size());
     wave.queries = shared.take<E>(inner_size);
@@ -146,15 +148,23 @@ class AttentionOp final : public ResidualOp {
       if (linear_) pool(wave);
       const E* patches = linear_ ? wave.source : wave.normed;
       const std::size_t image_size = linear_ ? keys * normed_width() : wave.tokens() * normed_width();
-      for_panels(wave.images, sr_, keys, [&](int p, std::int64_t image, Split::Tile cut) {
-        float* to = wave.reduced + (image * keys + cut.begin) * normed_width();
-        gemm_panel(rows_of(patches + image * image_size, cut.begin, patch_width()), cut.rows(), sr_.panel(p),
-                   p * kPanel, store_rows(to, normed_width(), sr_.bias.data()));
+      // few rows and columns, long sums: these are shared out too, in parts that do not depend on the threads
+      const std::ptrdiff_t part_size = wave.images * keys * normed_width();
+      for_panels(wave.images, sr_, keys, reducing_parts(), [&](int p, std::int64_t image, Split::Tile cut, int part) {
+        const int begin = part * kPartDepth, end = std::min(begin + kPartDepth, sr_.layout.depth);
+        Rows<E> a = rows_of(patches + image * image_size, cut.begin, patch_width());
+        a.data += begin;
+        float* to = wave.reduced + part * part_size + (image * keys + cut.begin) * normed_width();
+        gemm_panel(a, cut.rows(), sr_.panel(p).part(begin, end), p * kPanel,
+                   store_rows(to, normed_width(), part == 0 ? sr_.bias.data() : wave.zeros));
       });
       constexpr std::int64_t kRows = 8;
       parallel_for((wave.images * keys + kRows - 1) / kRows, [&](std::int64_t item) {
         for (std::int64_t r = item * kRows; r < std::min((item + 1) * kRows, wave.images * keys); ++r) {
-          const float* from = wave.reduced + r * normed_width();
+          float* from = wave.reduced + r * normed_width();
+          for (int part = 1; part < reducing_parts(); ++part)
+            for (std::size_t i = 0; i < normed_width(); i += kLanes)
+              store(from + i, load(from + i) + load(from + part * part_size + i));
           E* to = wave.source + r * normed_width();
           if (linear_)
             layer_norm_row<Activation::gelu>(from, sr_norm_, to, int(normed_width()));
@@ -164,7 +174,7 @@ class AttentionOp final : public ResidualOp {
       });
       source = wave.source;
     }
-    for_panels(wave.images, kv_, keys, [&](int p, std::int64_t image, Split::Tile cut) {
+    for_panels(wave.images, kv_, keys, 1, [&](int p, std::int64_t image, Split::Tile cut, int) {
       Scratch& scratch = thread_scratch();
       scratch.reset(Scratch::bytes_for<E>(cut.rows() * kPanel));
       E* rows = scratch.take<E>(cut.rows() * kPanel);
@@ -175,14 +185,16 @@ class AttentionOp final : public ResidualOp {
     });
   }
 
-  // body(panel, image, cut of `rows` rows) for all of them, a panel's together.
+  // body(panel, image, cut of `rows` rows, part of k) for all of them, a panel's together, and in it a part's.
   template <class Body>
-  static void for_panels(std::int64_t images, const PackedMatrix<E>& weights, int rows, const Body& body) {
-    const Split cuts = split_rows(images * weights.panels(), rows, 24, rows, kRowStep);
-    parallel_for(weights.panels() * images * cuts.tiles, [&](std::int64_t item) {
+  static void for_panels(std::int64_t images, const PackedMatrix<E>& weights, int rows, int parts, const Body& body) {
+    const std::int64_t panels = std::int64_t{weights.panels()} * parts;
+    const Split cuts = split_rows(images * panels, rows, kLeastRows, rows, kRowStep);
+    parallel_for(panels * images * cuts.tiles, [&](std::int64_t item) {
       const MatrixUnit unit;
       const auto cut = cuts.tile(item);
-      body(int(cut.image / images), cut.image % images, cut);
+      const int panel = int(cut.image / images);
+      body(panel / parts, cut.image % images, cut, panel % parts);
     });
   }
 
@@ -234,7 +246,7 @@ class AttentionOp final : public ResidualOp {
     const Shape& shape = wave.shape;
     const std::size_t row_bytes = 2 * inner() * sizeof(E) + shape.score_width() * (sizeof(float) + sizeof(E));
     const std::int64_t most = std::clamp<std::int64_t>(l2_bytes() / 4 / row_bytes, 12, 96);
-    const Split split = split_rows(wave.images, wave.tokens(), 24, most, kRowStep);
+    const Split split = split_rows(wave.images, wave.tokens(), kLeastRows, most, kRowStep);
     parallel_for(wave.images * split.tiles, [&](std::int64_t item) {
       const MatrixUnit unit;
       const auto tile = split.tile(item);
@@ -255,12 +267,12 @@ class AttentionOp final : public ResidualOp {
   void attend_by_panels(const Wave& wave) const {
     const Shape& shape = wave.shape;
     const int tokens = int(wave.tokens());
-    for_panels(wave.images, q_, tokens, [&](int p, std::int64_t image, Split::Tile cut) {
+    for_panels(wave.images, q_, tokens, 1, [&](int p, std::int64_t image, Split::Tile cut, int) {
       const std::int64_t row = image * tokens + cut.begin;
       gemm_panel(rows_of(wave.normed, row, normed_width()), cut.rows(), q_.panel(p), p * kPanel,
                  to_queries(wave.queries + row * inner()));
     });
-    const Split split = split_rows(wave.images * heads_, tokens, 24, 96, kRowStep);
+    const Split split = split_rows(wave.images * heads_, tokens, kLeastRows, 96, kRowStep);
     parallel_for(wave.images * heads_ * split.tiles, [&](std::int64_t item) {
       const MatrixUnit unit;
       auto tile = split.tile(item);
@@ -272,7 +284,7 @@ class AttentionOp final : public ResidualOp {
       const std::int64_t at = (tile.image * tokens + tile.begin) * inner();
       attend_head(wave, tile, head, wave.queries + at, scores, wave.values + at);
     });
-    for_panels(wave.images, proj_, tokens, [&](int p, std::int64_t image, Split::Tile cut) {
+    for_panels(wave.images, proj_, tokens, 1, [&](int p, std::int64_t image, Split::Tile cut, int) {
       cut.image = image;
       gemm_panel(rows_of(wave.values, image * tokens + cut.begin, inner()), cut.rows(), proj_.panel(p), p * kPanel,
                  to_out(wave, cut));

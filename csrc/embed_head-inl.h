@@ -36,7 +36,8 @@ class PatchEmbedOp final : public PatchEmbed {
       shared.reset(Scratch::bytes_for<E>(patches_size) + Scratch::bytes_for<float>(tokens * norm_wide));
       E* patches = shared.take<E>(patches_size);
       float* projected = shared.take<float>(tokens * norm_wide);
-      const Split rows = split_rows(1, tokens, 8, 16), cuts = split_rows(proj_.panels(), tokens, 24, tokens, kRowStep);
+      const Split rows = split_rows(1, tokens, 8, 16),
+                  cuts = split_rows(proj_.panels(), tokens, kLeastRows, tokens, kRowStep);
       for (std::int64_t index = 0; index < image.batch; ++index) {
         parallel_for(rows.tiles, [&](std::int64_t item) {
           const auto tile = rows.tile(item);
@@ -58,7 +59,7 @@ class PatchEmbedOp final : public PatchEmbed {
     }
     const std::size_t row_bytes = wide * sizeof(E) + norm_wide * sizeof(float);
     const std::int64_t most = std::clamp<std::int64_t>(l2_bytes() / 4 / row_bytes, 24, 96);
-    const Split split = split_rows(image.batch, tokens, 24, most, kRowStep);
+    const Split split = split_rows(image.batch, tokens, kLeastRows, most, kRowStep);
     parallel_for(image.batch * split.tiles, [&](std::int64_t item) {
       const MatrixUnit unit;
       const auto tile = split.tile(item);

@@ -44,7 +44,9 @@ constexpr std::size_t row_width(std::size_t columns) { return round_up(columns, 
 // and with this many rows for m of them: the matrix unit reads whole tiles.
 constexpr std::size_t row_room(std::size_t rows) { return round_up(rows, 16); }
 
-// Work items begin at multiples of this many rows, so that none ends with a tile that is mostly empty.
+// Work items have at least this many rows,
+constexpr int kLeastRows = 12;
+// and begin at multiples of this many, so that none ends with a tile that is mostly empty.
 #ifdef PVT_AMX
 constexpr int kRowStep = 16;
 #else
@@ -57,6 +59,12 @@ struct Panel {
   const E* data;
   int depth, width;
   const E* ahead;  // the panel that is likely wanted next, to be fetched into cache meanwhile, or null
+
+  // k of [begin, end), both multiples of kDepthStep.
+  Panel part(int begin, int end) const {
+    return {data + std::ptrdiff_t(begin) * width, end - begin, width,
+            end < depth ? data + std::ptrdiff_t(end) * width : ahead};
+  }
 };
 
 // A of a GEMM: rows of `ld` elements, or blocks of `block` columns, `block_stride` elements apart, each of such rows.
@@ -114,7 +122,7 @@ struct PackedMatrix {
 PVT_INLINE void assign(float& to, float value) { to = value; }
 PVT_INLINE void assign(bf16& to, float value) { store_first(&to, splat(value), 1); }
 
-// What happens to a sum, which the bias began, before it is stored: * multiply, ReLU, residual + scale * it.
+// What happens to a sum, bias added, before it is stored: * multiply, ReLU, residual + scale * it.
 template <class Out>
 struct Epilogue {
   Out* out;                      // of row 0, column 0
@@ -253,11 +261,7 @@ PVT_INLINE void multiply_block(const Rows<E>& a, int row, const E* b, int begin,
 template <int kRows, int kVectors, class E, class Out, class Fetch>
 void gemm_tile(const Rows<E>& a, const E* b, int depth, Fetch ahead, int row, int column,
                const Epilogue<Out>& epilogue) {
-  Vec acc[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) acc[r][i] = load(epilogue.bias + column + i * kLanes);
+  Vec acc[kRows][kVectors] = {};
   multiply_block<kRows, kVectors>(a, row, b, 0, std::min(depth, kDepthBlock<E>), ahead, acc);
   for (int k = kDepthBlock<E>; k < depth; k += kDepthBlock<E>) {
     Vec block[kRows][kVectors] = {};
@@ -268,7 +272,12 @@ void gemm_tile(const Rows<E>& a, const E* b, int depth, Fetch ahead, int row, in
       for (int i = 0; i < kVectors; ++i) acc[r][i] += block[r][i];
   }
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) epilogue.finish(row + r, column, acc[r]);
+  for (int r = 0; r < kRows; ++r) {
+    // last: begun with a large bias, every addition of small terms would round at its size
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) acc[r][i] += load(epilogue.bias + column + i * kLanes);
+    epilogue.finish(row + r, column, acc[r]);
+  }
 }
 
 template <int kVectors, class Fetch, class E, class Out, int... kRows>

@@ -174,7 +174,7 @@ class MlpOp final : public ResidualOp {
         const E* to = activated_rows(activated, index * tokens, count * tokens).at(0, int(p) * kPanel);
         hidden_band(int(p), map, band, normed, int(index) * map.height, offsets, const_cast<E*>(to));
       });
-      const Split cuts = split_rows(images * fc2_.panels(), tokens, 24, tokens, kRowStep);
+      const Split cuts = split_rows(images * fc2_.panels(), tokens, kLeastRows, tokens, kRowStep);
       parallel_for(fc2_.panels() * images * cuts.tiles, [&](std::int64_t item) {
         const MatrixUnit unit;
         const auto cut = cuts.tile(item);

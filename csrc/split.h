@@ -26,12 +26,15 @@ struct Split {
   int begin(std::int64_t i) const { return int(std::min(rows, (i * rows / tiles + step - 1) / step * step)); }
 };
 
-// Tiles of at most `most` rows; of fewer, but not fewer than `least`, where there would be too few items otherwise.
+// Tiles of at most `most` rows; of fewer, but not fewer than `least`, where there would be too few items otherwise, or
+// not as many for each thread.
 inline Split split_rows(std::int64_t images, std::int64_t rows, std::int64_t least, std::int64_t most,
                         std::int64_t step = 1) {
   const std::int64_t threads = max_threads(), items = threads == 1 ? 1 : kItemsPerThread * threads;
   const std::int64_t wanted = images > 0 ? (items + images - 1) / images : 1;
-  return {std::max({std::int64_t{1}, (rows + most - 1) / most, std::min(wanted, rows / least)}), rows, step};
+  std::int64_t tiles = std::max({std::int64_t{1}, (rows + most - 1) / most, std::min(wanted, rows / least)});
+  while (images * tiles % threads != 0 && images * tiles < 4 * items && tiles < rows / least) ++tiles;
+  return {tiles, rows, step};
 }
 
 }  // namespace pvt
