@@ -30,7 +30,9 @@ class AttentionOp final : public ResidualOp {
   void run(const void* x, Map map, const void* residual_scale, void* out) const override {
     const Shape shape(*this, map);
     // images at a time, so that a large batch takes bounded memory
-    const std::int64_t most = std::max<std::int64_t>(1, kWaveBytes / (map.tokens() * normed_width() * sizeof(E)));
+    const std::size_t packed_keys = heads_ * (shape.k.size() + shape.v.size());
+    const std::size_t image_bytes = (map.tokens() * normed_width() + packed_keys) * sizeof(E);
+    const std::int64_t most = std::max<std::int64_t>(1, kWaveBytes / image_bytes);
     for (std::int64_t first = 0; first < map.batch; first += most) {
       const std::int64_t images = std::min(most, map.batch - first);
       const std::ptrdiff_t at = first * map.tokens() * channels_;
@@ -185,19 +187,6 @@ class AttentionOp final : public ResidualOp {
     });
   }
 
-  // body(panel, image, cut of `rows` rows, part of k) for all of them, a panel's together, and in it a part's.
-  template <class Body>
-  static void for_panels(std::int64_t images, const PackedMatrix<E>& weights, int rows, int parts, const Body& body) {
-    const std::int64_t panels = std::int64_t{weights.panels()} * parts;
-    const Split cuts = split_rows(images * panels, rows, kLeastRows, rows, kRowStep);
-    parallel_for(panels * images * cuts.tiles, [&](std::int64_t item) {
-      const MatrixUnit unit;
-      const auto cut = cuts.tile(item);
-      const int panel = int(cut.image / images);
-      body(panel / parts, cut.image % images, cut, panel % parts);
-    });
-  }
-
   // Columns [column, column + width) of the product with kv_, for the keys of `cut`, into the packed matrices.
   void pack_keys(const Wave& wave, std::int64_t image, int column, int width, const E* rows, Split::Tile cut) const {
     const Shape& shape = wave.shape;
@@ -245,7 +234,7 @@ class AttentionOp final : public ResidualOp {
   void attend_by_tiles(const Wave& wave) const {
     const Shape& shape = wave.shape;
     const std::size_t row_bytes = 2 * inner() * sizeof(E) + shape.score_width() * (sizeof(float) + sizeof(E));
-    const std::int64_t most = std::clamp<std::int64_t>(l2_bytes() / 4 / row_bytes, 12, 96);
+    const std::int64_t most = std::clamp<std::int64_t>(l2_bytes() / 4 / row_bytes, kLeastRows, 96);
     const Split split = split_rows(wave.images, wave.tokens(), kLeastRows, most, kRowStep);
     parallel_for(wave.images * split.tiles, [&](std::int64_t item) {
       const MatrixUnit unit;
@@ -289,11 +278,6 @@ class AttentionOp final : public ResidualOp {
       gemm_panel(rows_of(wave.values, image * tokens + cut.begin, inner()), cut.rows(), proj_.panel(p), p * kPanel,
                  to_out(wave, cut));
     });
-  }
-
-  // Rows of a dense matrix of `width` columns, from row `first` on.
-  static Rows<E> rows_of(const E* matrix, std::int64_t first, std::size_t width) {
-    return {matrix + first * std::ptrdiff_t(width), std::ptrdiff_t(width)};
   }
 
   // Scores of one head's tile of queries, and their probabilities.

@@ -36,18 +36,14 @@ class PatchEmbedOp final : public PatchEmbed {
       shared.reset(Scratch::bytes_for<E>(patches_size) + Scratch::bytes_for<float>(tokens * norm_wide));
       E* patches = shared.take<E>(patches_size);
       float* projected = shared.take<float>(tokens * norm_wide);
-      const Split rows = split_rows(1, tokens, 8, 16),
-                  cuts = split_rows(proj_.panels(), tokens, kLeastRows, tokens, kRowStep);
+      const Split rows = split_rows(1, tokens, 8, 16);
       for (std::int64_t index = 0; index < image.batch; ++index) {
         parallel_for(rows.tiles, [&](std::int64_t item) {
           const auto tile = rows.tile(item);
           gather_rows(index, tile.begin, tile.end, patches + tile.begin * wide);
         });
-        parallel_for(proj_.panels() * cuts.tiles, [&](std::int64_t item) {
-          const MatrixUnit unit;
-          const auto cut = cuts.tile(item);
-          const Rows<E> a{patches + cut.begin * wide, std::ptrdiff_t(wide)};
-          gemm_panel(a, cut.rows(), proj_.panel(int(cut.image)), int(cut.image) * kPanel,
+        for_panels(1, proj_, int(tokens), 1, [&](int p, std::int64_t, Split::Tile cut, int) {
+          gemm_panel(rows_of(patches, cut.begin, wide), cut.rows(), proj_.panel(p), p * kPanel,
                      store_rows(projected + cut.begin * norm_wide, norm_wide, proj_.bias.data()));
         });
         parallel_for(rows.tiles, [&](std::int64_t item) {
@@ -69,8 +65,7 @@ class PatchEmbedOp final : public PatchEmbed {
       E* patches = scratch.take<E>(row_room(tile.rows()) * wide);
       float* projected = scratch.take<float>(tile.rows() * norm_wide);
       gather_rows(tile.image, tile.begin, tile.end, patches);
-      gemm(Rows<E>{patches, std::ptrdiff_t(wide)}, tile.rows(), proj_,
-           store_rows(projected, norm_wide, proj_.bias.data()));
+      gemm(rows_of(patches, 0, wide), tile.rows(), proj_, store_rows(projected, norm_wide, proj_.bias.data()));
       finish_rows(tile.image, tile.begin, tile.end, projected);
     });
   }
@@ -183,8 +178,7 @@ class HeadOp final : public Head {
     const Epilogue<T> epilogue = store_rows(static_cast<T*>(out), classes_, classifier_.bias.data());
     parallel_for(classifier_.panels(), [&](std::int64_t p) {
       const MatrixUnit unit;
-      gemm_panel(Rows<E>{means, std::ptrdiff_t(wide)}, int(batch), classifier_.panel(int(p)), int(p) * kPanel,
-                 epilogue);
+      gemm_panel(rows_of(means, 0, wide), int(batch), classifier_.panel(int(p)), int(p) * kPanel, epilogue);
     });
   }
 

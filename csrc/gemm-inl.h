@@ -81,6 +81,12 @@ struct Rows {
   }
 };
 
+// Rows of a dense matrix of `width` columns, from row `first` on.
+template <class E>
+Rows<E> rows_of(const E* matrix, std::int64_t first, std::size_t width) {
+  return {matrix + first * std::ptrdiff_t(width), std::ptrdiff_t(width)};
+}
+
 // How a depth x columns matrix lies in memory: panels of kPanel columns, the last one narrow where that suffices.
 template <class E>
 struct PanelLayout {

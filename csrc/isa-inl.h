@@ -10,6 +10,7 @@ struct MatrixUnit {  // no state to hold without a matrix unit
 #ifdef PVT_AMX
 #include "amx-inl.h"
 #endif
+#include "panels-inl.h"
 #include "rows-inl.h"
 #include "pack-inl.h"
 #include "mlp-inl.h"

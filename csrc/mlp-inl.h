@@ -174,12 +174,8 @@ class MlpOp final : public ResidualOp {
         const E* to = activated_rows(activated, index * tokens, count * tokens).at(0, int(p) * kPanel);
         hidden_band(int(p), map, band, normed, int(index) * map.height, offsets, const_cast<E*>(to));
       });
-      const Split cuts = split_rows(images * fc2_.panels(), tokens, kLeastRows, tokens, kRowStep);
-      parallel_for(fc2_.panels() * images * cuts.tiles, [&](std::int64_t item) {
-        const MatrixUnit unit;
-        const auto cut = cuts.tile(item);
-        const int p = int(cut.image / images);
-        const std::int64_t index = cut.image % images, row = index * tokens + cut.begin;
+      for_panels(images, fc2_, tokens, 1, [&](int p, std::int64_t index, Split::Tile cut, int) {
+        const std::int64_t row = index * tokens + cut.begin;
         const std::ptrdiff_t at = (first * tokens + row) * channels_;
         gemm_panel(activated_rows(activated, row, count * tokens), cut.rows(), fc2_.panel(p), p * kPanel,
                    output(call, first + index, at));
@@ -220,8 +216,7 @@ class MlpOp final : public ResidualOp {
 
   // One panel of fc1 for rows [first, first + rows) of the normalised map.
   void fc1_panel(int p, const E* normed, int first, int rows, int width, float* hidden, const int* offsets) const {
-    const Rows<E> a{normed + std::ptrdiff_t(first) * normed_tokens(width) * normed_width(),
-                    std::ptrdiff_t(normed_width())};
+    const Rows<E> a = rows_of(normed, std::int64_t{first} * normed_tokens(width), normed_width());
     Epilogue<float> epilogue = store_rows(hidden, kPanel, fc1_.bias.data() + p * kPanel);
     epilogue.offsets = kGap ? nullptr : offsets;
     epilogue.relu = relu_;

@@ -92,7 +92,7 @@ def test_threads_runs_and_companions_change_no_bit(kind, size, target, dtype):
 
 
 def test_an_image_is_the_same_in_every_wave(target, dtype):
-    """Attention takes a batch in waves, as many images at a time as 16 MiB of packed keys and values allow.
+    """Attention takes a batch in waves, as many images at a time as 8 MiB of tokens, packed keys and values allow.
 
     Heads of one channel are padded to whole panels: 64 of them take at least 110 KiB an image, so
     150 images are two waves or more.
