@@ -100,7 +100,7 @@ void gemm_panel(const Rows<bf16>& a, int rows, const Panel<bf16>& panel, int col
     const auto multiply = height > 16 ? &multiply_amx<true> : &multiply_amx<false>;
     multiply(a.data + row * a.ld, a.ld, step, panel.data, panel.depth, plain ? bias : nullptr, to, ld);
     for (int r = 0; !whole && r < height; ++r) {
-      const Vec sums[] = {load(result + r * kPanel) + last[0], load(result + r * kPanel + kLanes) + last[1]};
+      const Vec sums[1][2] = {{load(result + r * kPanel) + last[0], load(result + r * kPanel + kLanes) + last[1]}};
       epilogue.finish(row + r, column, sums);
     }
   }

@@ -128,6 +128,7 @@ class AttentionOp final : public ResidualOp {
       const T* from = wave.x + item * width * channels_;
       E* normed = wave.normed + item / height * wave.tokens() * normed_width();
       const bool whole = y < shape.height * sr;
+      NormRows<T, E> rows(norm_, int(normed_width()));
       for (int x = 0; x < width; ++x) {
         int row;
         if (whole && x < inside)
@@ -136,7 +137,7 @@ class AttentionOp final : public ResidualOp {
           row = patches + y * outside + x - inside;
         else
           row = patches + shape.height * sr * outside + (y - shape.height * sr) * width + x;
-        layer_norm_row(from + std::ptrdiff_t(x) * channels_, norm_, normed + row * normed_width(), int(normed_width()));
+        rows.add(from + std::ptrdiff_t(x) * channels_, normed + row * normed_width());
         if (item < height) wave.places[row] = (y * width + x) * channels_;
       }
     });
@@ -161,18 +162,11 @@ class AttentionOp final : public ResidualOp {
                    store_rows(to, normed_width(), part == 0 ? sr_.bias.data() : wave.zeros));
       });
       constexpr std::int64_t kRows = 8;
-      parallel_for((wave.images * keys + kRows - 1) / kRows, [&](std::int64_t item) {
-        for (std::int64_t r = item * kRows; r < std::min((item + 1) * kRows, wave.images * keys); ++r) {
-          float* from = wave.reduced + r * normed_width();
-          for (int part = 1; part < reducing_parts(); ++part)
-            for (std::size_t i = 0; i < normed_width(); i += kLanes)
-              store(from + i, load(from + i) + load(from + part * part_size + i));
-          E* to = wave.source + r * normed_width();
-          if (linear_)
-            layer_norm_row<Activation::gelu>(from, sr_norm_, to, int(normed_width()));
-          else
-            layer_norm_row(from, sr_norm_, to, int(normed_width()));
-        }
+      const std::int64_t rows = wave.images * keys;
+      parallel_for((rows + kRows - 1) / kRows, [&](std::int64_t item) {
+        const std::int64_t first = item * kRows, last = std::min(first + kRows, rows);
+        linear_ ? finish_reduced<Activation::gelu>(wave, first, last)
+                : finish_reduced<Activation::none>(wave, first, last);
       });
       source = wave.source;
     }
@@ -187,23 +181,52 @@ class AttentionOp final : public ResidualOp {
     });
   }
 
-  // Columns [column, column + width) of the product with kv_, for the keys of `cut`, into the packed matrices.
+  // Rows [first, last) of the reduced maps: their parts added up, normalised.
+  template <Activation kActivation>
+  void finish_reduced(const Wave& wave, std::int64_t first, std::int64_t last) const {
+    const std::ptrdiff_t part_size = wave.images * wave.shape.keys * normed_width();
+    NormRows<float, E, kActivation> rows(sr_norm_, int(normed_width()));
+    for (std::int64_t r = first; r < last; ++r) {
+      float* from = wave.reduced + r * normed_width();
+      for (int part = 1; part < reducing_parts(); ++part)
+        for (std::size_t i = 0; i < normed_width(); i += kLanes)
+          store(from + i, load(from + i) + load(from + part * part_size + i));
+      rows.add(from, wave.source + r * normed_width());
+    }
+  }
+
+  // Columns [column, column + width) of the product with kv_, for the keys of `cut`, into the packed matrices. Keys
+  // past the last one become zero: they poison neither the scores nor the product with zero probabilities.
   void pack_keys(const Wave& wave, std::int64_t image, int column, int width, const E* rows, Split::Tile cut) const {
+    constexpr int kStep = kDepthStep<E> == 1 ? 1 : 2;  // between neighbouring columns of a packed matrix
     const Shape& shape = wave.shape;
     const bool last = cut.end == shape.keys;
-    for (int i = 0; i < width; ++i) {
+    for (int i = 0, count; i < width; i += count) {  // columns of one matrix, within a panel of its layout
       // a head's key and value lie side by side
-      const int n = (column + i) % head_width_, part = (column + i) / head_width_ % 2;
+      const int n = (column + i) % head_width_;
+      count = std::min({width - i, head_width_ - n, kPanel - n % kPanel});
       const std::int64_t head = image * heads_ + (column + i) / head_width_ / 2;
-      E* k = wave.k + head * shape.k.size();
-      E* v = wave.v + head * shape.v.size();
-      // keys past the last one are zero: they poison neither the scores nor the product with zero probabilities
-      if (part == 0) {
-        for (int key = cut.begin; key < cut.end; ++key) k[shape.k.index(n, key)] = rows[(key - cut.begin) * width + i];
-        for (int key = shape.keys; last && key < shape.k.columns; ++key) k[shape.k.index(n, key)] = E{};
+      const E* from = rows + i;
+      if ((column + i) / head_width_ % 2 == 0) {
+        E* k = wave.k + head * shape.k.size();
+        const int end = last ? shape.k.columns : cut.end;
+        for (int start = cut.begin, stop; start < end; start = stop) {
+          stop = std::min(end, (start / kPanel + 1) * kPanel);
+          for (int c = 0; c < count; ++c) {
+            E* to = k + shape.k.index(n + c, start);
+            for (int key = start; key < std::min(stop, cut.end); ++key, to += kStep)
+              *to = from[(key - cut.begin) * width + c];
+            for (int key = std::max(start, cut.end); key < stop; ++key, to += kStep) *to = E{};
+          }
+        }
       } else {
-        for (int key = cut.begin; key < cut.end; ++key) v[shape.v.index(key, n)] = rows[(key - cut.begin) * width + i];
-        for (int key = shape.keys; last && key < shape.v.depth; ++key) v[shape.v.index(key, n)] = E{};
+        E* v = wave.v + head * shape.v.size();
+        const int end = last ? shape.v.depth : cut.end;
+        for (int key = cut.begin; key < end; ++key) {
+          E* to = v + shape.v.index(key, n);
+          const E* row = from + (key - cut.begin) * width;
+          for (int c = 0; c < count; ++c) to[c * kStep] = key < cut.end ? row[c] : E{};
+        }
       }
     }
   }
@@ -303,8 +326,7 @@ class AttentionOp final : public ResidualOp {
       gemm_panel(rows_of(queries + head * head_width_, 0, inner()), tile.rows(),
                  shape.k.panel(wave.k + matrix * shape.k.size(), p), p * kPanel,
                  store_rows(to.scores, width, wave.zeros));
-    for (int r = 0; r < tile.rows(); ++r)
-      softmax_row(to.scores + r * width, shape.keys, int(width), to.probabilities + r * width);
+    softmax_rows(to.scores, tile.rows(), shape.keys, int(width), to.probabilities);
     Epilogue<E> to_values = store_rows(values + head * head_width_, inner(), wave.zeros);
     to_values.columns = head_width_;
     for (int p = 0; p < shape.v.panels(); ++p)

@@ -26,8 +26,8 @@ class PatchEmbedOp final : public PatchEmbed {
     };
     auto finish_rows = [&](std::int64_t index, int begin, int end, const float* projected) {
       T* to = static_cast<T*>(out) + (index * tokens + begin) * channels_;
-      for (int r = 0; r < end - begin; ++r)
-        layer_norm_row(projected + r * norm_wide, norm_, to + std::ptrdiff_t(r) * channels_, channels_);
+      NormRows<float, T> rows(norm_, channels_);
+      for (int r = 0; r < end - begin; ++r) rows.add(projected + r * norm_wide, to + std::ptrdiff_t(r) * channels_);
     };
     const std::size_t weights = proj_.data.size() * sizeof(E), patches_size = row_room(tokens) * wide;
     if (weights > l2_bytes() / 4 && patches_size * sizeof(E) <= max_threads() * l2_bytes() / 2) {
@@ -129,9 +129,9 @@ class LayerNormOp final : public LayerNorm {
   void run(const void* x, std::int64_t rows, void* out) const override {
     constexpr std::int64_t kRows = 64;  // enough to be worth handing to a thread
     parallel_for((rows + kRows - 1) / kRows, [&](std::int64_t item) {
+      NormRows<T, T> group(norm_, norm_.channels);
       for (std::int64_t r = item * kRows; r < std::min(rows, (item + 1) * kRows); ++r)
-        layer_norm_row(static_cast<const T*>(x) + r * norm_.channels, norm_, static_cast<T*>(out) + r * norm_.channels,
-                       norm_.channels);
+        group.add(static_cast<const T*>(x) + r * norm_.channels, static_cast<T*>(out) + r * norm_.channels);
     });
   }
 

@@ -128,6 +128,11 @@ struct PackedMatrix {
 PVT_INLINE void assign(float& to, float value) { to = value; }
 PVT_INLINE void assign(bf16& to, float value) { store_first(&to, splat(value), 1); }
 
+template <int kRows, int kVectors, class Body>
+PVT_INLINE void for_each(const Vec (&)[kRows][kVectors], const Body& body) {
+  unrolled<kRows>([&](auto r) PVT_LAMBDA { unrolled<kVectors>([&](auto i) PVT_LAMBDA { body(r, i); }); });
+}
+
 // What happens to a sum, bias added, before it is stored: * multiply, ReLU, residual + scale * it.
 template <class Out>
 struct Epilogue {
@@ -143,29 +148,35 @@ struct Epilogue {
 
   PVT_INLINE std::ptrdiff_t place(int row) const { return offsets ? offsets[row] : row * ld; }
 
-  template <int kVectors>
-  PVT_INLINE void finish(int row, int column, const Vec (&v)[kVectors]) const {
-    const std::ptrdiff_t at = place(row) + column;
-    if (__builtin_expect(columns - column >= kVectors * kLanes, 1)) {
-      // one branch per row, not per vector
-      if (residual) {
-#pragma GCC unroll 4
-        for (int i = 0; i < kVectors; ++i)
-          store(out + at + i * kLanes, load(residual + at + i * kLanes) + finished(v[i]) * residual_scale);
-      } else if (relu || multiply != 1) {
-#pragma GCC unroll 4
-        for (int i = 0; i < kVectors; ++i) store(out + at + i * kLanes, finished(v[i]));
-      } else {
-#pragma GCC unroll 4
-        for (int i = 0; i < kVectors; ++i) store(out + at + i * kLanes, v[i]);
-      }
-      return;
+  // Rows from `row` on and columns from `column` on of the product. One branch for all rows, and nothing that calls a
+  // function while sums wait in registers.
+  template <int kRows, int kVectors>
+  PVT_INLINE void finish(int row, int column, const Vec (&sums)[kRows][kVectors]) const {
+    if (__builtin_expect(columns - column < kVectors * kLanes, 0)) {
+      float waiting[kRows][kVectors * kLanes];
+      for_each(sums, [&](auto r, auto i) PVT_LAMBDA { store(waiting[r] + i * kLanes, sums[r][i]); });
+      for (int r = 0; r < kRows; ++r) finish_some(row + r, column, waiting[r]);
+    } else if (residual) {
+      for_each(sums, [&](auto r, auto i) PVT_LAMBDA {
+        const std::ptrdiff_t at = place(row + r) + column + i * kLanes;
+        store(out + at, load(residual + at) + finished(sums[r][i]) * residual_scale);
+      });
+    } else if (relu || multiply != 1) {
+      for_each(sums, [&](auto r, auto i)
+                         PVT_LAMBDA { store(out + place(row + r) + column + i * kLanes, finished(sums[r][i])); });
+    } else {
+      for_each(sums, [&](auto r, auto i) PVT_LAMBDA { store(out + place(row + r) + column + i * kLanes, sums[r][i]); });
     }
-    for (int i = 0; i < kVectors && column + i * kLanes < columns; ++i) {
-      const int count = std::min(kLanes, columns - column - i * kLanes);
-      Vec x = finished(v[i]);
-      if (residual) x = load_first(residual + at + i * kLanes, count) + x * residual_scale;
-      store_first(out + at + i * kLanes, x, count);
+  }
+
+  // The columns from `column` on, too few for a tile.
+  __attribute__((noinline)) void finish_some(int row, int column, const float* sums) const {
+    for (; column < columns; column += kLanes, sums += kLanes) {
+      const int count = std::min(kLanes, columns - column);
+      const std::ptrdiff_t at = place(row) + column;
+      Vec x = finished(load(sums));
+      if (residual) x = load_first(residual + at, count) + x * residual_scale;
+      store_first(out + at, x, count);
     }
   }
 
@@ -217,15 +228,12 @@ PVT_INLINE void multiply_tile(const float* a, std::ptrdiff_t lda, const float* b
 #pragma GCC unroll 2
   for (int k = 0; k < depth; ++k, b += kVectors * kLanes) {
     Vec panel[kVectors];
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) panel[i] = load(b + i * kLanes);
+    unrolled<kVectors>([&](auto i) PVT_LAMBDA { panel[i] = load(b + i * kLanes); });
     ahead.fetch();
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+    unrolled<kRows>([&](auto r) PVT_LAMBDA {
       const Vec value = splat(a[r * lda + k]);
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) acc[r][i] += value * panel[i];
-    }
+      unrolled<kVectors>([&](auto i) PVT_LAMBDA { acc[r][i] += value * panel[i]; });
+    });
   }
 }
 
@@ -236,15 +244,12 @@ PVT_INLINE void multiply_tile(const bf16* a, std::ptrdiff_t lda, const bf16* b, 
 #pragma GCC unroll 2
   for (int k = 0; k < depth; k += 2, b += 2 * kVectors * kLanes) {
     VecPairs panel[kVectors];
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) panel[i] = load_pairs(b + 2 * i * kLanes);
+    unrolled<kVectors>([&](auto i) PVT_LAMBDA { panel[i] = load_pairs(b + 2 * i * kLanes); });
     ahead.fetch();
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+    unrolled<kRows>([&](auto r) PVT_LAMBDA {
       const VecPairs pair = splat_pair(a + r * lda + k);
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) acc[r][i] = dot(acc[r][i], pair, panel[i]);
-    }
+      unrolled<kVectors>([&](auto i) PVT_LAMBDA { acc[r][i] = dot(acc[r][i], pair, panel[i]); });
+    });
   }
 }
 #endif
@@ -267,23 +272,24 @@ PVT_INLINE void multiply_block(const Rows<E>& a, int row, const E* b, int begin,
 template <int kRows, int kVectors, class E, class Out, class Fetch>
 void gemm_tile(const Rows<E>& a, const E* b, int depth, Fetch ahead, int row, int column,
                const Epilogue<Out>& epilogue) {
-  Vec acc[kRows][kVectors] = {};
-  multiply_block<kRows, kVectors>(a, row, b, 0, std::min(depth, kDepthBlock<E>), ahead, acc);
-  for (int k = kDepthBlock<E>; k < depth; k += kDepthBlock<E>) {
-    Vec block[kRows][kVectors] = {};
-    multiply_block<kRows, kVectors>(a, row, b, k, std::min(depth, k + kDepthBlock<E>), ahead, block);
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < kVectors; ++i) acc[r][i] += block[r][i];
+  Vec acc[kRows][kVectors];
+  const auto multiply = [&](int begin, int end) PVT_LAMBDA {
+    for_each(acc, [&](auto r, auto i) PVT_LAMBDA { acc[r][i] = Vec{}; });
+    multiply_block(a, row, b, begin, end, ahead, acc);
+  };
+  multiply(0, std::min(depth, kDepthBlock<E>));
+  if (depth > kDepthBlock<E>) {
+    float total[kRows][kVectors][kLanes];
+    for_each(acc, [&](auto r, auto i) PVT_LAMBDA { store(total[r][i], acc[r][i]); });
+    for (int k = kDepthBlock<E>; k < depth; k += kDepthBlock<E>) {
+      multiply(k, std::min(depth, k + kDepthBlock<E>));
+      for_each(acc, [&](auto r, auto i) PVT_LAMBDA { store(total[r][i], load(total[r][i]) + acc[r][i]); });
+    }
+    for_each(acc, [&](auto r, auto i) PVT_LAMBDA { acc[r][i] = load(total[r][i]); });
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    // last: begun with a large bias, every addition of small terms would round at its size
-#pragma GCC unroll 4
-    for (int i = 0; i < kVectors; ++i) acc[r][i] += load(epilogue.bias + column + i * kLanes);
-    epilogue.finish(row + r, column, acc[r]);
-  }
+  // last: begun with a large bias, every addition of small terms would round at its size
+  for_each(acc, [&](auto r, auto i) PVT_LAMBDA { acc[r][i] += load(epilogue.bias + column + i * kLanes); });
+  epilogue.finish(row, column, acc);
 }
 
 template <int kVectors, class Fetch, class E, class Out, int... kRows>

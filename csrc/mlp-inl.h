@@ -204,8 +204,8 @@ class MlpOp final : public ResidualOp {
   void norm_row(const T* x, std::int64_t row, int width, E* normed) const {
     const T* from = x + row * width * channels_;
     E* to = normed + (row * normed_tokens(width) + kGap) * std::ptrdiff_t(normed_width());
-    for (int c = 0; c < width; ++c)
-      layer_norm_row(from + std::ptrdiff_t(c) * channels_, norm_, to + c * normed_width(), int(normed_width()));
+    NormRows<T, E> tokens(norm_, int(normed_width()));
+    for (int c = 0; c < width; ++c) tokens.add(from + std::ptrdiff_t(c) * channels_, to + c * normed_width());
   }
 
   // Places of the tokens of `rows` rows in a panel's hidden rows.

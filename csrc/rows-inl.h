@@ -19,62 +19,125 @@ struct PackedNorm {
 
 enum class Activation { none, gelu };
 
-// out = activation(LayerNorm(x)) for one row; writes `columns` columns (at most row_width(channels); those past the
-// channels are zero). Two passes over the row, which the first leaves in cache: mean, then squared distances from it,
-// so that a large mean costs no precision.
-template <Activation kActivation = Activation::none, class In, class Out>
-void layer_norm_row(const In* x, const PackedNorm& norm, Out* out, int columns) {
-  const int full = norm.channels / kLanes * kLanes, rest = norm.channels - full;
-  Vec total{}, squares{};
-  for (int c = 0; c < full; c += kLanes) total += load(x + c);
-  const Vec tail = rest ? load_first(x + full, rest) : Vec{};
-  const float mean = sum(total + tail) / norm.channels;
-  for (int c = 0; c < full; c += kLanes) {
-    const Vec d = load(x + c) - mean;
-    squares += d * d;
-  }
-  if (rest) {
-    const Vec d = (tail - mean) * first_lanes(rest);
-    squares += d * d;
-  }
-  const float scale = 1.0f / std::sqrt(sum(squares) / norm.channels + norm.eps);
-  auto finish = [&](int c, Vec v) __attribute__((always_inline)) {
-    v = (v - mean) * scale * load(norm.weight.data() + c) + load(norm.bias.data() + c);
-    if constexpr (kActivation == Activation::gelu) v = gelu<std::is_same_v<Out, float>>(v);
-    return v;
-  };
-  for (int c = 0; c < full; c += kLanes) store(out + c, finish(c, load(x + c)));
-  if (rest) {
-    const Vec v = finish(full, tail);
-    columns - full < kLanes ? store_first(out + full, v, rest) : store(out + full, v);
-  }
-  for (int c = int(round_up(norm.channels, kLanes)); c + kLanes <= columns; c += kLanes) store(out + c, Vec{});
-}
+// Combines of `reduce`.
+constexpr auto sum = [](Vec a, Vec b) PVT_LAMBDA { return a + b; };
+constexpr auto highest = [](Vec a, Vec b) PVT_LAMBDA { return max(a, b); };
 
-// probabilities = 2^(scores - max) / sum over the first `count` scores, zero from there to `width`; `scores` is used up
-// and may be `probabilities` itself.
-template <class Out>
-void softmax_row(float* scores, int count, int width, Out* probabilities) {
-  const int full = count / kLanes * kLanes, rest = count - full;
+// out = activation(LayerNorm(x)) for rows that are handed over one by one and done in groups. Writes `columns` columns
+// (at most row_width(channels); those past the channels are zero). Two passes over a row, which the first leaves in
+// cache: mean, then squared distances from it, so that a large mean costs no precision.
+template <class In, class Out, Activation kActivation = Activation::none>
+class NormRows {
+ public:
+  NormRows(const PackedNorm& norm, int columns) : norm_(norm), columns_(columns) {}
+  NormRows(const NormRows&) = delete;
+  NormRows& operator=(const NormRows&) = delete;
+  ~NormRows() { flush(); }
+
+  PVT_INLINE void add(const In* x, Out* out) {
+    x_[count_] = x;
+    out_[count_] = out;
+    if (++count_ == kRowGroup) flush();
+  }
+
+ private:
+  void flush() {
+    if (count_ == 0) return;
+    for (int i = count_; i < kRowGroup; ++i) x_[i] = x_[count_ - 1], out_[i] = out_[count_ - 1];
+    count_ = 0;
+    const int full = norm_.channels / kLanes * kLanes, rest = norm_.channels - full;
+    const float share = 1.0f / norm_.channels;
+    Vec totals[kRowGroup], tails[kRowGroup] = {};
+    if (rest) unrolled<kRowGroup>([&](auto i) PVT_LAMBDA { tails[i] = load_first(x_[i] + full, rest); });
+    unrolled<kRowGroup>([&](auto i) PVT_LAMBDA { totals[i] = tails[i]; });
+    for (int c = 0; c < full; c += kLanes)
+      unrolled<kRowGroup>([&](auto i) PVT_LAMBDA { totals[i] += load(x_[i] + c); });
+    float lanes[kLanes], mean[kRowGroup], scale[kRowGroup];
+    store(lanes, reduce(totals, sum));
+    for (int i = 0; i < kRowGroup; ++i) mean[i] = lanes[i] * share;
+    const Vec inside = first_lanes(rest);
+    unrolled<kRowGroup>([&](auto i) PVT_LAMBDA {
+      const Vec d = (tails[i] - mean[i]) * inside;
+      totals[i] = d * d;
+    });
+    for (int c = 0; c < full; c += kLanes)
+      unrolled<kRowGroup>([&](auto i) PVT_LAMBDA {
+        const Vec d = load(x_[i] + c) - mean[i];
+        totals[i] += d * d;
+      });
+    store(lanes, reduce(totals, sum));
+    for (int i = 0; i < kRowGroup; ++i) scale[i] = 1.0f / std::sqrt(lanes[i] * share + norm_.eps);
+    const auto finish = [&](auto i, int c, Vec v) PVT_LAMBDA {
+      v = (v - mean[i]) * scale[i] * load(norm_.weight.data() + c) + load(norm_.bias.data() + c);
+      if constexpr (kActivation == Activation::gelu) v = gelu<std::is_same_v<Out, float>>(v);
+      return v;
+    };
+    for (int c = 0; c < full; c += kLanes)
+      unrolled<kRowGroup>([&](auto i) PVT_LAMBDA { store(out_[i] + c, finish(i, c, load(x_[i] + c))); });
+    if (rest)
+      unrolled<kRowGroup>([&](auto i) PVT_LAMBDA {
+        const Vec v = finish(i, full, tails[i]);
+        columns_ - full < kLanes ? store_first(out_[i] + full, v, rest) : store(out_[i] + full, v);
+      });
+    for (int c = int(round_up(norm_.channels, kLanes)); c + kLanes <= columns_; c += kLanes)
+      unrolled<kRowGroup>([&](auto i) PVT_LAMBDA { store(out_[i] + c, Vec{}); });
+  }
+
+  const PackedNorm& norm_;
+  const int columns_;
+  int count_ = 0;
+  const In* x_[kRowGroup];
+  Out* out_[kRowGroup];
+};
+
+// probabilities = 2^(scores - max) / sum over the first `count` scores of each of kRows rows, zero from there to
+// `width`, which is the distance of rows; `scores` are used up and may be `probabilities` themselves.
+template <int kRows, class Out>
+void softmax_group(float* scores, int count, int width, Out* probabilities) {
+  const int full = count / kLanes * kLanes, rest = count - full, used = int(round_up(count, kLanes));
+  const auto of_rows = [&](const auto& body) PVT_LAMBDA {
+    unrolled<kRows>([&](auto i) PVT_LAMBDA { body(i, scores + i * width, probabilities + i * width); });
+  };
   // lanes past the keys never win the maximum, and weigh nothing
   const Vec valid = first_lanes(rest);
-  Vec top = splat(scores[0]);
-  for (int j = 0; j < full; j += kLanes) top = max(top, load(scores + j));
-  if (rest) top = max(top, valid > 0.0f ? load(scores + full) : splat(scores[0]));
-  const float highest = reduce(top, [](Vec a, Vec b) __attribute__((always_inline)) { return max(a, b); });
-  Vec total{};
-  for (int j = 0; j < full; j += kLanes) {
-    const Vec e = exp2_nonpositive(load(scores + j) - highest);
-    store(scores + j, e);
-    total += e;
-  }
-  if (rest) {
-    const Vec e = exp2_nonpositive(min(Vec{}, load(scores + full) - highest)) * valid;
-    store(scores + full, e);
-    total += e;
-  }
-  const float inverse = 1.0f / sum(total);
-  const int used = int(round_up(count, kLanes));
-  for (int j = 0; j < used; j += kLanes) store(probabilities + j, load(scores + j) * inverse);
-  for (int j = used; j < width; j += kLanes) store(probabilities + j, Vec{});
+  Vec all[kRowGroup];
+  const auto combined = [&](const auto& combine, float (&lanes)[kLanes]) PVT_LAMBDA {
+    for (int i = kRows; i < kRowGroup; ++i) all[i] = all[0];
+    store(lanes, reduce(all, combine));
+  };
+  of_rows([&](auto i, float* from, Out*) PVT_LAMBDA { all[i] = splat(from[0]); });
+  for (int j = 0; j < full; j += kLanes)
+    of_rows([&](auto i, float* from, Out*) PVT_LAMBDA { all[i] = max(all[i], load(from + j)); });
+  if (rest)
+    of_rows([&](auto i, float* from, Out*)
+                PVT_LAMBDA { all[i] = max(all[i], valid > 0.0f ? load(from + full) : splat(from[0])); });
+  float top[kLanes], total[kLanes];
+  combined(highest, top);
+  of_rows([&](auto i, float*, Out*) PVT_LAMBDA { all[i] = Vec{}; });
+  for (int j = 0; j < full; j += kLanes)
+    of_rows([&](auto i, float* from, Out*) PVT_LAMBDA {
+      const Vec e = exp2_nonpositive(load(from + j) - top[i]);
+      store(from + j, e);
+      all[i] += e;
+    });
+  if (rest)
+    of_rows([&](auto i, float* from, Out*) PVT_LAMBDA {
+      const Vec e = exp2_nonpositive(min(Vec{}, load(from + full) - top[i])) * valid;
+      store(from + full, e);
+      all[i] += e;
+    });
+  combined(sum, total);
+  of_rows([&](auto i, float* from, Out* to) PVT_LAMBDA {
+    const float share = 1.0f / total[i];
+    for (int j = 0; j < used; j += kLanes) store(to + j, load(from + j) * share);
+    for (int j = used; j < width; j += kLanes) store(to + j, Vec{});
+  });
+}
+
+template <class Out>
+void softmax_rows(float* scores, int rows, int count, int width, Out* probabilities) {
+  int row = 0;
+  for (; row + kRowGroup <= rows; row += kRowGroup)
+    softmax_group<kRowGroup>(scores + row * width, count, width, probabilities + row * width);
+  for (; row < rows; ++row) softmax_group<1>(scores + row * width, count, width, probabilities + row * width);
 }

@@ -16,6 +16,18 @@ struct bf16 {
 
 #define PVT_INLINE inline __attribute__((always_inline))
 
+// body(0), body(1), ... body(n - 1), each index a constant: arrays that are only indexed so live in registers, which a
+// loop unrolled by the optimiser comes too late for.
+template <class Body, int... kIndex>
+PVT_INLINE void unrolled(std::integer_sequence<int, kIndex...>, const Body& body) {
+  (body(std::integral_constant<int, kIndex>()), ...);
+}
+template <int n, class Body>
+PVT_INLINE void unrolled(const Body& body) {
+  unrolled(std::make_integer_sequence<int, n>(), body);
+}
+#define PVT_LAMBDA __attribute__((always_inline))
+
 PVT_INLINE Vec splat(float value) { return value - Vec{}; }
 
 PVT_INLINE float to_float(float value) { return value; }
@@ -31,10 +43,15 @@ PVT_INLINE Vec load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+#ifdef PVT_HAS_WIDEN
+PVT_INLINE VecBits widen(VecHalf h);
+#else
+PVT_INLINE VecBits widen(VecHalf h) { return __builtin_convertvector(h, VecBits); }
+#endif
 PVT_INLINE Vec load(const bf16* p) {
   VecHalf h;
   std::memcpy(&h, p, sizeof h);
-  return reinterpret_cast<Vec>(__builtin_convertvector(h, VecBits) << 16);
+  return reinterpret_cast<Vec>(widen(h) << 16);
 }
 
 PVT_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
@@ -83,17 +100,30 @@ PVT_INLINE Vec exchange(Vec v, std::integer_sequence<int, kLane...>) {
   return __builtin_shufflevector(v, v, (kLane ^ kDistance)...);
 }
 
-// All lanes combined, halves with halves: lane by lane, each step would wait for the one before.
-template <int kDistance = kLanes / 2, class Combine>
-PVT_INLINE float reduce(Vec v, const Combine& combine) {
-  if constexpr (kDistance == 0)
-    return v[0];
-  else
-    return reduce<kDistance / 2>(combine(v, exchange<kDistance>(v, std::make_integer_sequence<int, kLanes>())),
-                                 combine);
+// Rows that are worked on together where each needs a sum or a maximum of its own lanes.
+constexpr int kRowGroup = 4;
+
+template <int kDistance, class Combine, int... kLane>
+PVT_INLINE Vec interleave(Vec a, Vec b, const Combine& combine, std::integer_sequence<int, kLane...>) {
+  // lanes whose bit kDistance is 0 combine pairs of a, the others pairs of b
+  return combine(__builtin_shufflevector(a, b, ((kLane & kDistance) ? kLanes + (kLane ^ kDistance) : kLane)...),
+                 __builtin_shufflevector(a, b, ((kLane & kDistance) ? kLanes + kLane : kLane ^ kDistance)...));
 }
-PVT_INLINE float sum(Vec v) {
-  return reduce(v, [](Vec a, Vec b) __attribute__((always_inline)) { return a + b; });
+template <int kDistance, class Combine>
+PVT_INLINE Vec reduce_quarters(Vec v, const Combine& combine) {
+  if constexpr (kDistance >= kLanes)
+    return v;
+  else
+    return reduce_quarters<2 * kDistance>(combine(v, exchange<kDistance>(v, std::make_integer_sequence<int, kLanes>())),
+                                          combine);
+}
+// All lanes of each of four vectors combined, that of v[i] in lanes i, i + 4, ...: half the work of one at a time, and
+// no less of it for fewer. In what order does not depend on i.
+template <class Combine>
+PVT_INLINE Vec reduce(const Vec (&v)[kRowGroup], const Combine& combine) {
+  constexpr auto kAll = std::make_integer_sequence<int, kLanes>();
+  const Vec low = interleave<1>(v[0], v[1], combine, kAll), high = interleave<1>(v[2], v[3], combine, kAll);
+  return reduce_quarters<4>(interleave<2>(low, high, combine, kAll), combine);
 }
 
 // 1 in the first n lanes, 0 in the others.
@@ -101,6 +131,9 @@ PVT_INLINE Vec first_lanes(int n) {
   static constexpr float kLane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return load(kLane) < float(n) ? splat(1) : Vec{};
 }
+
+// 1.5 * 2^23: added to a float of moderate size it rounds to the nearest integer, which stands in the sum's low bits.
+constexpr float kRoundToInteger = 12582912.0f;
 
 template <std::size_t N>
 PVT_INLINE Vec polynomial(const float (&coefficients)[N], Vec x) {
@@ -110,6 +143,30 @@ PVT_INLINE Vec polynomial(const float (&coefficients)[N], Vec x) {
   return y;
 }
 
+#if PVT_LANES == 16
+// GELU(x) = x Phi(x) = x / 2 + |x| (Phi(|x|) - 1/2), by the polynomial of the nearest node in a table that registers
+// hold: a third of the multiply-adds that one polynomial for all x takes. kPrecise: for float; else for bfloat16.
+template <bool kPrecise>
+PVT_INLINE Vec gelu(Vec x) {
+  using Table = std::conditional_t<kPrecise, PhiTable<4>, PhiTable<2>>;
+  const Table* table;
+  if constexpr (kPrecise)
+    table = &kPhi;
+  else
+    table = &kRoughPhi;
+  const Vec size = max(x, -x);
+  const Vec place = min(size * (1 / Table::kStep), splat(Table::kNodes - 1));  // NaN: the last node, and |x| stays NaN
+  const Vec shifted = place + kRoundToInteger;
+  const VecInt node = reinterpret_cast<VecInt>(shifted);  // in its low bits
+  const Vec u = place - (shifted - kRoundToInteger);
+  constexpr int kDegree = kPrecise ? 4 : 2;
+  Vec phi = __builtin_shuffle(load(table->coefficients[kDegree]), node);
+#pragma GCC unroll 4
+  for (int power = kDegree - 1; power >= 0; --power)
+    phi = phi * u + __builtin_shuffle(load(table->coefficients[power]), node);
+  return size * phi + x * 0.5f;
+}
+#else
 // GELU(x) = x Phi(x), with Phi(x) - 1/2 an odd polynomial on [-clip, clip] in t = 2 x^2 / clip^2 - 1 (a minimax fit,
 // weighted for the error of x Phi). kPrecise: 9e-7 at most on [-9, 9], as torch's erf in float (1.2e-6); else 4e-5,
 // a hundredth of bfloat16's rounding at 1.
@@ -134,13 +191,13 @@ PVT_INLINE Vec gelu(Vec x) {
   }
   return x * (clipped * p + 0.5f);
 }
+#endif
 
 // 2^x for x <= 0, relative error 2e-7; exact 1 at 0, 0 below -126, NaN stays NaN (hence the order inside max).
 PVT_INLINE Vec exp2_nonpositive(Vec x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
   const Vec bounded = max(splat(-127.0f), x);
-  const Vec shifted = bounded + kRound;
-  const Vec whole = shifted - kRound;
+  const Vec shifted = bounded + kRoundToInteger;
+  const Vec whole = shifted - kRoundToInteger;
   constexpr float c[] = {1.0f,
                          0.6931471824645996f,
                          0.24022646248340607f,

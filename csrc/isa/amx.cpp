@@ -13,12 +13,16 @@
 namespace pvt::amx {
 #define PVT_LANES 16
 #define PVT_HAS_MIN_MAX
+#define PVT_HAS_WIDEN
 #define PVT_HAS_ROUND_TO_BF16
 #define PVT_AMX
 #include "vec-inl.h"
 
 PVT_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 PVT_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+PVT_INLINE VecBits widen(VecHalf h) {  // GCC 12 does it in halves
+  return reinterpret_cast<VecBits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)));
+}
 PVT_INLINE VecHalf round_to_bf16(Vec v) { return reinterpret_cast<VecHalf>(_mm512_cvtneps_pbh(v)); }
 
 #include "isa-inl.h"

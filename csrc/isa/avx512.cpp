@@ -9,10 +9,14 @@
 namespace pvt::avx512 {
 #define PVT_LANES 16
 #define PVT_HAS_MIN_MAX
+#define PVT_HAS_WIDEN
 #include "vec-inl.h"
 
 PVT_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 PVT_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+PVT_INLINE VecBits widen(VecHalf h) {  // GCC 12 does it in halves
+  return reinterpret_cast<VecBits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)));
+}
 
 #include "isa-inl.h"
 }  // namespace pvt::avx512

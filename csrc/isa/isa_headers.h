@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "gelu.h"
 #include "kernels.h"
 #include "memory.h"
 #include "parallel.h"
