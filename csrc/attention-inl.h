@@ -95,7 +95,8 @@ class AttentionOp final : public ResidualOp {
     const Shape& shape = wave.shape;
     const std::size_t rows = wave.images * wave.tokens(), keys = wave.images * shape.keys, heads = wave.images * heads_;
     const std::size_t weights = 2 * std::size_t(channels_) * inner() * sizeof(E);
-    wave.by_panels = weights > l2_bytes() / 4 && 3 * rows * inner() * sizeof(E) <= max_threads() * l2_bytes() / 4;
+    wave.by_panels = wave.images < max_threads() && weights > l2_bytes() / 4 &&
+                     3 * rows * inner() * sizeof(E) <= max_threads() * l2_bytes() / 4;
     // a tile of the matrix unit reaches past the last row
     const std::size_t normed_size = rows * normed_width() + row_room(1) * patch_width();
     const std::size_t reduced_size = reduce_ ? row_room(keys) * normed_width() : 0;

@@ -30,7 +30,8 @@ class PatchEmbedOp final : public PatchEmbed {
       for (int r = 0; r < end - begin; ++r) rows.add(projected + r * norm_wide, to + std::ptrdiff_t(r) * channels_);
     };
     const std::size_t weights = proj_.data.size() * sizeof(E), patches_size = row_room(tokens) * wide;
-    if (weights > l2_bytes() / 4 && patches_size * sizeof(E) <= max_threads() * l2_bytes() / 2) {
+    const bool large_weights = weights > l2_bytes() / 4;
+    if (large_weights && image.batch < max_threads() && patches_size * sizeof(E) <= max_threads() * l2_bytes() / 2) {
       // large weights, small map: by panels, so that every weight is read once
       Scratch& shared = shared_scratch();
       shared.reset(Scratch::bytes_for<E>(patches_size) + Scratch::bytes_for<float>(tokens * norm_wide));
@@ -54,7 +55,7 @@ class PatchEmbedOp final : public PatchEmbed {
       return;
     }
     const std::size_t row_bytes = wide * sizeof(E) + norm_wide * sizeof(float);
-    const std::int64_t most = std::clamp<std::int64_t>(l2_bytes() / 4 / row_bytes, 24, 96);
+    const std::int64_t most = std::clamp<std::int64_t>(l2_bytes() / 4 / row_bytes, large_weights ? 64 : 24, 96);
     const Split split = split_rows(image.batch, tokens, kLeastRows, most, kRowStep);
     parallel_for(image.batch * split.tiles, [&](std::int64_t item) {
       const MatrixUnit unit;

@@ -6,7 +6,8 @@
 //
 // * by groups of image rows, where the weights stay in each core's cache. A thread walks down an image, and carries two
 //   hidden rows per panel from group to group, so that none is computed twice.
-// * by panels, where weights are large and maps small: every weight is read once, for several images at a time.
+// * by panels, where weights are large, maps small, and images fewer than threads: every weight is read once. What one
+//   thread writes another reads then, which is slow between cores that share no cache.
 
 template <class T, class E>
 class MlpOp final : public ResidualOp {
@@ -30,18 +31,19 @@ class MlpOp final : public ResidualOp {
 
   void run(const void* x, Map map, const void* residual_scale, void* out) const override {
     const Call call{static_cast<const T*>(x), static_cast<T*>(out), static_cast<const T*>(residual_scale), map};
-    const std::size_t weights = (fc1_.data.size() + fc2_.data.size()) * sizeof(E), threads = max_threads();
+    const std::int64_t threads = max_threads();
     const std::size_t activated = activated_size(map.tokens()) * sizeof(E);
-    const bool few_rows = map.batch * map.height < std::int64_t(2 * kItemsPerThread * threads);
-    const std::size_t room = threads * l2_bytes() / 2;
-    if ((weights > l2_bytes() / 2 || few_rows) && activated <= room)
-      run_panels(call, std::max<std::int64_t>(1, room / activated));
+    const bool few_rows = map.batch * map.height < 2 * kItemsPerThread * threads;
+    const bool fits = activated * map.batch <= threads * l2_bytes() * 5 / 4;
+    if ((large_weights() || few_rows) && map.batch < threads && fits)
+      run_panels(call);
     else
       run_groups(call);
   }
 
  private:
   static constexpr int kTaps = 10;  // nine and the bias
+  static constexpr int kStreamedTokens = 192;
 
   // Hidden rows of one panel have a zero column at either end: the convolution's padding. The matrix unit stores whole
   // tiles at a time: there, normalised rows have the same gaps, so that fc1's rows are the hidden rows' as they stand.
@@ -62,6 +64,7 @@ class MlpOp final : public ResidualOp {
     float scale(std::int64_t index) const { return residual_scale ? to_float(residual_scale[index]) : 1.0f; }
   };
 
+  bool large_weights() const { return (fc1_.data.size() + fc2_.data.size()) * sizeof(E) > l2_bytes() / 2; }
   std::size_t normed_width() const { return row_width(channels_); }
   static int normed_tokens(int width) { return width + 2 * kGap; }  // of one image row
   static std::size_t hidden_row(int width) { return std::size_t(width + 2) * kPanel; }
@@ -73,9 +76,11 @@ class MlpOp final : public ResidualOp {
 
   void run_groups(const Call& call) const {
     const Map& map = call.map;
-    // a group's activated and normed rows take a quarter of the cache; two rows at least, as two are carried
+    // a group's activated and normed rows take a quarter of the cache; two rows at least, as two are carried; enough of
+    // them for large weights to be worth streaming past
     const std::size_t row_bytes = map.width * (row_width(hidden_) + normed_width()) * sizeof(E);
-    const std::int64_t most = std::max<std::int64_t>(2, l2_bytes() / 4 / row_bytes);
+    const std::int64_t enough = large_weights() ? (kStreamedTokens + map.width - 1) / map.width : 2;
+    const std::int64_t most = std::max<std::int64_t>(enough, l2_bytes() / 4 / row_bytes);
     Split split = split_rows(map.batch, map.height, 2, most);
     split.tiles = std::clamp<std::int64_t>(split.tiles, 1, std::max(1, map.height / 2));
     parallel_workers(map.batch * split.tiles, [&](Worker& worker) {
@@ -149,38 +154,33 @@ class MlpOp final : public ResidualOp {
     const float** rows_;
   };
 
-  // Panels of hidden channels first, then of the output, for `most` images at a time.
-  void run_panels(const Call& call, std::int64_t most) const {
+  // Panels of hidden channels first, then of the output.
+  void run_panels(const Call& call) const {
     const Map& map = call.map;
     const int width = map.width, tokens = int(map.tokens());
-    const std::int64_t count = std::min(most, map.batch);
-    const std::size_t normed_size = row_room(count * map.height * normed_tokens(width)) * normed_width();
+    const std::int64_t all = map.batch * tokens;
+    const std::size_t normed_size = row_room(map.batch * map.height * normed_tokens(width)) * normed_width();
     Scratch& shared = shared_scratch();
-    shared.reset(Scratch::bytes_for<E>(normed_size) + Scratch::bytes_for<E>(activated_size(count * tokens)) +
+    shared.reset(Scratch::bytes_for<E>(normed_size) + Scratch::bytes_for<E>(activated_size(all)) +
                  Scratch::bytes_for<int>(map.height * normed_tokens(width)));
     E* normed = shared.take<E>(normed_size);
-    E* activated = shared.take<E>(activated_size(count * tokens));
+    E* activated = shared.take<E>(activated_size(all));
     int* offsets = shared.take<int>(map.height * normed_tokens(width));
     hidden_offsets(width, map.height, offsets);
-    for (std::int64_t first = 0; first < map.batch; first += count) {
-      const std::int64_t images = std::min(count, map.batch - first);
-      const T* x = call.image(first, 0, channels_);
-      parallel_for(images * map.height, [&](std::int64_t row) { norm_row(x, row, width, normed); });
-      // bands of rows compute two hidden rows more: only where panels are too few for the threads
-      const Split bands = split_rows(images * fc1_.panels(), map.height, 4, map.height);
-      parallel_for(fc1_.panels() * images * bands.tiles, [&](std::int64_t item) {
-        const auto band = bands.tile(item);
-        const std::int64_t p = band.image / images, index = band.image % images;
-        const E* to = activated_rows(activated, index * tokens, count * tokens).at(0, int(p) * kPanel);
-        hidden_band(int(p), map, band, normed, int(index) * map.height, offsets, const_cast<E*>(to));
-      });
-      for_panels(images, fc2_, tokens, 1, [&](int p, std::int64_t index, Split::Tile cut, int) {
-        const std::int64_t row = index * tokens + cut.begin;
-        const std::ptrdiff_t at = (first * tokens + row) * channels_;
-        gemm_panel(activated_rows(activated, row, count * tokens), cut.rows(), fc2_.panel(p), p * kPanel,
-                   output(call, first + index, at));
-      });
-    }
+    parallel_for(map.batch * map.height, [&](std::int64_t row) { norm_row(call.x, row, width, normed); });
+    // bands of rows compute two hidden rows more: only where panels are too few for the threads
+    const Split bands = split_rows(map.batch * fc1_.panels(), map.height, 4, map.height);
+    parallel_for(fc1_.panels() * map.batch * bands.tiles, [&](std::int64_t item) {
+      const auto band = bands.tile(item);
+      const std::int64_t p = band.image / map.batch, index = band.image % map.batch;
+      const E* to = activated_rows(activated, index * tokens, all).at(0, int(p) * kPanel);
+      hidden_band(int(p), map, band, normed, int(index) * map.height, offsets, const_cast<E*>(to));
+    });
+    for_panels(map.batch, fc2_, tokens, 1, [&](int p, std::int64_t index, Split::Tile cut, int) {
+      const std::int64_t row = index * tokens + cut.begin;
+      gemm_panel(activated_rows(activated, row, all), cut.rows(), fc2_.panel(p), p * kPanel,
+                 output(call, index, row * channels_));
+    });
   }
 
   // Rows [begin, end) of one panel of an image's activated map; its normalised map starts at row `top` of `normed`.

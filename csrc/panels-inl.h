@@ -1,14 +1,29 @@
-// Products shared out by panels of the weights, so that every weight is read once.
+// Products shared out by panels of the weights and by rows.
 
-// body(panel, image, cut of `rows` rows, part of k) for all of them, a panel's together, and in it a part's.
+// Rows of a thread's own that make it worth reading all weights for them: below, every weight had better be read once.
+// What a thread reads is best what it wrote before: between cores that share no cache it takes far longer.
+constexpr int kRowsOfOwn = 64;
+
+// body(panel, image, cut of `rows` rows, part of k) for all of them: a panel's together and in it a part's, or an
+// image's together and in it a cut's, where threads have rows enough of their own.
 template <class E, class Body>
 void for_panels(std::int64_t images, const PackedMatrix<E>& weights, int rows, int parts, const Body& body) {
-  const std::int64_t panels = std::int64_t{weights.panels()} * parts;
-  const Split cuts = split_rows(images * panels, rows, kLeastRows, rows, kRowStep);
-  parallel_for(panels * images * cuts.tiles, [&](std::int64_t item) {
+  const std::int64_t panels = std::int64_t{weights.panels()} * parts, threads = max_threads();
+  const auto run = [&](std::int64_t panel, std::int64_t image, const Split::Tile& cut) {
     const MatrixUnit unit;
-    const auto cut = cuts.tile(item);
-    const int panel = int(cut.image / images);
-    body(panel / parts, cut.image % images, cut, panel % parts);
-  });
+    body(int(panel) / parts, image, cut, int(panel) % parts);
+  };
+  if (images >= threads || images * rows >= threads * kRowsOfOwn) {
+    const Split cuts = split_rows(images, rows, kRowsOfOwn / 2, rows, kRowStep);
+    parallel_for(images * cuts.tiles, [&](std::int64_t item) {
+      const auto cut = cuts.tile(item);
+      for (std::int64_t panel = 0; panel < panels; ++panel) run(panel, cut.image, cut);
+    });
+  } else {
+    const Split cuts = split_rows(images * panels, rows, kLeastRows, rows, kRowStep);
+    parallel_for(panels * images * cuts.tiles, [&](std::int64_t item) {
+      const auto cut = cuts.tile(item);
+      run(cut.image / images, cut.image % images, cut);
+    });
+  }
 }
