@@ -20,21 +20,26 @@ class PatchEmbedOp final : public PatchEmbed {
     const std::int64_t height = (image.height + 2 * pad - kernel_) / stride + 1;
     const std::int64_t width = (image.width + 2 * pad - kernel_) / stride + 1, tokens = height * width;
     const std::size_t wide = patch_width(), norm_wide = row_width(channels_);
+    const std::size_t patches_size = row_room(tokens) * wide;
+    const std::size_t weights = proj_.data.size() * sizeof(E);
+    const bool large_weights = weights > l2_bytes() / 4;
+    const bool by_panels =
+        large_weights && image.batch < max_threads() && patches_size * sizeof(E) <= max_threads() * l2_bytes() / 2;
+    Scratch& shared = shared_scratch();
+    shared.reset(Scratch::bytes_for<std::ptrdiff_t>(pieces()) + Scratch::bytes_for<E>(by_panels ? patches_size : 0) +
+                 Scratch::bytes_for<float>(by_panels ? tokens * norm_wide : 0));
+    std::ptrdiff_t* offsets = shared.take<std::ptrdiff_t>(pieces());
+    piece_offsets(image, offsets);
     auto gather_rows = [&](std::int64_t index, int begin, int end, E* patches) {
       for (std::int64_t token = begin; token < end; ++token, patches += wide)
-        gather(image, index, token / width * stride - pad, token % width * stride - pad, patches);
+        gather(image, index, token / width * stride - pad, token % width * stride - pad, offsets, patches);
     };
     auto finish_rows = [&](std::int64_t index, int begin, int end, const float* projected) {
       T* to = static_cast<T*>(out) + (index * tokens + begin) * channels_;
       NormRows<float, T> rows(norm_, channels_);
       for (int r = 0; r < end - begin; ++r) rows.add(projected + r * norm_wide, to + std::ptrdiff_t(r) * channels_);
     };
-    const std::size_t weights = proj_.data.size() * sizeof(E), patches_size = row_room(tokens) * wide;
-    const bool large_weights = weights > l2_bytes() / 4;
-    if (large_weights && image.batch < max_threads() && patches_size * sizeof(E) <= max_threads() * l2_bytes() / 2) {
-      // large weights, small map: by panels, so that every weight is read once
-      Scratch& shared = shared_scratch();
-      shared.reset(Scratch::bytes_for<E>(patches_size) + Scratch::bytes_for<float>(tokens * norm_wide));
+    if (by_panels) {  // so that every weight is read once
       E* patches = shared.take<E>(patches_size);
       float* projected = shared.take<float>(tokens * norm_wide);
       const Split rows = split_rows(1, tokens, 8, 16);
@@ -74,41 +79,44 @@ class PatchEmbedOp final : public PatchEmbed {
  private:
   std::size_t patch_width() const { return row_width(kernel_ * kernel_ * in_channels_); }
 
-  // The patch whose upper left corner is (y0, x0), zero outside the image, as pieces that are dense in the image: a
-  // patch row of all channels (channels last), or a patch row of one channel.
-  void gather(const Image& image, std::int64_t index, std::int64_t y0, std::int64_t x0, E* row) const {
-    const T* base = static_cast<const T*>(image.data) + index * image.stride_batch;
-    const int pieces = channels_last_ ? 1 : in_channels_, unit = channels_last_ ? in_channels_ : 1;
-    const int length = kernel_ * unit;
+  // A patch is copied in pieces that are dense in the image: a patch row of all channels (channels last), or of one
+  // channel.
+  int pieces() const { return kernel_ * (channels_last_ ? 1 : in_channels_); }
+  int piece_length() const { return kernel_ * (channels_last_ ? in_channels_ : 1); }
+
+  // Where they begin in the image, from the patch's upper left corner.
+  void piece_offsets(const Image& image, std::ptrdiff_t* offsets) const {
+    const int channels = pieces() / kernel_;
+    for (int i = 0; i < pieces(); ++i)
+      offsets[i] = i / channels * image.stride_row + i % channels * image.stride_channel;
+  }
+
+  // The patch whose upper left corner is (y0, x0), zero outside the image.
+  void gather(const Image& image, std::int64_t index, std::int64_t y0, std::int64_t x0, const std::ptrdiff_t* offsets,
+              E* row) const {
+    const std::ptrdiff_t corner = index * image.stride_batch + y0 * image.stride_row + x0 * image.stride_column;
+    const T* from = static_cast<const T*>(image.data) + corner;
+    const int count = pieces(), length = piece_length();
     E* to = row;
     if (y0 >= 0 && x0 >= 0 && y0 + kernel_ <= image.height && x0 + kernel_ < image.width) {
-      for (int dy = 0; dy < kernel_; ++dy) {
-        const T* from = base + (y0 + dy) * image.stride_row + x0 * image.stride_column;
-        for (int piece = 0; piece < pieces; ++piece, to += length, from += image.stride_channel) copy(from, to, length);
-      }
-      std::fill(to, row + patch_width(), E{});
-      return;
-    }
-    const int left = int(std::clamp<std::int64_t>(-x0, 0, kernel_)) * unit;
-    const int right = int(std::clamp<std::int64_t>(image.width - x0, 0, kernel_)) * unit;
-    for (int dy = 0; dy < kernel_; ++dy) {
-      const std::int64_t y = y0 + dy;
-      const bool inside = y >= 0 && y < image.height && left < right;
-      const T* from = base + y * image.stride_row + x0 * image.stride_column;
-      for (int piece = 0; piece < pieces; ++piece, to += length, from += image.stride_channel) {
+      if (length == 7)  // one element more is there, and there is room for it: one vector
+        for (int i = 0; i < count; ++i, to += 7) copy(from + offsets[i], to, 8);
+      else
+        for (int i = 0; i < count; ++i, to += length) copy(from + offsets[i], to, length);
+    } else {
+      const int unit = length / kernel_, channels = count / kernel_;
+      const int left = int(std::clamp<std::int64_t>(-x0, 0, kernel_)) * unit;
+      const int right = int(std::clamp<std::int64_t>(image.width - x0, 0, kernel_)) * unit;
+      for (int i = 0; i < count; ++i, to += length) {
+        const std::int64_t y = y0 + i / channels;
         std::fill(to, to + length, E{});
-        if (inside) copy_some(from + left, to + left, right - left);
+        if (y >= 0 && y < image.height && left < right) copy(from + offsets[i] + left, to + left, right - left);
       }
     }
     std::fill(to, row + patch_width(), E{});
   }
 
-  // With one element more in the row, and room for it: one channel of the first stage is a single vector then.
   static PVT_INLINE void copy(const T* from, E* to, int count) {
-    if (count == 7) return copy_some(from, to, 8);
-    copy_some(from, to, count);
-  }
-  static PVT_INLINE void copy_some(const T* from, E* to, int count) {
     if constexpr (std::is_same_v<T, E>) {
       std::memcpy(to, from, count * sizeof(T));
     } else {

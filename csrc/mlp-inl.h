@@ -242,7 +242,11 @@ class MlpOp final : public ResidualOp {
         E* to = out + std::ptrdiff_t(y) * width * kPanel + part;
         int c = 0;
         for (; c + 4 <= width; c += 4) convolve_columns<4>(above, c, taps, to + c * kPanel);
-        for (; c < width; ++c) convolve_columns<1>(above, c, taps, to + c * kPanel);
+        if (c + 2 <= width) {
+          convolve_columns<2>(above, c, taps, to + c * kPanel);
+          c += 2;
+        }
+        if (c < width) convolve_columns<1>(above, c, taps, to + c * kPanel);
       }
     }
   }

@@ -94,6 +94,7 @@ class NormRows {
 // `width`, which is the distance of rows; `scores` are used up and may be `probabilities` themselves.
 template <int kRows, class Out>
 void softmax_group(float* scores, int count, int width, Out* probabilities) {
+  constexpr bool kPrecise = std::is_same_v<Out, float>;
   const int full = count / kLanes * kLanes, rest = count - full, used = int(round_up(count, kLanes));
   const auto of_rows = [&](const auto& body) PVT_LAMBDA {
     unrolled<kRows>([&](auto i) PVT_LAMBDA { body(i, scores + i * width, probabilities + i * width); });
@@ -116,13 +117,13 @@ void softmax_group(float* scores, int count, int width, Out* probabilities) {
   of_rows([&](auto i, float*, Out*) PVT_LAMBDA { all[i] = Vec{}; });
   for (int j = 0; j < full; j += kLanes)
     of_rows([&](auto i, float* from, Out*) PVT_LAMBDA {
-      const Vec e = exp2_nonpositive(load(from + j) - top[i]);
+      const Vec e = exp2_nonpositive<kPrecise>(load(from + j) - top[i]);
       store(from + j, e);
       all[i] += e;
     });
   if (rest)
     of_rows([&](auto i, float* from, Out*) PVT_LAMBDA {
-      const Vec e = exp2_nonpositive(min(Vec{}, load(from + full) - top[i])) * valid;
+      const Vec e = exp2_nonpositive<kPrecise>(min(Vec{}, load(from + full) - top[i])) * valid;
       store(from + full, e);
       all[i] += e;
     });
