@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # what the editable install is built from
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test lint wheel cpp-test sanitize neon-test cross-tools bench-cpu instructions instructions-update \
+.PHONY: setup demo test lint wheel cpp-test sanitize amx-test neon-test cross-tools bench-cpu instructions instructions-update \
 	clean
 
 setup: $(VENV)/.demo
@@ -39,6 +39,15 @@ sanitize: build/test_kernels_sanitized
 build/test_kernels: $(SOURCES)
 	mkdir -p build
 	$(CXX) $(CXXFLAGS) -O3 $(KERNELS) csrc/tests/test_kernels.cpp -o $@
+
+# the AMX kernels on a CPU that lacks the matrix unit (but has AVX-512 with BF16): its tiles in plain C++
+amx-test: build/test_kernels_amx
+	build/test_kernels_amx amx
+
+build/test_kernels_amx: $(SOURCES)
+	mkdir -p build
+	$(CXX) $(CXXFLAGS) -O3 -DPVT_EMULATED_AMX -include csrc/tests/emulated_amx.h $(KERNELS) \
+		csrc/tests/test_kernels.cpp -o $@
 
 # the kernels for ARM, cross-compiled and emulated: on a CPU with everything, then on one without bf16 instructions,
 # where every ISA that calls itself runnable must run

@@ -124,22 +124,25 @@ class AttentionOp final : public ResidualOp {
     const Shape& shape = wave.shape;
     const int height = shape.map.height, width = shape.map.width, sr = sr_ratio_;
     const int inside = shape.width * sr, outside = width - inside, patches = shape.height * shape.width * sr * sr;
-    parallel_for(wave.images * height, [&](std::int64_t item) {
-      const int y = int(item % height);
-      const T* from = wave.x + item * width * channels_;
-      E* normed = wave.normed + item / height * wave.tokens() * normed_width();
-      const bool whole = y < shape.height * sr;
+    const Split split = split_light(wave.images, height, width * channels_);
+    parallel_for(wave.images * split.tiles, [&](std::int64_t item) {
+      const auto tile = split.tile(item);
+      const T* from = wave.x + (tile.image * height + tile.begin) * width * channels_;
+      E* normed = wave.normed + tile.image * wave.tokens() * normed_width();
       NormRows<T, E> rows(norm_, int(normed_width()));
-      for (int x = 0; x < width; ++x) {
-        int row;
-        if (whole && x < inside)
-          row = ((y / sr * shape.width + x / sr) * sr + y % sr) * sr + x % sr;
-        else if (whole)
-          row = patches + y * outside + x - inside;
-        else
-          row = patches + shape.height * sr * outside + (y - shape.height * sr) * width + x;
-        rows.add(from + std::ptrdiff_t(x) * channels_, normed + row * normed_width());
-        if (item < height) wave.places[row] = (y * width + x) * channels_;
+      for (int y = tile.begin; y < tile.end; ++y) {
+        const bool whole = y < shape.height * sr;
+        for (int x = 0; x < width; ++x, from += channels_) {
+          int row;
+          if (whole && x < inside)
+            row = ((y / sr * shape.width + x / sr) * sr + y % sr) * sr + x % sr;
+          else if (whole)
+            row = patches + y * outside + x - inside;
+          else
+            row = patches + shape.height * sr * outside + (y - shape.height * sr) * width + x;
+          rows.add(from, normed + row * normed_width());
+          if (tile.image == 0) wave.places[row] = (y * width + x) * channels_;
+        }
       }
     });
   }
@@ -162,12 +165,10 @@ class AttentionOp final : public ResidualOp {
         gemm_panel(a, cut.rows(), sr_.panel(p).part(begin, end), p * kPanel,
                    store_rows(to, normed_width(), part == 0 ? sr_.bias.data() : wave.zeros));
       });
-      constexpr std::int64_t kRows = 8;
-      const std::int64_t rows = wave.images * keys;
-      parallel_for((rows + kRows - 1) / kRows, [&](std::int64_t item) {
-        const std::int64_t first = item * kRows, last = std::min(first + kRows, rows);
-        linear_ ? finish_reduced<Activation::gelu>(wave, first, last)
-                : finish_reduced<Activation::none>(wave, first, last);
+      const Split rows = split_light(1, wave.images * keys, normed_width());
+      parallel_for(rows.tiles, [&](std::int64_t item) {
+        const auto tile = rows.tile(item);
+        linear_ ? finish_reduced<Activation::gelu>(wave, tile) : finish_reduced<Activation::none>(wave, tile);
       });
       source = wave.source;
     }
@@ -182,12 +183,12 @@ class AttentionOp final : public ResidualOp {
     });
   }
 
-  // Rows [first, last) of the reduced maps: their parts added up, normalised.
+  // Rows of the reduced maps: their parts added up, normalised.
   template <Activation kActivation>
-  void finish_reduced(const Wave& wave, std::int64_t first, std::int64_t last) const {
+  void finish_reduced(const Wave& wave, const Split::Tile& tile) const {
     const std::ptrdiff_t part_size = wave.images * wave.shape.keys * normed_width();
     NormRows<float, E, kActivation> rows(sr_norm_, int(normed_width()));
-    for (std::int64_t r = first; r < last; ++r) {
+    for (std::int64_t r = tile.begin; r < tile.end; ++r) {
       float* from = wave.reduced + r * normed_width();
       for (int part = 1; part < reducing_parts(); ++part)
         for (std::size_t i = 0; i < normed_width(); i += kLanes)

@@ -70,6 +70,41 @@ void check_accepts(const pvt::PatchEmbed& op, const pvt::Image& image) {
   if (!op.accepts(image)) throw std::invalid_argument("PatchEmbed: image strides must fit the packed layout");
 }
 
+// What must still be so for a recorded forward to be the model's: values of dicts, and dicts that are empty. A forward
+// leaves nothing of these objects in the inner caches; so all are asked for before the first is looked at.
+class Facts {
+ public:
+  using Entry = std::tuple<py::dict, py::object, py::object>;  // dict.get(name) is value
+
+  Facts(std::vector<Entry> entries, std::vector<py::dict> empty, std::vector<Address> soon)
+      : entries_(std::move(entries)), empty_(std::move(empty)), soon_(std::move(soon)) {}
+
+  bool hold() const {
+    for (const Address address : soon_) __builtin_prefetch(input(address));
+    for (const py::dict& dict : empty_) __builtin_prefetch(dict.ptr());
+    for (const auto& [dict, name, value] : entries_) {
+      __builtin_prefetch(dict.ptr());
+      __builtin_prefetch(name.ptr());
+    }
+    for (const auto& [dict, name, value] : entries_) {
+      const char* keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dict.ptr())->ma_keys);
+      for (int line = 0; line < 4; ++line) __builtin_prefetch(keys + 64 * line);
+    }
+    for (const py::dict& dict : empty_)
+      if (PyDict_Size(dict.ptr()) != 0) return false;
+    for (const auto& [dict, name, value] : entries_) {
+      const PyObject* found = PyDict_GetItemWithError(dict.ptr(), name.ptr());
+      if ((found != nullptr ? found : Py_None) != value.ptr()) return false;
+    }
+    return true;
+  }
+
+ private:
+  std::vector<Entry> entries_;
+  std::vector<py::dict> empty_;
+  std::vector<Address> soon_;
+};
+
 // A stage: (embed, (kernel, stride, channels), blocks, norm).
 using StageTuple = std::tuple<const pvt::PatchEmbed*, std::tuple<int, int, int>, std::vector<const pvt::ResidualOp*>,
                               const pvt::LayerNorm*>;
@@ -124,6 +159,10 @@ PYBIND11_MODULE(_C, m) {
         py::gil_scoped_release release;
         op.run(input(x), batch, tokens, output(out));
       });
+  py::class_<Facts>(m, "Facts")
+      .def(py::init<std::vector<Facts::Entry>, std::vector<py::dict>, std::vector<Address>>(), py::arg("entries"),
+           py::arg("empty"), py::arg("soon"))
+      .def("hold", &Facts::hold, "Is every (dict, name, value) of `entries` so, and every dict of `empty` empty?");
   // its ops are the caller's to keep alive
   py::class_<pvt::Forward>(m, "Forward")
       .def(py::init(&forward))

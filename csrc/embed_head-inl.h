@@ -136,10 +136,11 @@ class LayerNormOp final : public LayerNorm {
   LayerNormOp(const Norm& norm, int channels) : norm_(norm, channels, static_cast<const T*>(nullptr)) {}
 
   void run(const void* x, std::int64_t rows, void* out) const override {
-    constexpr std::int64_t kRows = 64;  // enough to be worth handing to a thread
-    parallel_for((rows + kRows - 1) / kRows, [&](std::int64_t item) {
+    const Split split = split_light(1, rows, norm_.channels);
+    parallel_for(split.tiles, [&](std::int64_t item) {
+      const auto tile = split.tile(item);
       NormRows<T, T> group(norm_, norm_.channels);
-      for (std::int64_t r = item * kRows; r < std::min(rows, (item + 1) * kRows); ++r)
+      for (std::int64_t r = tile.begin; r < tile.end; ++r)
         group.add(static_cast<const T*>(x) + r * norm_.channels, static_cast<T*>(out) + r * norm_.channels);
     });
   }

@@ -167,7 +167,11 @@ class MlpOp final : public ResidualOp {
     E* activated = shared.take<E>(activated_size(all));
     int* offsets = shared.take<int>(map.height * normed_tokens(width));
     hidden_offsets(width, map.height, offsets);
-    parallel_for(map.batch * map.height, [&](std::int64_t row) { norm_row(call.x, row, width, normed); });
+    const Split rows = split_light(1, map.batch * map.height, width * channels_);
+    parallel_for(rows.tiles, [&](std::int64_t item) {
+      const auto tile = rows.tile(item);
+      for (int row = tile.begin; row < tile.end; ++row) norm_row(call.x, row, width, normed);
+    });
     // bands of rows compute two hidden rows more: only where panels are too few for the threads
     const Split bands = split_rows(map.batch * fc1_.panels(), map.height, 4, map.height);
     parallel_for(fc1_.panels() * map.batch * bands.tiles, [&](std::int64_t item) {

@@ -4,6 +4,9 @@
 // What a thread reads is best what it wrote before: between cores that share no cache it takes far longer.
 constexpr int kRowsOfOwn = 64;
 
+// Products below this many operations (a few microseconds) stay with the calling thread.
+constexpr double kLeastFlops = 1e6;
+
 // body(panel, image, cut of `rows` rows, part of k) for all of them: a panel's together and in it a part's, or an
 // image's together and in it a cut's, where threads have rows enough of their own.
 template <class E, class Body>
@@ -13,7 +16,11 @@ void for_panels(std::int64_t images, const PackedMatrix<E>& weights, int rows, i
     const MatrixUnit unit;
     body(int(panel) / parts, image, cut, int(panel) % parts);
   };
-  if (images >= threads || images * rows >= threads * kRowsOfOwn) {
+  const double flops = 2.0 * images * rows * weights.layout.depth * weights.layout.columns;
+  if (flops < kLeastFlops) {
+    for (std::int64_t panel = 0; panel < panels; ++panel)
+      for (std::int64_t image = 0; image < images; ++image) run(panel, image, {image, 0, rows});
+  } else if (images >= threads || images * rows >= threads * kRowsOfOwn) {
     const Split cuts = split_rows(images, rows, kRowsOfOwn / 2, rows, kRowStep);
     parallel_for(images * cuts.tiles, [&](std::int64_t item) {
       const auto cut = cuts.tile(item);

@@ -37,4 +37,12 @@ inline Split split_rows(std::int64_t images, std::int64_t rows, std::int64_t lea
   return {tiles, rows, step};
 }
 
+// Rows of `elements` each for work like LayerNorm, in tiles of enough elements (half a microsecond) to be worth handing
+// to a thread: a small map stays with the calling one.
+inline Split split_light(std::int64_t images, std::int64_t rows, std::int64_t elements) {
+  constexpr std::int64_t kLeastElements = 1 << 12;
+  const std::int64_t most = std::max<std::int64_t>(rows, 1);
+  return split_rows(images, rows, (kLeastElements + elements - 1) / elements, most);
+}
+
 }  // namespace pvt

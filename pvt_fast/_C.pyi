@@ -40,6 +40,15 @@ class Head:
 def attention(isa: str, bf16: bool, weights: dict) -> ResidualOp: ...
 def mlp(isa: str, bf16: bool, weights: dict) -> ResidualOp: ...
 
+class Facts:
+    def __init__(
+        self,
+        entries: list[tuple[dict, str, object]],
+        empty: list[dict],
+        soon: list[int],  # addresses of cache lines that will be read after `hold`
+    ) -> None: ...
+    def hold(self) -> bool: ...
+
 class Forward:
     def __init__(
         self,

@@ -38,27 +38,23 @@ class Program:
         self.forward = forward
         modules = list(model.modules())
         entries = [vars(module)[kind] for module in modules for kind in ("_modules", "_parameters")]
-        self.facts = [(entry, name, value) for entry in entries for name, value in entry.items()]
+        facts = [(entry, name, value) for entry in entries for name, value in entry.items()]
         for module in modules:
             names = [name for name in ("eps", "spec", "training") if name in vars(module)]
-            self.facts += [(vars(module), name, vars(module)[name]) for name in names]
+            facts += [(vars(module), name, vars(module)[name]) for name in names]
         layers = [vars(module) for module in modules if isinstance(module, _LAYERS)]
-        self.facts += [(layer, "forward", None) for layer in layers]  # no layer has one of its own
-        self.hooks = [layer[kind] for layer in layers for kind in ("_forward_hooks", "_forward_pre_hooks")]
+        facts += [(layer, "forward", None) for layer in layers]  # no layer has one of its own
+        hooks = [layer[kind] for layer in layers for kind in ("_forward_hooks", "_forward_pre_hooks")]
         self.tensors = tuple(model.parameters())
         self.stamps = tuple(stamp(tensor) for tensor in self.tensors)
         self.storages = [tensor.detach() for tensor in self.tensors]  # see PackCache
+        self.facts = _C.Facts(facts, [*hooks, *_GLOBAL_HOOKS], _lines(self.tensors))
 
     def stands(self, isa: str, image: Tensor) -> bool:
         """Would running op by op do the same?"""
         if isa != self.isa or image.dtype != self.dtype or _layout(image) != self.layout:
             return False
-        if any(self.hooks) or any(_GLOBAL_HOOKS):
-            return False
-        for entry, name, value in self.facts:
-            if entry.get(name) is not value:
-                return False
-        return unchanged(self.tensors, self.tensors, self.stamps)
+        return self.facts.hold() and unchanged(self.tensors, self.tensors, self.stamps)
 
     def run(self, image: Tensor) -> Tensor:
         """image (B, Cin, H, W) -> logits (B, num_classes)."""
@@ -103,6 +99,12 @@ def record(model: PVT_V2, isa: str, image: Tensor) -> Program | None:
     forward = _C.Forward(stages, model._head_cache.packed, image.dtype == torch.bfloat16)
     program = Program(model, isa, image, [cache.packed for cache in caches], forward)
     return program if program.stands(isa, image) else None
+
+
+def _lines(tensors: tuple[Tensor, ...]) -> list[int]:
+    """Addresses of the cache lines that `unchanged` reads: of each tensor its object, its C++ part and its storage."""
+    regions = [((id(t), 64), (t._cdata, 256), (t.untyped_storage()._cdata, 128)) for t in tensors]
+    return [start + at for regions_of in regions for start, size in regions_of for at in range(0, size, 64)]
 
 
 def _caches(block: Block) -> tuple:

@@ -33,6 +33,9 @@ namespace pvt {
 // The CPU has the unit, and the kernel lets this process use its registers once asked.
 static bool runs_amx() {
   static const bool runs = [] {
+#if defined(PVT_EMULATED_AMX)
+    return __builtin_cpu_supports("avx512bf16") != 0;
+#else
     unsigned a = 0, b = 0, c = 0, d = 0;
     constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBf16) || !(d & kAmxTile)) return false;
@@ -42,6 +45,7 @@ static bool runs_amx() {
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
     return false;
+#endif
 #endif
   }();
   return runs;
