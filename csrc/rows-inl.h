@@ -45,42 +45,78 @@ class NormRows {
     if (count_ == 0) return;
     for (int i = count_; i < kRowGroup; ++i) x_[i] = x_[count_ - 1], out_[i] = out_[count_ - 1];
     count_ = 0;
+    const bool dense = norm_.channels == columns_;
+    if (kLanes == 16 && dense && columns_ == 2 * kLanes)
+      normalise_short<2>();
+    else if (kLanes == 16 && dense && columns_ == 4 * kLanes)
+      normalise_short<4>();
+    else
+      normalise();
+  }
+
+  // Rows of kVectors vectors, each read once and kept in registers.
+  template <int kVectors>
+  void normalise_short() {
+    Vec x[kRowGroup][kVectors], all[kRowGroup] = {};
+    float mean[kRowGroup], scale[kRowGroup];
+    for_each(x, [&](auto i, auto j) PVT_LAMBDA { all[i] += x[i][j] = load(x_[i] + j * kLanes); });
+    means(all, mean);
+    unrolled<kRowGroup>([&](auto i) PVT_LAMBDA { all[i] = Vec{}; });
+    for_each(x, [&](auto i, auto j) PVT_LAMBDA {
+      x[i][j] -= mean[i];
+      all[i] += x[i][j] * x[i][j];
+    });
+    means(all, scale);
+    for (float& s : scale) s = 1.0f / std::sqrt(s + norm_.eps);
+    for_each(x,
+             [&](auto i, auto j) PVT_LAMBDA { store(out_[i] + j * kLanes, finished(x[i][j] * scale[i], j * kLanes)); });
+  }
+
+  void normalise() {
     const int full = norm_.channels / kLanes * kLanes, rest = norm_.channels - full;
-    const float share = 1.0f / norm_.channels;
-    Vec totals[kRowGroup], tails[kRowGroup] = {};
-    if (rest) unrolled<kRowGroup>([&](auto i) PVT_LAMBDA { tails[i] = load_first(x_[i] + full, rest); });
-    unrolled<kRowGroup>([&](auto i) PVT_LAMBDA { totals[i] = tails[i]; });
-    for (int c = 0; c < full; c += kLanes)
-      unrolled<kRowGroup>([&](auto i) PVT_LAMBDA { totals[i] += load(x_[i] + c); });
-    float lanes[kLanes], mean[kRowGroup], scale[kRowGroup];
-    store(lanes, reduce(totals, sum));
-    for (int i = 0; i < kRowGroup; ++i) mean[i] = lanes[i] * share;
+    Vec all[kRowGroup], tails[kRowGroup] = {};
+    float mean[kRowGroup], scale[kRowGroup];
+    const auto of_rows = [](const auto& body) PVT_LAMBDA { unrolled<kRowGroup>(body); };
+    if (rest) of_rows([&](auto i) PVT_LAMBDA { tails[i] = load_first(x_[i] + full, rest); });
+    of_rows([&](auto i) PVT_LAMBDA { all[i] = tails[i]; });
+    for (int c = 0; c < full; c += kLanes) of_rows([&](auto i) PVT_LAMBDA { all[i] += load(x_[i] + c); });
+    means(all, mean);
     const Vec inside = first_lanes(rest);
-    unrolled<kRowGroup>([&](auto i) PVT_LAMBDA {
-      const Vec d = (tails[i] - mean[i]) * inside;
-      totals[i] = d * d;
+    of_rows([&](auto i) PVT_LAMBDA {
+      tails[i] = (tails[i] - mean[i]) * inside;
+      all[i] = tails[i] * tails[i];
     });
     for (int c = 0; c < full; c += kLanes)
-      unrolled<kRowGroup>([&](auto i) PVT_LAMBDA {
+      of_rows([&](auto i) PVT_LAMBDA {
         const Vec d = load(x_[i] + c) - mean[i];
-        totals[i] += d * d;
+        all[i] += d * d;
       });
-    store(lanes, reduce(totals, sum));
-    for (int i = 0; i < kRowGroup; ++i) scale[i] = 1.0f / std::sqrt(lanes[i] * share + norm_.eps);
-    const auto finish = [&](auto i, int c, Vec v) PVT_LAMBDA {
-      v = (v - mean[i]) * scale[i] * load(norm_.weight.data() + c) + load(norm_.bias.data() + c);
-      if constexpr (kActivation == Activation::gelu) v = gelu<std::is_same_v<Out, float>>(v);
-      return v;
-    };
+    means(all, scale);
+    for (float& s : scale) s = 1.0f / std::sqrt(s + norm_.eps);
     for (int c = 0; c < full; c += kLanes)
-      unrolled<kRowGroup>([&](auto i) PVT_LAMBDA { store(out_[i] + c, finish(i, c, load(x_[i] + c))); });
+      of_rows([&](auto i) PVT_LAMBDA { store(out_[i] + c, finished((load(x_[i] + c) - mean[i]) * scale[i], c)); });
     if (rest)
-      unrolled<kRowGroup>([&](auto i) PVT_LAMBDA {
-        const Vec v = finish(i, full, tails[i]);
+      of_rows([&](auto i) PVT_LAMBDA {
+        const Vec v = finished(tails[i] * scale[i], full);
         columns_ - full < kLanes ? store_first(out_[i] + full, v, rest) : store(out_[i] + full, v);
       });
     for (int c = int(round_up(norm_.channels, kLanes)); c + kLanes <= columns_; c += kLanes)
-      unrolled<kRowGroup>([&](auto i) PVT_LAMBDA { store(out_[i] + c, Vec{}); });
+      of_rows([&](auto i) PVT_LAMBDA { store(out_[i] + c, Vec{}); });
+  }
+
+  // Of the lanes of each row's sums.
+  PVT_INLINE void means(const Vec (&sums)[kRowGroup], float (&mean)[kRowGroup]) const {
+    const float share = 1.0f / norm_.channels;
+    float lanes[kLanes];
+    store(lanes, reduce(sums, sum));
+    for (int i = 0; i < kRowGroup; ++i) mean[i] = lanes[i] * share;
+  }
+
+  // Of normalised values of columns from c on.
+  PVT_INLINE Vec finished(Vec v, int c) const {
+    v = v * load(norm_.weight.data() + c) + load(norm_.bias.data() + c);
+    if constexpr (kActivation == Activation::gelu) v = gelu<std::is_same_v<Out, float>>(v);
+    return v;
   }
 
   const PackedNorm& norm_;

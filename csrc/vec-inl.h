@@ -144,27 +144,27 @@ PVT_INLINE Vec polynomial(const float (&coefficients)[N], Vec x) {
 }
 
 #if PVT_LANES == 16
-// GELU(x) = x Phi(x) = x / 2 + |x| (Phi(|x|) - 1/2), by the polynomial of the nearest node in a table that registers
-// hold: a third of the multiply-adds that one polynomial for all x takes. kPrecise: for float; else for bfloat16.
+// GELU(x) = x / 2 + h(|x|), by the polynomial of the nearest node in a table that registers hold: a third of the
+// multiply-adds that one polynomial for all x takes. kPrecise: for float; else for bfloat16.
 template <bool kPrecise>
 PVT_INLINE Vec gelu(Vec x) {
-  using Table = std::conditional_t<kPrecise, PhiTable<4>, PhiTable<2>>;
+  using Table = std::conditional_t<kPrecise, GeluTable<4>, GeluTable<2>>;
   const Table* table;
   if constexpr (kPrecise)
-    table = &kPhi;
+    table = &kGelu;
   else
-    table = &kRoughPhi;
-  const Vec size = max(x, -x);
-  const Vec place = min(size * (1 / Table::kStep), splat(Table::kNodes - 1));  // NaN: the last node, and |x| stays NaN
-  const Vec shifted = place + kRoundToInteger;
+    table = &kRoughGelu;
+  const Vec size = reinterpret_cast<Vec>(reinterpret_cast<VecBits>(x) & 0x7fffffff);
+  // past the last node, and for NaN, the last one's polynomial goes on (of infinity it is NaN)
+  const Vec shifted = min(size * (1 / Table::kStep) + kRoundToInteger, splat(kRoundToInteger + Table::kNodes - 1));
   const VecInt node = reinterpret_cast<VecInt>(shifted);  // in its low bits
-  const Vec u = place - (shifted - kRoundToInteger);
+  const Vec u = size - (shifted - kRoundToInteger) * Table::kStep;
   constexpr int kDegree = kPrecise ? 4 : 2;
-  Vec phi = __builtin_shuffle(load(table->coefficients[kDegree]), node);
+  Vec h = __builtin_shuffle(load(table->coefficients[kDegree]), node);
 #pragma GCC unroll 4
   for (int power = kDegree - 1; power >= 0; --power)
-    phi = phi * u + __builtin_shuffle(load(table->coefficients[power]), node);
-  return size * phi + x * 0.5f;
+    h = h * u + __builtin_shuffle(load(table->coefficients[power]), node);
+  return x * 0.5f + h;
 }
 #else
 // GELU(x) = x Phi(x), with Phi(x) - 1/2 an odd polynomial on [-clip, clip] in t = 2 x^2 / clip^2 - 1 (a minimax fit,

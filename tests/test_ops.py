@@ -206,6 +206,23 @@ def test_parity_on_any_small_shape(target, dtype, small):
     check_parity(small, target, make(small, target, dtype))
 
 
+@pytest.mark.not_interpreted
+def test_gelu_on_a_grid(target, dtype):
+    """A block whose hidden map is a grid of values and whose last linear is the identity: GELU's own error."""
+    grid = torch.cat([torch.linspace(-9, 9, 1021), torch.tensor([1e-6, -1e-6, 0.0])]).to(dtype)
+    count = len(grid)
+    delta = torch.zeros(count, 1, 3, 3, dtype=dtype)
+    delta[:, 0, 1, 1] = 1
+    identity, nothing = torch.eye(count, dtype=dtype), torch.zeros(count, dtype=dtype)
+    norm = Norm(nothing, grid, 1e-6)  # whatever the row, the grid
+    w = MlpWeights(norm, Linear(identity, nothing), Linear(delta, nothing), Linear(identity, nothing))
+    arguments = (torch.zeros(1, 1, count, dtype=dtype), (1, 1), w, MlpSpec(relu=False))
+    with target.in_use():
+        actual = target.module.dwconv_mlp(*testing.backend_arguments(arguments, lambda t: t.to(target.device)))
+    exact = F.gelu(grid.double()).reshape(1, 1, -1)
+    assert_parity(actual, exact, F.gelu(grid).reshape(1, 1, -1), what=f"GELU on {target}")
+
+
 # -- the contract ----------------------------------------------------------------------------------------------------
 
 
