@@ -71,9 +71,16 @@ build/test_kernels_sanitized: $(SOURCES)
 	$(CXX) $(CXXFLAGS) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined $(KERNELS) \
 		csrc/tests/test_kernels.cpp -o $@
 
+# the README's table, an hour or two; runs merge, so that it may be made in pieces
+BENCH_CPU := $(BIN)/python benchmarks/cpu.py --rounds 10 --peers compile,onnxruntime,openvino --out benchmarks/results
+
 bench-cpu: $(VENV)/.bench
-	$(BIN)/python benchmarks/cpu.py --models b0,b2,b2_li --peers timm,compile,onnxruntime,openvino \
-		--out benchmarks/results
+	$(BENCH_CPU) --models b0,b1,b2,b2_li,b3,b4,b5
+	$(BENCH_CPU) --models b2 --batch 8
+	$(BENCH_CPU) --models b2_li --size 512
+	$(BENCH_CPU) --models b2 --size 1024 --rounds 6 --seconds 1.5
+	PVT_FAST_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BENCH_CPU) --models b0,b2 --dtype fp32 \
+		--peers compile,openvino
 
 # counts of executed instructions against the committed ones; wants valgrind, no Python package
 instructions: build/instructions

@@ -97,18 +97,21 @@ class MlpOp final : public ResidualOp {
     Groups(const MlpOp& op, const Call& call, int most)
         : op_(op), call_(call), width_(call.map.width), row_(hidden_row(call.map.width)) {
       const std::size_t new_tokens = std::size_t(most + 2) * normed_tokens(width_);
-      const std::size_t hidden_size = (most + 2 + 2 * op.fc1_.panels()) * row_;
+      const int panels = op.fc1_.panels();
+      const std::size_t hidden_size = (most + 2 + 2 * (panels + 1)) * row_;
       tokens_ = std::size_t(most) * width_;
       Scratch& scratch = thread_scratch();
       scratch.reset(Scratch::bytes_for<E>(row_room(new_tokens) * op.normed_width()) +
                     Scratch::bytes_for<E>(op.activated_size(tokens_)) + Scratch::bytes_for<float>(hidden_size) +
-                    Scratch::bytes_for<int>(new_tokens) + Scratch::bytes_for<const float*>(most + 2));
+                    Scratch::bytes_for<int>(new_tokens) + Scratch::bytes_for<const float*>(most + 2) +
+                    Scratch::bytes_for<float*>(panels + 1));
       normed_ = scratch.take<E>(row_room(new_tokens) * op.normed_width());
       activated_ = scratch.take<E>(op.activated_size(tokens_));
       hidden_ = scratch.take<float>(hidden_size);
-      carry_ = hidden_ + (most + 2) * row_;
       offsets_ = scratch.take<int>(new_tokens);
       rows_ = scratch.take<const float*>(most + 2);
+      pairs_ = scratch.take<float*>(panels + 1);
+      for (int i = 0; i <= panels; ++i) pairs_[i] = hidden_ + (most + 2 + 2 * i) * row_;
       std::memset(hidden_, 0, hidden_size * sizeof(float));
       hidden_offsets(width_, most + 2, offsets_);
     }
@@ -127,16 +130,18 @@ class MlpOp final : public ResidualOp {
       if (from == 0) std::memset(hidden_, 0, row_bytes);
       if (!carries) std::memset(hidden_ + (height + 1) * row_, 0, row_bytes);
       for (int p = 0; p < op_.fc1_.panels(); ++p) {
-        float* carry = carry_ + p * 2 * row_;
-        if (carried) std::memcpy(hidden_, carry, 2 * row_bytes);
-        for (int j = 0; j < height + 2; ++j)
-          rows_[j] = j < kept || !carries ? hidden_ + j * row_ : carry + (j - kept) * row_;
+        // the last two rows go to the spare pair, which changes places with the panel's when that has been used
+        float *&pair = pairs_[p], *&spare = pairs_[op_.fc1_.panels()];
+        for (int j = 0; j < height + 2; ++j) rows_[j] = hidden_ + j * row_;
+        for (int j = 0; carried && j < 2; ++j) rows_[j] = pair + j * row_;
+        for (int j = kept; carries && j < height + 2; ++j) rows_[j] = spare + (j - kept) * row_;
         op_.fc1_panel(p, normed_, 0, kept - first, width_, hidden_ + first * row_, offsets_);
         if (carries) {
           const int start = std::max(first, kept);
-          op_.fc1_panel(p, normed_, start - first, last - start, width_, carry + (start - kept) * row_, offsets_);
+          op_.fc1_panel(p, normed_, start - first, last - start, width_, spare + (start - kept) * row_, offsets_);
         }
         op_.convolve(p, rows_, height, width_, activated_ + p * row_room(tokens_) * kPanel);
+        if (carries) std::swap(pair, spare);
       }
       const std::ptrdiff_t at = call_.image(tile.image, from, op_.channels_) - call_.x;
       gemm(activated_rows(activated_, 0, tokens_), height * width_, op_.fc2_, op_.output(call_, tile.image, at));
@@ -149,7 +154,7 @@ class MlpOp final : public ResidualOp {
     const std::size_t row_;  // floats of a hidden row
     std::size_t tokens_;     // that there is room for
     E *normed_, *activated_;
-    float *hidden_, *carry_;
+    float *hidden_, **pairs_;  // two rows of each panel that the next group begins with, and a spare pair
     int* offsets_;
     const float** rows_;
   };
