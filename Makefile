@@ -79,8 +79,7 @@ bench-cpu: $(VENV)/.bench
 	$(BENCH_CPU) --models b2 --batch 8
 	$(BENCH_CPU) --models b2_li --size 512
 	$(BENCH_CPU) --models b2 --size 1024 --rounds 6 --seconds 1.5
-	PVT_FAST_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BENCH_CPU) --models b0,b2 --dtype fp32 \
-		--peers compile,openvino
+	PVT_FAST_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 $(BENCH_CPU) --models b0,b2 --dtype fp32 --peers compile
 
 # counts of executed instructions against the committed ones; wants valgrind, no Python package
 instructions: build/instructions
