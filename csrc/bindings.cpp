@@ -71,17 +71,18 @@ void check_accepts(const pvt::PatchEmbed& op, const pvt::Image& image) {
 }
 
 // What must still be so for a recorded forward to be the model's: values of dicts, and dicts that are empty. A forward
-// leaves nothing of these objects in the inner caches; so all are asked for before the first is looked at.
+// leaves nothing of these objects in the inner caches; so all are asked for before the first is looked at. The caller
+// keeps them alive: references from here would be part of cycles that Python's collector cannot see.
 class Facts {
  public:
-  using Entry = std::tuple<py::dict, py::object, py::object>;  // dict.get(name) is value
+  using Entry = std::tuple<py::handle, py::handle, py::handle>;  // dict.get(name) is value
 
-  Facts(std::vector<Entry> entries, std::vector<py::dict> empty, std::vector<Address> soon)
+  Facts(std::vector<Entry> entries, std::vector<py::handle> empty, std::vector<Address> soon)
       : entries_(std::move(entries)), empty_(std::move(empty)), soon_(std::move(soon)) {}
 
   bool hold() const {
     for (const Address address : soon_) __builtin_prefetch(input(address));
-    for (const py::dict& dict : empty_) __builtin_prefetch(dict.ptr());
+    for (const py::handle& dict : empty_) __builtin_prefetch(dict.ptr());
     for (const auto& [dict, name, value] : entries_) {
       __builtin_prefetch(dict.ptr());
       __builtin_prefetch(name.ptr());
@@ -90,7 +91,7 @@ class Facts {
       const char* keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dict.ptr())->ma_keys);
       for (int line = 0; line < 4; ++line) __builtin_prefetch(keys + 64 * line);
     }
-    for (const py::dict& dict : empty_)
+    for (const py::handle& dict : empty_)
       if (PyDict_Size(dict.ptr()) != 0) return false;
     for (const auto& [dict, name, value] : entries_) {
       const PyObject* found = PyDict_GetItemWithError(dict.ptr(), name.ptr());
@@ -101,7 +102,7 @@ class Facts {
 
  private:
   std::vector<Entry> entries_;
-  std::vector<py::dict> empty_;
+  std::vector<py::handle> empty_;
   std::vector<Address> soon_;
 };
 
@@ -160,7 +161,7 @@ PYBIND11_MODULE(_C, m) {
         op.run(input(x), batch, tokens, output(out));
       });
   py::class_<Facts>(m, "Facts")
-      .def(py::init<std::vector<Facts::Entry>, std::vector<py::dict>, std::vector<Address>>(), py::arg("entries"),
+      .def(py::init<std::vector<Facts::Entry>, std::vector<py::handle>, std::vector<Address>>(), py::arg("entries"),
            py::arg("empty"), py::arg("soon"))
       .def("hold", &Facts::hold, "Is every (dict, name, value) of `entries` so, and every dict of `empty` empty?");
   // its ops are the caller's to keep alive

@@ -48,6 +48,7 @@ class Program:
         self.tensors = tuple(model.parameters())
         self.stamps = tuple(stamp(tensor) for tensor in self.tensors)
         self.storages = [tensor.detach() for tensor in self.tensors]  # see PackCache
+        self.kept = (facts, hooks)  # alive while `self.facts` is
         self.facts = _C.Facts(facts, [*hooks, *_GLOBAL_HOOKS], _lines(self.tensors))
 
     def stands(self, isa: str, image: Tensor) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -172,6 +174,18 @@ def test_training_and_gradients_go_op_by_op():
     model.train()
     run(model, x)
     assert model._program.packed is None
+
+
+def test_a_model_with_a_program_is_collected():
+    """What a program refers to leads back to the model: Python's collector has to see the whole cycle."""
+    model = make()
+    for _ in range(2):
+        run(model, image())
+    assert model._program.packed is not None
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_large_maps_go_op_by_op(monkeypatch):
