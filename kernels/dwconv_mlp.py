@@ -18,7 +18,7 @@ from pvt_fast.ops import HW, MlpSpec, MlpWeights, check_mlp
 from pvt_fast.prepack import packed
 
 from . import config
-from .launch import dot_precision, launch, shared_limit
+from .launch import chip_of, dot_precision, launch
 from .linear import linear
 from .primitives import (
     add_residual,
@@ -254,7 +254,7 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
     hidden = w.fc1.weight.shape[0]
     weights = (w.fc1.weight, w.fc1.bias, w.dwconv.weight, w.dwconv.bias, w.fc2.weight)
     pack = packed(w.cache, "triton", tuple(t for t in weights if t is not None), lambda: _pack(w))
-    shared = shared_limit(x.device)
+    shared = chip_of(x.device).shared
     shape = config.dwconv_fc2(channels, x.dtype, shared) if fused else config.dwconv_gelu(hidden, x.dtype)
     padded_height = -(-hw[0] // shape["ROWS"]) * shape["ROWS"] + 2
     h = _hidden_map(x, hw, w, spec, pack, padded_height)
@@ -278,7 +278,7 @@ def _hidden_map(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, pack: _Packed, 
     images, _, channels = x.shape
     width = pack.fc1.shape[0]
     h = torch.empty((images, padded_height, hw[1] + 2, width), dtype=x.dtype, device=x.device)
-    shape = config.norm_linear(channels, width, x.dtype, shared_limit(x.device))
+    shape = config.norm_linear(channels, width, x.dtype, chip_of(x.device).shared)
     border = images * (padded_height * (hw[1] + 2) - hw[0] * hw[1])
     tiles = triton.cdiv(x.shape[0] * x.shape[1], shape["BLOCK_M"]) + triton.cdiv(border, shape["BLOCK_M"])
     grid = (tiles, triton.cdiv(width, _COLUMN_BLOCKS * shape["BLOCK_N"]))

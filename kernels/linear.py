@@ -10,7 +10,7 @@ from torch import Tensor
 from pvt_fast.ops import Linear, Norm
 
 from . import config
-from .launch import dot_precision, launch, shared_limit
+from .launch import chip_of, dot_precision, launch
 from .primitives import (
     add_residual,
     dot,
@@ -108,7 +108,7 @@ def norm_linear_kernel(
 def linear(a: Tensor, w: Linear, out: Tensor, x: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     """out = a @ W^T + b, or x + scale * that with one scale per image; a (B, N, >= Cin), out (B, N, Cout)."""
     columns, inner = w.weight.shape[:2]
-    shape = config.linear(columns, inner, a.dtype, shared_limit(a.device))
+    shape = config.linear(columns, inner, a.dtype, chip_of(a.device).shared)
     rows = a.shape[0] * a.shape[1]
     grid = (triton.cdiv(rows, shape["BLOCK_M"]), triton.cdiv(columns, shape["BLOCK_N"]))
     meta = {"N": columns, "K": inner, "A_STRIDE": a.shape[2], "PRECISION": dot_precision(a.dtype), **shape}
@@ -125,7 +125,7 @@ def norm_linear_rows(x: Tensor, norm: Norm, w: Linear, gelu: bool) -> Tensor:
     rows = images * rows_per_image
     out = torch.empty((images, rows_per_image, columns), dtype=dtype, device=x.device)
     summed = x.dim() == 4
-    shape = config.norm_linear(channels, columns, dtype, shared_limit(x.device), summed)
+    shape = config.norm_linear(channels, columns, dtype, chip_of(x.device).shared, summed)
     grid = (triton.cdiv(rows, shape["BLOCK_M"]), triton.cdiv(columns, shape["BLOCK_N"]))
     pointers = (x, norm.weight, norm.bias, w.weight.contiguous(), w.bias, out)
     meta = {"N": columns, "C": channels, "SUMMED": summed, "GELU": gelu, "EXACT": dtype == torch.float32, **shape}

@@ -14,7 +14,7 @@ from pvt_fast.ops import HW, PatchEmbedWeights, check_patch_embed
 from pvt_fast.prepack import packed
 
 from . import config
-from .launch import dot_precision, launch, shared_limit
+from .launch import chip_of, dot_precision, launch
 from .norm_head import normalize_rows
 from .primitives import dot, load_vector, load_weight, norm_tile, round_to, row_offsets, split_index
 
@@ -114,7 +114,7 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
     out = torch.empty((images, hw[0] * hw[1], channels), dtype=image.dtype, device=image.device)
     if out.numel() == 0:
         return out, hw
-    shape = config.patch_embed(in_channels, channels, image.dtype, shared_limit(image.device))
+    shape = config.patch_embed(in_channels, channels, image.dtype, chip_of(image.device).shared)
     weight = w.proj.weight
     if shape["PER_TAP"]:
         weight = packed(w.cache, "triton", (weight,), lambda: w.proj.weight.detach().permute(0, 2, 3, 1).contiguous())

@@ -18,7 +18,7 @@ from pvt_fast.ops import HW, AttentionSpec, AttentionWeights, Linear, Norm
 from pvt_fast.prepack import packed
 
 from . import config
-from .launch import dot_precision, launch, shared_limit
+from .launch import chip_of, dot_precision, launch
 from .linear import linear, norm_linear_rows
 from .primitives import (
     bound,
@@ -136,7 +136,7 @@ def _reduce(x: Tensor, hw: HW, w: AttentionWeights, sr: Linear) -> Tensor:
     ratio = sr.weight.shape[2]
     keys = (hw[0] // ratio) * (hw[1] // ratio)
     weight = packed(w.cache, "triton", (sr.weight,), lambda: sr.weight.detach().permute(0, 2, 3, 1).contiguous())
-    shape = config.spatial_reduction(channels, x.dtype, shared_limit(x.device))
+    shape = config.spatial_reduction(channels, x.dtype, chip_of(x.device).shared)
     tiles = (triton.cdiv(images * keys, shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))
     parts = config.reduction_splits(tiles[0] * tiles[1], ratio**2)
     out = torch.empty((parts, images, keys, channels), dtype=torch.float32, device=x.device)

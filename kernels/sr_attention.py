@@ -15,7 +15,7 @@ from torch import Tensor
 from pvt_fast.ops import HW, AttentionSpec, AttentionWeights, check_attention
 
 from . import config
-from .launch import dot_precision, launch, shared_limit
+from .launch import chip_of, dot_precision, launch
 from .linear import linear
 from .primitives import (
     add_residual,
@@ -155,7 +155,7 @@ def sr_attention(
     images, tokens, channels = x.shape
     head_dim = channels // spec.num_heads
     kv = keys_and_values(x, hw, w, spec)
-    shared = shared_limit(x.device)
+    shared = chip_of(x.device).shared
     shape = config.attention(channels, head_dim, kv.shape[1], x.dtype, shared)
     queries = (x, w.norm.weight, w.norm.bias, w.q.weight.contiguous(), w.q.bias, kv)
     numbers = (tokens, kv.shape[1], w.norm.eps, spec.scale * _LOG2_E)

@@ -39,10 +39,11 @@ ALL_KERNELS = NO_MATRIX_PRODUCT | {
 
 NEW_BATCHES = """
 import torch
-from triton_compile import TARGETS, record_launches
-shared = TARGETS["sm_90"][1]
+from triton_compile import CHIPS, compilations
 for variant in ("pvt_v2_b2", "pvt_v2_b2_li"):
-    one, *others = ({l.key() for l in record_launches([variant], torch.bfloat16, shared, (b,))} for b in (1, 2, 7, 48))
+    one, *others = (
+        {c.key() for c in compilations([variant], torch.bfloat16, CHIPS["sm_90"], (b,))} for b in (1, 2, 7, 48)
+    )
     assert one and all(other == one for other in others), [other ^ one for other in others]
 """
 

@@ -2,8 +2,8 @@
 
     python tests/triton_compile.py sm_90 bf16 pvt_v2_b0,pvt_v2_b2 [PART OF A KERNEL'S NAME]
 
-The launches are those that the backend itself makes: the models run on meta tensors with `launch` replaced by a
-recorder, so block sizes, argument types and alignment hints are what the launcher would use on such a device. A row
+The launches are those that the backend itself makes: the models run on meta tensors and the launches are recorded, so
+block sizes, argument types and alignment hints are what the launcher would use on such a device. A row
 holds kernel, constants, bytes of shared memory, registers, spills and the number of matrix instructions.
 """
 
@@ -24,25 +24,29 @@ from triton.compiler import ASTSource
 
 import pvt_fast
 from pvt_fast import kernels
+from pvt_fast.kernels.launch import Chip, Launch, recorded
 
 KIB = 1024
 # Target and shared memory that one block may use there (CUDA programming guide, table of compute capabilities; the
 # 64 KiB of LDS of a CDNA3 compute unit).
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 * KIB),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 * KIB),
-    "sm_100": (GPUTarget("cuda", 100, 32), 227 * KIB),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB),
+CHIPS = {
+    chip.arch: chip
+    for chip in (
+        Chip("sm_80", 163 * KIB, 108),  # A100
+        Chip("sm_89", 99 * KIB, 128),  # RTX 4090
+        Chip("sm_90", 227 * KIB, 132),  # H100, H200
+        Chip("sm_100", 227 * KIB, 148),  # B200
+        Chip("gfx942", 64 * KIB, 304),  # MI300X
+    )
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPE_NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 MATRIX_INSTRUCTION = re.compile(r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync|v_mfma_")
-KERNEL_MODULES = [module for name, module in sys.modules.items() if name.startswith("pvt_fast.kernels.")]
 # 49 and 256 keys: one key block, and a loop over key blocks
 IMAGE_SIZES = (224, 512)
 
 
-class Launch(NamedTuple):
+class Compilation(NamedTuple):
     """One kernel as the launcher would specialise it."""
 
     kernel: Any
@@ -55,8 +59,9 @@ class Launch(NamedTuple):
         return f"{self.kernel.__name__} {self.signature} {self.constants} {self.aligned} {self.options}"
 
 
-def describe(kernel: Any, args: tuple, keywords: dict[str, Any]) -> Launch:
+def compilation(launch: Launch) -> Compilation:
     """Types, constants and alignment hints that Triton's launcher derives from these arguments."""
+    kernel, _, args, keywords = launch
     options = {name: keywords[name] for name in ("num_warps", "num_stages") if name in keywords}
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {name: value for name, value in keywords.items() if name not in options}
@@ -76,34 +81,34 @@ def describe(kernel: Any, args: tuple, keywords: dict[str, Any]) -> Launch:
         else:
             signature[name] = "fp32"
     assert not values, f"{kernel.__name__}: arguments without a parameter: {sorted(values)}"
-    return Launch(kernel, signature, constants, tuple(aligned), options)
+    return Compilation(kernel, signature, constants, tuple(aligned), options)
 
 
-def record_launches(
-    variants: list[str], dtype: torch.dtype, shared: int, batches: tuple[int, ...] = (8,)
-) -> list[Launch]:
-    """What the backend would launch for whole models, each distinct compilation once."""
-    found: dict[str, Launch] = {}
-
-    def record(kernel: Any, grid: tuple, tensor: Any, *args: Any, **keywords: Any) -> None:
-        launch = describe(kernel, args, keywords)
-        found.setdefault(launch.key(), launch)
-
-    for module in KERNEL_MODULES:
-        for name, replacement in (("launch", record), ("shared_limit", lambda device: shared)):
-            if hasattr(module, name):
-                setattr(module, name, replacement)
+def compilations(
+    variants: list[str], dtype: torch.dtype, chip: Chip, batches: tuple[int, ...] = (8,)
+) -> list[Compilation]:
+    """What the backend would compile for whole models on that chip, each once."""
+    found: dict[str, Compilation] = {}
     for name in variants:
         with torch.device("meta"):
             model = pvt_fast.create_model(name).eval().to(dtype)
             for batch, size in itertools.product(batches, IMAGE_SIZES):
-                with torch.no_grad():
+                with torch.no_grad(), recorded(chip) as launches:
                     tokens, _ = model._run_stages(torch.empty(batch, 3, size, size, dtype=dtype), kernels)
                     kernels.head(tokens, None)
+                for launch in launches:
+                    made = compilation(launch)
+                    found.setdefault(made.key(), made)
     return list(found.values())
 
 
-def compile_launch(launch: Launch, target: GPUTarget) -> dict[str, Any]:
+def target_of(chip: Chip) -> GPUTarget:
+    if chip.arch.startswith("sm_"):
+        return GPUTarget("cuda", int(chip.arch.removeprefix("sm_")), 32)
+    return GPUTarget("hip", chip.arch, 64)
+
+
+def compile_resources(launch: Compilation, target: GPUTarget) -> dict[str, Any]:
     """Compile; the resources of the result."""
     constants = {(launch.kernel.arg_names.index(name),): value for name, value in launch.constants.items()}
     hints = {(place,): [["tt.divisibility", 16]] for place in launch.aligned}
@@ -142,11 +147,16 @@ def _amd_resources(text: str) -> dict[str, int]:
 AMD_COUNTS = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
 
 
-def main(target_name: str, dtype_name: str, variants: str, part: str = "") -> None:
-    target, shared = TARGETS[target_name]
-    for launch in record_launches(variants.split(","), DTYPES[dtype_name], shared):
-        if part in launch.kernel.__name__:
-            row = {"target": target_name, "dtype": dtype_name, "limit": shared, **compile_launch(launch, target)}
+def main(arch: str, dtype_name: str, variants: str, part: str = "") -> None:
+    chip = CHIPS[arch]
+    for made in compilations(variants.split(","), DTYPES[dtype_name], chip):
+        if part in made.kernel.__name__:
+            row = {
+                "target": arch,
+                "dtype": dtype_name,
+                "limit": chip.shared,
+                **compile_resources(made, target_of(chip)),
+            }
             print(json.dumps(row), flush=True)
 
 
