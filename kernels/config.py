@@ -1,8 +1,9 @@
-"""Block sizes of every kernel: pure functions of widths, dtype and the target's shared memory.
+"""Block sizes of every kernel: pure functions of widths, dtype and the chip; and how grids are cut.
 
-Nothing here depends on batch or map size, so a new image size compiles nothing (attention knows 3 sizes of key
-block). Each function returns the keyword constants of one launch. `tests/test_triton_compile.py` compiles what these
-functions return, for every published width and target, and holds it to no spills and to the shared-memory limit.
+Block sizes do not depend on batch or map size, so a new image size compiles nothing (attention knows key maps that fit
+one block and larger ones, and some ops have one form for grids that leave processors idle and one for others: both are
+compiled at first). `make gpu-gates` compiles what these functions return, for every published width and target, and
+holds it to no spills and to the shared-memory limit.
 """
 
 from __future__ import annotations
@@ -11,19 +12,28 @@ from typing import Any
 
 import torch
 
+from .launch import Chip
+
 Config = dict[str, Any]
 
 # Up to this width one program owns whole rows of the output: fc2, proj and the patch embed's norm are fused behind
-# what feeds them. Wider rows would need C x rows accumulators (512 x 64 fp32 is all registers of an SM), re-read all
-# weights per 64 tokens (64 FLOP per byte of L2) and leave most SMs idle at small batch; there the last product is a
-# kernel of its own that tiles rows and columns.
+# what feeds them. Wider rows would need C x rows accumulators (512 x 64 fp32 is all registers of an SM).
 ROW_LIMIT = 128
+
+# Queries per program of the attention of wide rows; up to so many of them are their own keys' whole map.
+QUERIES = 64
+# Rows of a group in the depthwise convolution: the hidden map is padded to whole groups.
+DWCONV_ROWS = 4
+# Its channels per step: the hidden map is padded to whole blocks, so that its loads need no masks.
+HIDDEN_BLOCK = 32
 
 # Below this much shared memory (AMD's 64 KiB) loads are buffered two deep instead of three.
 _DEEP_PIPELINE_BYTES = 128 * 1024
 # At least this much means wgmma or tcgen05, which read operands from shared memory; mma.sync and MFMA hold them in
 # registers, which leaves fewer for accumulators.
 _SHARED_OPERAND_BYTES = 200 * 1024
+# Sums over programs: at most so many parts, as the last program reads all of them.
+_MOST_PARTS = 8
 
 
 def fits_row(channels: int) -> bool:
@@ -37,37 +47,58 @@ def next_power(n: int, least: int = 16) -> int:
 
 
 def padded_hidden(hidden: int) -> int:
-    """Stored width of the hidden map: whole 16-channel blocks, so that its loads need no masks."""
-    return -(-hidden // 16) * 16
+    """Stored width of the hidden map."""
+    return -(-hidden // HIDDEN_BLOCK) * HIDDEN_BLOCK
 
 
-def _stages(shared: int) -> int:
-    return 3 if shared > _DEEP_PIPELINE_BYTES else 2
+def parts(tiles: int, steps: int, chip: Chip) -> int:
+    """Into how many programs a sum of `steps` steps is divided when `tiles` programs do not fill the chip.
+
+    At batch 1 a stage has 1 to 25 tiles of 128 tokens for more than 100 processors, and a tile's sum is what takes the
+    time. A part has two steps or more.
+    """
+    return max(1, min(_MOST_PARTS, steps // 2, chip.processors // tiles))
+
+
+def columns_per_program(tiles: int, columns: int, chip: Chip) -> int:
+    """How many of a row's column blocks one program goes through, reading and normalising the row once for all.
+
+    All of them where the tiles of rows alone are two programs for each processor, else fewer: then the grid is that.
+    """
+    return -(-columns // max(1, min(columns, -(-2 * chip.processors // tiles))))
+
+
+def _stages(chip: Chip) -> int:
+    return 3 if chip.shared > _DEEP_PIPELINE_BYTES else 2
 
 
 def row_block(channels: int, dtype: torch.dtype) -> int:
-    """Columns per step along a row: the whole row if narrow, else the largest block of <= 64 that wastes least."""
-    if fits_row(channels) and dtype != torch.float32:
-        return next_power(channels)
-    if fits_row(channels):
-        return min(64, next_power(channels))
+    """Columns per tile of a row: the largest block of at most 64 (fp32: 32) that wastes none, if there is one."""
     largest = 32 if dtype == torch.float32 else 64
+    if channels <= largest:
+        return next_power(channels)
     return largest if channels % largest == 0 or channels % 32 else 32
 
 
-def norm_linear(channels: int, columns: int, dtype: torch.dtype, shared: int, summed: bool = False) -> Config:
-    """LayerNorm then linear, a tile of rows by a tile of columns per program. summed: the rows come in parts."""
+def holds_rows(dtype: torch.dtype, chip: Chip) -> bool:
+    """Whether normalised rows are kept for all products with them (see primitives.norm_rows)."""
+    return dtype != torch.float32 and chip.shared >= _SHARED_OPERAND_BYTES
+
+
+def norm_linear(channels: int, columns: int, dtype: torch.dtype, chip: Chip) -> Config:
+    """LayerNorm then linear: a tile of rows, held, by blocks of columns."""
     full = dtype == torch.float32
     return {
         "BLOCK_M": 64,
         "BLOCK_N": min(64, next_power(columns)),
-        "BLOCK_K": min(64, next_power(channels)) if summed else row_block(channels, dtype),
+        "BLOCK_K": row_block(channels, dtype),
+        "HELD": holds_rows(dtype, chip),
         "num_warps": 8 if full else 4,
-        "num_stages": 1 if fits_row(channels) or summed else _stages(shared) - 1,
+        "num_stages": 1 if holds_rows(dtype, chip) else _stages(chip) - 1,
     }
 
 
-def linear(columns: int, inner: int, dtype: torch.dtype, shared: int) -> Config:
+def linear(columns: int, inner: int, dtype: torch.dtype, chip: Chip) -> Config:
     """Plain linear with its epilogue."""
     full = dtype == torch.float32
     return {
@@ -75,51 +106,47 @@ def linear(columns: int, inner: int, dtype: torch.dtype, shared: int) -> Config:
         "BLOCK_N": min(64, next_power(columns)),
         "BLOCK_K": min(32 if full else 64, next_power(inner)),
         "num_warps": 8 if full else 4,
-        "num_stages": _stages(shared),
+        "num_stages": _stages(chip),
     }
 
 
-def dwconv_gelu(hidden: int, dtype: torch.dtype) -> Config:
-    """The depthwise convolution alone: 8 channels (one 16-byte load) per thread."""
-    return {"BLOCK_P": 32, "BLOCK_H": 16 if hidden % 32 else 32, "ROWS": 2, "num_warps": 4, "num_stages": 1}
+def dwconv_gelu(half: bool) -> Config:
+    """The depthwise convolution alone: 8 channels (one 16-byte load) and more per thread."""
+    return {"BLOCK_P": 32, "BLOCK_H": HIDDEN_BLOCK, "ROWS": 4 if half else 2, "num_warps": 2, "num_stages": 1}
 
 
-def dwconv_fc2(channels: int, dtype: torch.dtype, shared: int) -> Config:
-    """Depthwise convolution, GELU, fc2: ROWS x BLOCK_P outputs of all C channels are kept in registers.
+def dwconv_fc2(channels: int, dtype: torch.dtype, half: bool, chip: Chip) -> Config:
+    """Depthwise convolution, GELU, fc2: ROWS x BLOCK_P outputs of BLOCK_C channels are kept in registers.
 
-    For sm_90 at C = 64 and 128 this gives 35 and 37 instructions per hidden element in the main loop (17 are the
-    convolution's FMAs and GELU's), no spills. C is the product's M, which wgmma and tcgen05 want to be at least 64.
+    For sm_90 and an fp16 map this gives 17 instructions per hidden element in the main loop, no spills. C is the
+    product's M, which wgmma and tcgen05 want to be at least 64.
     """
     full = dtype == torch.float32
     wide = next_power(channels) > 64
+    columns = next_power(channels, least=16 if full else 64) if fits_row(channels) else 64
     return {
-        "BLOCK_P": 32,
-        "BLOCK_H": 16,
-        "BLOCK_C": next_power(channels, least=16 if full else 64),
-        "ROWS": 2 if wide and (full or shared <= _DEEP_PIPELINE_BYTES) else 4,
-        "num_warps": 8 if wide and shared < _SHARED_OPERAND_BYTES else 4,
+        "BLOCK_P": 16 if half and chip.shared < _SHARED_OPERAND_BYTES else 32,
+        "BLOCK_H": HIDDEN_BLOCK if half else 16,
+        "BLOCK_C": columns,
+        "ROWS": 2 if wide and (full or chip.shared <= _DEEP_PIPELINE_BYTES) else 4,
+        "num_warps": 8 if wide and chip.shared < _SHARED_OPERAND_BYTES else 4,
         "num_stages": 1,
     }
 
 
-def spatial_reduction(channels: int, dtype: torch.dtype, shared: int) -> Config:
-    """Strided R x R convolution behind a LayerNorm."""
+def spatial_reduction(channels: int, dtype: torch.dtype, to_kv: bool, chip: Chip) -> Config:
+    """Strided R x R convolution behind a LayerNorm, which each block of columns repeats: wide blocks, unless rows are
+    so few that their blocks of columns are wanted as work."""
+    full = dtype == torch.float32
+    widest = 128 if to_kv and not full else 64
     return {
-        **norm_linear(channels, channels, dtype, shared),
-        "BLOCK_N": next_power(channels)
-        if fits_row(channels) and dtype != torch.float32
-        else min(64, next_power(channels)),
+        "BLOCK_M": 64,
+        "BLOCK_N": min(widest, next_power(channels)),
+        "BLOCK_K": row_block(channels, dtype),
+        "HELD": holds_rows(dtype, chip),
+        "num_warps": 8 if full else 4,
+        "num_stages": 1,
     }
-
-
-def reduction_splits(tiles: int, taps: int) -> int:
-    """Into how many parts the R * R taps are divided, each for its own programs: enough to give 128 programs.
-
-    At batch 1 the reduced map is 49 rows, one tile, and its sum 64 taps of C products long (stage 1): a single program
-    would take longer than the rest of the network. At most 16 parts: they are read back in fp32.
-    """
-    wanted = min(16, taps, max(1, 128 // tiles))
-    return -(-taps // -(-taps // wanted))
 
 
 def pool(channels: int) -> Config:
@@ -127,29 +154,43 @@ def pool(channels: int) -> Config:
     return {"BLOCK_T": max(1, min(16, 4096 // next_power(channels))), "BLOCK_C": next_power(channels), "num_warps": 4}
 
 
-def fuses_projection(channels: int, dtype: torch.dtype, shared: int) -> bool:
-    """Whether one attention program owns whole rows: 128 columns leave too few registers on MFMA and in fp32."""
-    scarce = dtype == torch.float32 or shared <= _DEEP_PIPELINE_BYTES
+def fuses_projection(channels: int, dtype: torch.dtype, chip: Chip) -> bool:
+    """Whether attention keeps the projection's sums of whole rows: 128 columns leave too few registers on MFMA and in
+    fp32."""
+    scarce = dtype == torch.float32 or chip.shared <= _DEEP_PIPELINE_BYTES
     return channels <= (64 if scarce else ROW_LIMIT)
 
 
-def attention(channels: int, head_dim: int, keys: int, dtype: torch.dtype, shared: int) -> Config:
+def fits_one_block(keys: int) -> bool:
+    """Whether attention takes all keys at once."""
+    return keys <= 64
+
+
+def fills(tiles: int, chip: Chip) -> bool:
+    """Whether so many programs are enough work for the chip: at most half of it idles."""
+    return 2 * tiles >= chip.processors
+
+
+def attention(channels: int, head_dim: int, one_block: bool, dtype: torch.dtype, chip: Chip) -> Config:
     """Queries of one tile against all keys; up to 64 keys in one block."""
     full = dtype == torch.float32
-    fused = fuses_projection(channels, dtype, shared)
-    block_keys = min(64, next_power(keys))
+    fused = fuses_projection(channels, dtype, chip)
     return {
-        "BLOCK_M": 16 if full else 64,
+        "BLOCK_M": 16 if full and fused else QUERIES,
         "BLOCK_D": next_power(head_dim),
-        "BLOCK_KEYS": block_keys,
-        "ONE_BLOCK": keys <= block_keys,
-        **({"BLOCK_C": next_power(channels)} if fused else {"BLOCK_K": row_block(channels, dtype)}),
+        "BLOCK_KEYS": 64,
+        "ONE_BLOCK": one_block,
+        **(
+            {"BLOCK_C": next_power(channels)}
+            if fused
+            else {"BLOCK_K": row_block(channels, dtype), "HELD": holds_rows(dtype, chip)}
+        ),
         "num_warps": 8 if full or (fused and channels > 64) else 4,
-        "num_stages": 1 if keys <= block_keys else 3 if shared >= _SHARED_OPERAND_BYTES else 2,
+        "num_stages": 1 if one_block else 3 if chip.shared >= _SHARED_OPERAND_BYTES else 2,
     }
 
 
-def patch_embed(in_channels: int, channels: int, dtype: torch.dtype, shared: int) -> Config:
+def patch_embed(in_channels: int, channels: int, dtype: torch.dtype, chip: Chip) -> Config:
     """Implicit GEMM. PER_TAP walks the taps with whole blocks of channels, else taps and channels are one index."""
     full = dtype == torch.float32
     per_tap = in_channels >= 16
@@ -160,9 +201,11 @@ def patch_embed(in_channels: int, channels: int, dtype: torch.dtype, shared: int
         "BLOCK_N": next_power(channels) if fits_row(channels) else 64,
         "BLOCK_K": block_k,
         "PER_TAP": per_tap,
-        "FUSE_NORM": fits_row(channels),
+        "WHOLE_ROWS": fits_row(channels),
+        "BLOCK_C": next_power(channels),
+        "BLOCK_ROWS": max(1, 8192 // next_power(channels)) if not fits_row(channels) else 1,
         "num_warps": 8 if full or wide else 4,
-        "num_stages": _stages(shared) if per_tap else 2,
+        "num_stages": _stages(chip) if per_tap else 2,
     }
 
 

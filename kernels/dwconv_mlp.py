@@ -1,12 +1,17 @@
 """x + fc2(gelu(dwconv3x3(h))), h = fc1(LayerNorm(x)) or relu of it: the hidden map crosses memory twice.
 
 `norm_fc1_kernel` writes h into a map with a border of zeros, one pixel on each side, so that the convolution's
-padding is data and its loads need no masks. Rows are padded to whole groups of ROWS. Then, for C <= 128,
-`dwconv_fc2_kernel` does all the rest; wider, `dwconv_gelu_kernel` and `linear.linear_kernel` (see config.ROW_LIMIT).
+padding is data and its loads need no masks. Rows are padded to whole groups of ROWS. Then `dwconv_fc2_kernel` does all
+the rest: for C <= 128 always, wider while its tiles leave processors idle, as each column of tiles convolves anew.
+Else `dwconv_gelu_kernel` and `linear.linear_kernel` follow.
+
+In a bf16 model the map is fp16 wherever the weights prove that its values fit (`_fits_half`): packed fp16 arithmetic
+halves the instructions of convolution and GELU, which bind this op, and rounds four to eight times finer than bf16.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pvt_fast.ops import HW, MlpSpec, MlpWeights, check_mlp
+from pvt_fast.ops import HW, Linear, MlpSpec, MlpWeights, check_mlp
 from pvt_fast.prepack import packed
 
 from . import config
-from .launch import chip_of, dot_precision, launch
+from .launch import Chip, chip_of, dot_precision, first_time, launch, warm, workspace
 from .linear import linear
 from .primitives import (
     add_residual,
@@ -26,27 +31,34 @@ from .primitives import (
     depthwise_rows,
     dot,
     gelu,
+    gelu_quarter,
+    is_last,
     load_rows,
+    load_sum,
     load_vector,
-    norm_linear,
+    norm_rows,
     round_to,
     row_offsets,
-    row_statistics,
+    rows_product,
     split_index,
 )
 
-# Column blocks that one program of norm_fc1 goes through, so that a row's statistics are computed once for all.
-_COLUMN_BLOCKS = 4
+# Values of an fp16 map are proven to stay below this. fp16 ends at 65504.
+_HALF_LIMIT = 2.0**15
+# The largest of the taps and of fc2's weights must reach this, or their small values lose digits in fp16.
+_HALF_LEAST = 2.0**-8
 
 
 class _Packed(NamedTuple):
-    """Weights with the hidden dimension padded by zeros to whole blocks."""
+    """Weights with the hidden dimension padded by zeros to whole blocks. half: the map, taps and fc2 are fp16."""
 
+    half: bool
     fc1: Tensor  # (HID, C)
     fc1_bias: Tensor  # (HID,)
-    taps: Tensor  # (9, HID) fp32
-    taps_bias: Tensor  # (HID,) fp32
-    fc2_t: Tensor | None  # (HID, C), the transpose; None where fc2 is a kernel of its own
+    taps: Tensor  # (9, HID) fp32; a quarter of them if half (see gelu_quarter)
+    taps_bias: Tensor  # (HID,), likewise
+    fc2: Tensor  # (C, HID); four times if half
+    fc2_t: Tensor  # (HID, C), its transpose
 
 
 @triton.jit
@@ -92,6 +104,7 @@ def norm_fc1_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     """h = [relu](LayerNorm(x) @ W1^T + b1) for a tile of tokens; the programs after the last tile zero the border."""
     tile = tl.program_id(0)
@@ -104,19 +117,17 @@ def norm_fc1_kernel(
             offs_n = start + tl.arange(0, BLOCK_N)
             zero_border(hidden_ptr, tile - token_tiles, offs_n, images, height, width, padded_height, HID, BLOCK_M)
     else:
-        META: tl.constexpr = (HID, C, BLOCK_K, False, False, PRECISION)
         offs_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         row_mask = offs_m < tokens
-        offs_row = row_offsets(offs_m, C)
-        source, norm = (x_ptr, 1, 0), (norm_weight_ptr, norm_bias_ptr, eps)
-        statistics = row_statistics(source, offs_row, row_mask, eps, C, BLOCK_K)
+        norm = (norm_weight_ptr, norm_bias_ptr, eps)
+        NORM: tl.constexpr = (C, BLOCK_K, False, False, weight_ptr.dtype.element_ty, HELD)
+        y = norm_rows((x_ptr, 1, 0), row_offsets(offs_m, C), row_mask, norm, NORM)
         image, row, column = split_index(offs_m, height, width)
         pixel = row_offsets(image, padded_height * (width + 2)) + (row + 1) * (width + 2) + column + 1
         for start in range(bound(first), bound(last), BLOCK_N):
             offs_n = start + tl.arange(0, BLOCK_N)
-            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            acc = norm_linear(acc, source, offs_row, row_mask, statistics, norm, (weight_ptr, C), offs_n, META)
-            h = acc + load_vector(bias_ptr, offs_n, HID)[None, :]
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) + load_vector(bias_ptr, offs_n, HID)[None, :]
+            h = rows_product(acc, y, (weight_ptr, C), offs_n, HID, NORM, PRECISION)
             if RELU:
                 h = tl.maximum(h, 0.0)
             mask = row_mask[:, None] & (offs_n < HID)[None, :]
@@ -139,7 +150,16 @@ def group_positions(tile, images, height, width, padded_height, ROWS: tl.constex
     return index < count, image, group * ROWS, column, top_left
 
 
-@triton.jit(do_not_specialize=["images", "height", "width", "padded_height"])
+@triton.jit
+def activated(h, dtype: tl.constexpr, EXACT: tl.constexpr):
+    """gelu of the convolution's result in the type of fc2's weights: of fp32, or of a quarter of it in fp16."""
+    if h.dtype == tl.float16:
+        return gelu_quarter(h)
+    else:
+        return round_to(gelu(h, EXACT), dtype)
+
+
+@triton.jit(do_not_specialize=["images", "height", "width", "padded_height", "parts"])
 def dwconv_fc2_kernel(
     x_ptr,
     hidden_ptr,
@@ -149,10 +169,13 @@ def dwconv_fc2_kernel(
     bias_ptr,
     scale_ptr,
     out_ptr,
+    partial_ptr,
+    counter_ptr,
     images,
     height,
     width,
     padded_height,
+    parts,
     C: tl.constexpr,
     HID: tl.constexpr,
     SCALED: tl.constexpr,
@@ -163,37 +186,52 @@ def dwconv_fc2_kernel(
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """x + scale * (gelu(dwconv(h)) @ W2^T + b2) for ROWS rows by BLOCK_P columns, in blocks of hidden channels.
+    """x + scale * (gelu(dwconv(h)) @ W2^T + b2) for ROWS rows by BLOCK_P columns by BLOCK_C channels.
+
+    With parts > 1 a program goes through its part of the hidden channels only and leaves fp32 sums in partial
+    (parts, images, height * width, C); the last of a tile adds them up, always in the same order.
 
     The product is transposed, W2 @ g^T: as first operand g would have to be in registers in the matrix unit's own
     layout, and the compiler then sends each of the 3 (ROWS + 2) loaded tiles through shared memory (58 barriers per
     block for ROWS = 4); as second operand only the ROWS tiles of g go there (8 barriers).
     """
-    valid, image, row, column, top_left = group_positions(
-        tl.program_id(0), images, height, width, padded_height, ROWS, BLOCK_P
-    )
-    offs_c = tl.arange(0, BLOCK_C)
+    tile, part = tl.program_id(0), tl.program_id(2)
+    valid, image, row, column, top_left = group_positions(tile, images, height, width, padded_height, ROWS, BLOCK_P)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_window = row_offsets(top_left, HID)
+    BLOCKS: tl.constexpr = HID // BLOCK_H
+    first, last = BLOCKS * part // parts * BLOCK_H, BLOCKS * (part + 1) // parts * BLOCK_H
     acc = (tl.zeros([BLOCK_C, BLOCK_P], tl.float32),) * ROWS
-    for start in range(0, HID, BLOCK_H):
+    for start in range(bound(first), bound(last), BLOCK_H):
         offs_h = start + tl.arange(0, BLOCK_H)
         ptrs = hidden_ptr + offs_window[:, None] + offs_h[None, :]
-        taps_bias = tl.load(taps_bias_ptr + offs_h)
-        h = depthwise_rows(ptrs, (width + 2) * HID, HID, taps_ptr, offs_h, taps_bias, HID, ROWS)
+        h = depthwise_rows(ptrs, (width + 2) * HID, HID, taps_ptr, offs_h, tl.load(taps_bias_ptr + offs_h), (HID, ROWS))
         w = tl.load(weight_ptr + offs_h[:, None] * C + offs_c[None, :], mask=(offs_c < C)[None, :], other=0.0)
         new = ()
         for r in tl.static_range(ROWS):
-            g = round_to(gelu(h[r], EXACT), w.dtype)
-            new += (dot(tl.trans(w), tl.trans(g), acc[r], PRECISION),)
+            new += (dot(tl.trans(w), tl.trans(activated(h[r], w.dtype, EXACT)), acc[r], PRECISION),)
         acc = new
-    bias = load_vector(bias_ptr, offs_c, C)
-    for r in tl.static_range(ROWS):
-        mask = valid & (row + r < height)
-        offs_row = row_offsets((image * height + row + r) * width + column, C)
-        x = load_rows(x_ptr, offs_row, mask, offs_c, C)
-        y = add_residual(x, tl.trans(acc[r]) + bias[None, :], scale_ptr, image, mask, SCALED)
-        ptrs = out_ptr + offs_row[:, None] + offs_c[None, :]
-        tl.store(ptrs, round_to(y, out_ptr.dtype.element_ty), mask=mask[:, None] & (offs_c < C)[None, :])
+    token = (image * height + row) * width + column
+    part_stride = row_offsets(images, height * width) * C
+    finishes = parts == 1
+    if parts > 1:
+        for r in tl.static_range(ROWS):
+            mask = (valid & (row + r < height))[:, None] & (offs_c < C)[None, :]
+            ptrs = partial_ptr + part * part_stride + row_offsets(token + r * width, C)[:, None] + offs_c[None, :]
+            tl.store(ptrs, tl.trans(acc[r]), mask=mask)
+        finishes = is_last(counter_ptr + tile * tl.num_programs(1) + tl.program_id(1), parts)
+    if finishes:
+        bias = load_vector(bias_ptr, offs_c, C)
+        for r in tl.static_range(ROWS):
+            mask = valid & (row + r < height)
+            offs_row = row_offsets(token + r * width, C)
+            z = tl.trans(acc[r])
+            if parts > 1:
+                z = load_sum(partial_ptr, offs_row, mask, offs_c, parts, part_stride, C)
+            x = load_rows(x_ptr, offs_row, mask, offs_c, C)
+            y = add_residual(x, z + bias[None, :], scale_ptr, image, mask, SCALED)
+            ptrs = out_ptr + offs_row[:, None] + offs_c[None, :]
+            tl.store(ptrs, round_to(y, out_ptr.dtype.element_ty), mask=mask[:, None] & (offs_c < C)[None, :])
 
 
 @triton.jit(do_not_specialize=["images", "height", "width", "padded_height"])
@@ -212,24 +250,49 @@ def dwconv_gelu_kernel(
     BLOCK_H: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """gelu(dwconv(h)) (tokens, HID) for ROWS rows by BLOCK_P columns by BLOCK_H channels."""
+    """gelu(dwconv(h)) (tokens, HID) for ROWS rows by BLOCK_P columns by BLOCK_H channels; a quarter of it in fp16."""
     valid, image, row, column, top_left = group_positions(
         tl.program_id(0), images, height, width, padded_height, ROWS, BLOCK_P
     )
     offs_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     ptrs = hidden_ptr + row_offsets(top_left, HID)[:, None] + offs_h[None, :]
-    taps_bias = tl.load(taps_bias_ptr + offs_h)
-    h = depthwise_rows(ptrs, (width + 2) * HID, HID, taps_ptr, offs_h, taps_bias, HID, ROWS)
+    h = depthwise_rows(ptrs, (width + 2) * HID, HID, taps_ptr, offs_h, tl.load(taps_bias_ptr + offs_h), (HID, ROWS))
     for r in tl.static_range(ROWS):
         offs_row = row_offsets((image * height + row + r) * width + column, HID)
-        out = round_to(gelu(h[r], EXACT), out_ptr.dtype.element_ty)
+        out = activated(h[r], out_ptr.dtype.element_ty, EXACT)
         tl.store(out_ptr + offs_row[:, None] + offs_h[None, :], out, mask=(valid & (row + r < height))[:, None])
 
 
+def hidden_bound(w: MlpWeights) -> Tensor:
+    """What no value of the hidden map's channels (HID,) exceeds, whatever the input.
+
+    LayerNorm's output is a vector no longer than sqrt(C) times its weight, plus its bias; so |fc1_j| is at most
+    sqrt(C) * |W1_j * weight| + |W1_j @ bias + b1_j|.
+    """
+    weight = w.fc1.weight.detach().float()
+    spread = (weight * w.norm.weight.detach().float()).norm(dim=1) * weight.shape[1] ** 0.5
+    shift = weight @ w.norm.bias.detach().float()
+    return spread + (shift if w.fc1.bias is None else shift + w.fc1.bias.detach().float()).abs()
+
+
+def _fits_half(w: MlpWeights) -> bool:
+    """Whether fp16 holds every value of the hidden map and of its convolution, and the digits of taps and fc2."""
+    if w.fc1.weight.dtype != torch.bfloat16:
+        return False
+    if w.fc1.weight.is_meta:
+        return True
+    hidden = hidden_bound(w)
+    taps, fc2 = w.dwconv.weight.detach().float().flatten(1).abs(), w.fc2.weight.detach().float().abs().max()
+    bias = 0.0 if w.dwconv.bias is None else w.dwconv.bias.detach().float().abs()
+    largest = torch.stack([hidden.max(), (hidden * taps.sum(1) + bias).max(), 4 * fc2, taps.max()])
+    return bool((largest < _HALF_LIMIT).all() & (torch.stack([fc2, taps.max()]) >= _HALF_LEAST).all())
+
+
 def _pack(w: MlpWeights) -> _Packed:
-    hidden, channels = w.fc1.weight.shape
+    hidden = len(w.fc1.weight)
     extra = config.padded_hidden(hidden) - hidden
     weight = w.fc1.weight.detach()
+    half = _fits_half(w)
 
     def grow(tensor: Tensor) -> Tensor:  # along its first dimension
         return torch.cat([tensor, tensor.new_zeros(extra, *tensor.shape[1:])]) if extra else tensor
@@ -237,9 +300,33 @@ def _pack(w: MlpWeights) -> _Packed:
     def bias(tensor: Tensor | None) -> Tensor:
         return grow(weight.new_zeros(hidden) if tensor is None else tensor.detach())
 
-    taps = grow(w.dwconv.weight.detach().float().reshape(hidden, 9)).t().contiguous()
-    fc2_t = grow(w.fc2.weight.detach().t()).contiguous() if config.fits_row(channels) else None
-    return _Packed(grow(weight).contiguous(), bias(w.fc1.bias), taps, bias(w.dwconv.bias).float(), fc2_t)
+    taps = grow(w.dwconv.weight.detach().float().reshape(hidden, 9)).t()
+    taps_bias, fc2_t = bias(w.dwconv.bias).float(), grow(w.fc2.weight.detach().t())
+    if half:
+        taps, taps_bias, fc2_t = (taps / 4).half(), (taps_bias / 4).half(), (fc2_t.float() * 4).half()
+    fc2, fc2_t = fc2_t.t().contiguous(), fc2_t.contiguous()
+    return _Packed(half, grow(weight).contiguous(), bias(w.fc1.bias), taps.contiguous(), taps_bias, fc2, fc2_t)
+
+
+class _Call(NamedTuple):
+    """One call's tensors and sizes."""
+
+    x: Tensor
+    hidden: Tensor  # the bordered map (B, padded_height, W + 2, HID)
+    w: MlpWeights
+    pack: _Packed
+    scale: Tensor | None
+    out: Tensor
+    size: tuple[int, int, int, int]  # images, height, width, padded_height
+
+    @property
+    def exact(self) -> bool:
+        return self.x.dtype == torch.float32
+
+    def tiles(self, shape: config.Config) -> int:
+        """Tiles of ROWS rows by BLOCK_P columns."""
+        images, height, width, _ = self.size
+        return triton.cdiv(images * triton.cdiv(height, shape["ROWS"]) * width, shape["BLOCK_P"])
 
 
 def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None) -> Tensor:
@@ -249,40 +336,72 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    images, tokens, channels = x.shape
-    fused = config.fits_row(channels)
-    hidden = w.fc1.weight.shape[0]
-    weights = (w.fc1.weight, w.fc1.bias, w.dwconv.weight, w.dwconv.bias, w.fc2.weight)
-    pack = packed(w.cache, "triton", tuple(t for t in weights if t is not None), lambda: _pack(w))
-    shared = chip_of(x.device).shared
-    shape = config.dwconv_fc2(channels, x.dtype, shared) if fused else config.dwconv_gelu(hidden, x.dtype)
-    padded_height = -(-hw[0] // shape["ROWS"]) * shape["ROWS"] + 2
-    h = _hidden_map(x, hw, w, spec, pack, padded_height)
-    size = (images, *hw, padded_height)
-    positions = images * (padded_height - 2) // shape["ROWS"] * hw[1]
-    meta = {"HID": h.shape[3], "EXACT": x.dtype == torch.float32, **shape}
-    grid = (triton.cdiv(positions, shape["BLOCK_P"]),)
-    taps = (pack.taps, pack.taps_bias)
-    if fused:
-        pointers = (x, h, *taps, pack.fc2_t, w.fc2.bias, residual_scale, out)
-        meta |= {"C": channels, "SCALED": residual_scale is not None, "PRECISION": dot_precision(x.dtype)}
-        launch(dwconv_fc2_kernel, grid, x, *pointers, *size, **meta)
+    weights = (w.norm.weight, w.norm.bias, w.fc1.weight, w.fc1.bias, w.dwconv.weight, w.dwconv.bias, w.fc2.weight)
+    pack = packed(w.cache, "triton", weights, lambda: _pack(w))
+    chip = chip_of(x.device)
+    padded_height = -(-hw[0] // config.DWCONV_ROWS) * config.DWCONV_ROWS + 2
+    hidden = _hidden_map(x, hw, w, spec, pack, padded_height, chip)
+    call = _Call(x, hidden, w, pack, residual_scale, out, (x.shape[0], *hw, padded_height))
+    if config.fits_row(x.shape[2]):
+        _fused(launch, call, chip)
         return out
-    g = torch.empty((images, tokens, h.shape[3]), dtype=x.dtype, device=x.device)
-    launch(dwconv_gelu_kernel, (*grid, h.shape[3] // shape["BLOCK_H"]), x, h, *taps, g, *size, **meta)
-    return linear(g, w.fc2, out, x, residual_scale)
+    shape = config.dwconv_fc2(x.shape[2], x.dtype, pack.half, chip)
+    few = call.tiles(shape) * triton.cdiv(x.shape[2], shape["BLOCK_C"]) <= chip.processors
+    chosen, other = (_fused, _apart) if few else (_apart, _fused)
+    if first_time((dwconv_mlp, x.shape[2], hidden.shape[3], x.dtype, pack.half, residual_scale is None)):
+        other(warm, call, chip)
+    chosen(launch, call, chip)
+    return out
 
 
-def _hidden_map(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, pack: _Packed, padded_height: int) -> Tensor:
+def _fused(start: Callable, call: _Call, chip: Chip) -> None:
+    """All behind the hidden map in one kernel."""
+    channels, hidden = call.x.shape[2], call.hidden.shape[3]
+    shape = config.dwconv_fc2(channels, call.x.dtype, call.pack.half, chip)
+    tiles = (call.tiles(shape), triton.cdiv(channels, shape["BLOCK_C"]))
+    parts = config.parts(tiles[0] * tiles[1], hidden // shape["BLOCK_H"], chip)
+    split = parts > 1
+    partial, counter = workspace(call.x.device, split * parts * call.x.numel(), split * tiles[0] * tiles[1])
+    pointers = (call.x, call.hidden, call.pack.taps, call.pack.taps_bias, call.pack.fc2_t, call.w.fc2.bias)
+    meta = {"C": channels, "HID": hidden, "SCALED": call.scale is not None, "EXACT": call.exact, **shape}
+    start(
+        dwconv_fc2_kernel,
+        (*tiles, parts),
+        call.x,
+        *pointers,
+        *(call.scale, call.out, partial, counter),
+        *(*call.size, parts),
+        PRECISION=dot_precision(call.x.dtype),
+        **meta,
+    )
+
+
+def _apart(start: Callable, call: _Call, chip: Chip) -> None:
+    """Convolution and GELU, then fc2."""
+    hidden = call.hidden.shape[3]
+    shape = config.dwconv_gelu(call.pack.half)
+    g = torch.empty((*call.x.shape[:2], hidden), dtype=call.hidden.dtype, device=call.x.device)
+    grid = (call.tiles(shape), hidden // shape["BLOCK_H"])
+    taps = (call.pack.taps, call.pack.taps_bias)
+    start(dwconv_gelu_kernel, grid, call.x, call.hidden, *taps, g, *call.size, HID=hidden, EXACT=call.exact, **shape)
+    linear(start, g, Linear(call.pack.fc2, call.w.fc2.bias), call.out, call.x, call.scale)
+
+
+def _hidden_map(
+    x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, pack: _Packed, padded_height: int, chip: Chip
+) -> Tensor:
     """h with its border: (B, padded_height, W + 2, HID)."""
     images, _, channels = x.shape
     width = pack.fc1.shape[0]
-    h = torch.empty((images, padded_height, hw[1] + 2, width), dtype=x.dtype, device=x.device)
-    shape = config.norm_linear(channels, width, x.dtype, chip_of(x.device).shared)
+    dtype = torch.float16 if pack.half else x.dtype
+    h = torch.empty((images, padded_height, hw[1] + 2, width), dtype=dtype, device=x.device)
+    shape = config.norm_linear(channels, width, x.dtype, chip)
     border = images * (padded_height * (hw[1] + 2) - hw[0] * hw[1])
     tiles = triton.cdiv(x.shape[0] * x.shape[1], shape["BLOCK_M"]) + triton.cdiv(border, shape["BLOCK_M"])
-    grid = (tiles, triton.cdiv(width, _COLUMN_BLOCKS * shape["BLOCK_N"]))
+    columns = triton.cdiv(width, shape["BLOCK_N"])
+    per_program = config.columns_per_program(tiles, columns, chip)
+    grid = (tiles, triton.cdiv(columns, per_program))
     pointers = (x, w.norm.weight, w.norm.bias, pack.fc1, pack.fc1_bias, h)
     meta = {"C": channels, "HID": width, "RELU": spec.relu, "PRECISION": dot_precision(x.dtype), **shape}
-    launch(norm_fc1_kernel, grid, x, *pointers, images, *hw, padded_height, _COLUMN_BLOCKS, w.norm.eps, **meta)
+    launch(norm_fc1_kernel, grid, x, *pointers, images, *hw, padded_height, per_program, w.norm.eps, **meta)
     return h

@@ -1,6 +1,8 @@
-"""Linear layers over rows: plain with an epilogue, and behind a LayerNorm."""
+"""Linear layers over rows: before a residual, and behind a LayerNorm."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -10,17 +12,18 @@ from torch import Tensor
 from pvt_fast.ops import Linear, Norm
 
 from . import config
-from .launch import chip_of, dot_precision, launch
+from .launch import chip_of, dot_precision
 from .primitives import (
     add_residual,
+    bound,
     dot,
     load_rows,
     load_vector,
     load_weight,
-    norm_linear,
+    norm_rows,
     round_to,
     row_offsets,
-    row_statistics,
+    rows_product,
 )
 
 
@@ -36,19 +39,17 @@ def linear_kernel(
     rows_per_image,
     N: tl.constexpr,
     K: tl.constexpr,
-    A_STRIDE: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     SCALED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """[x + scale *] (a @ W^T + b) for a tile of rows and columns; a (rows, A_STRIDE), of which K columns count."""
+    """x + [scale *] (a @ W^T + b) for a tile of rows and columns; a (rows, K), x (rows, N)."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = offs_m < rows
-    offs_row = row_offsets(offs_m, A_STRIDE)
+    offs_row = row_offsets(offs_m, K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
@@ -58,15 +59,14 @@ def linear_kernel(
     if bias_ptr is not None:
         acc += load_vector(bias_ptr, offs_n, N)[None, :]
     offs_out = row_offsets(offs_m, N)
-    if RESIDUAL:
-        x = load_rows(x_ptr, offs_out, row_mask, offs_n, N)
-        acc = add_residual(x, acc, scale_ptr, offs_m // rows_per_image, row_mask, SCALED)
+    x = load_rows(x_ptr, offs_out, row_mask, offs_n, N)
+    acc = add_residual(x, acc, scale_ptr, offs_m // rows_per_image, row_mask, SCALED)
     mask = row_mask[:, None] & (offs_n < N)[None, :]
     ptrs = out_ptr + offs_out[:, None] + offs_n[None, :]
     tl.store(ptrs, round_to(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "parts"])
+@triton.jit(do_not_specialize=["rows", "column_blocks"])
 def norm_linear_kernel(
     x_ptr,
     norm_weight_ptr,
@@ -75,60 +75,55 @@ def norm_linear_kernel(
     bias_ptr,
     out_ptr,
     rows,
-    parts,
+    column_blocks,
     eps,
     N: tl.constexpr,
     C: tl.constexpr,
-    SUMMED: tl.constexpr,
-    GELU: tl.constexpr,
-    EXACT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    HELD: tl.constexpr,
 ):
-    """[gelu](LayerNorm(x)) @ W^T + b for a tile of rows and columns; SUMMED: x is the sum of (parts, rows, C)."""
-    META: tl.constexpr = (N, C, BLOCK_K, GELU, EXACT, PRECISION)
+    """LayerNorm(x) @ W^T + b for a tile of rows and `column_blocks` blocks of columns."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask = offs_m < rows
-    offs_row = row_offsets(offs_m, C)
     norm = (norm_weight_ptr, norm_bias_ptr, eps)
-    source = (x_ptr, parts, row_offsets(rows, C)) if SUMMED else (x_ptr, 1, 0)
-    statistics = row_statistics(source, offs_row, row_mask, eps, C, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    acc = norm_linear(acc, source, offs_row, row_mask, statistics, norm, (weight_ptr, C), offs_n, META)
-    if bias_ptr is not None:
-        acc += load_vector(bias_ptr, offs_n, N)[None, :]
-    mask = row_mask[:, None] & (offs_n < N)[None, :]
-    ptrs = out_ptr + row_offsets(offs_m, N)[:, None] + offs_n[None, :]
-    tl.store(ptrs, round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+    NORM: tl.constexpr = (C, BLOCK_K, False, False, weight_ptr.dtype.element_ty, HELD)
+    y = norm_rows((x_ptr, 1, 0), row_offsets(offs_m, C), row_mask, norm, NORM)
+    first = tl.program_id(1) * column_blocks * BLOCK_N
+    last = tl.minimum(first + column_blocks * BLOCK_N, N)
+    for start in range(bound(first), bound(last), BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        acc = rows_product(acc, y, (weight_ptr, C), offs_n, N, NORM, PRECISION)
+        if bias_ptr is not None:
+            acc += load_vector(bias_ptr, offs_n, N)[None, :]
+        ptrs = out_ptr + row_offsets(offs_m, N)[:, None] + offs_n[None, :]
+        tl.store(ptrs, round_to(acc, out_ptr.dtype.element_ty), mask=row_mask[:, None] & (offs_n < N)[None, :])
 
 
-def linear(a: Tensor, w: Linear, out: Tensor, x: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """out = a @ W^T + b, or x + scale * that with one scale per image; a (B, N, >= Cin), out (B, N, Cout)."""
-    columns, inner = w.weight.shape[:2]
-    shape = config.linear(columns, inner, a.dtype, chip_of(a.device).shared)
+def linear(start: Callable, a: Tensor, w: Linear, out: Tensor, x: Tensor, scale: Tensor | None) -> None:
+    """out = x + a @ W^T + b, or x + scale * (...) with one scale per image; a (B, N, Cin), x and out (B, N, Cout)."""
+    columns, inner = w.weight.shape
+    shape = config.linear(columns, inner, x.dtype, chip_of(a.device))
     rows = a.shape[0] * a.shape[1]
     grid = (triton.cdiv(rows, shape["BLOCK_M"]), triton.cdiv(columns, shape["BLOCK_N"]))
-    meta = {"N": columns, "K": inner, "A_STRIDE": a.shape[2], "PRECISION": dot_precision(a.dtype), **shape}
-    meta |= {"RESIDUAL": x is not None, "SCALED": scale is not None}
-    launch(linear_kernel, grid, a, a, w.weight.contiguous(), w.bias, x, scale, out, rows, a.shape[1], **meta)
-    return out
+    meta = {"N": columns, "K": inner, "SCALED": scale is not None, "PRECISION": dot_precision(x.dtype), **shape}
+    start(linear_kernel, grid, a, a, w.weight.contiguous(), w.bias, x, scale, out, rows, a.shape[1], **meta)
 
 
-def norm_linear_rows(x: Tensor, norm: Norm, w: Linear, gelu: bool) -> Tensor:
-    """[gelu](LayerNorm(x)) @ W^T + b in the weights' dtype; x (B, M, C), or fp32 (parts, B, M, C) to be summed."""
-    dtype = w.weight.dtype
+def norm_linear(start: Callable, x: Tensor, norm: Norm, w: Linear) -> Tensor:
+    """LayerNorm(x) @ W^T + b; x (B, N, C)."""
     columns, channels = w.weight.shape
-    images, rows_per_image = x.shape[-3:-1]
-    rows = images * rows_per_image
-    out = torch.empty((images, rows_per_image, columns), dtype=dtype, device=x.device)
-    summed = x.dim() == 4
-    shape = config.norm_linear(channels, columns, dtype, chip_of(x.device).shared, summed)
-    grid = (triton.cdiv(rows, shape["BLOCK_M"]), triton.cdiv(columns, shape["BLOCK_N"]))
+    rows = x.shape[0] * x.shape[1]
+    out = torch.empty((*x.shape[:2], columns), dtype=x.dtype, device=x.device)
+    chip = chip_of(x.device)
+    shape = config.norm_linear(channels, columns, x.dtype, chip)
+    tiles, blocks = triton.cdiv(rows, shape["BLOCK_M"]), triton.cdiv(columns, shape["BLOCK_N"])
+    per_program = config.columns_per_program(tiles, blocks, chip)
+    grid = (tiles, triton.cdiv(blocks, per_program))
     pointers = (x, norm.weight, norm.bias, w.weight.contiguous(), w.bias, out)
-    meta = {"N": columns, "C": channels, "SUMMED": summed, "GELU": gelu, "EXACT": dtype == torch.float32, **shape}
-    numbers = (rows, x.shape[0] if summed else 1, norm.eps)
-    launch(norm_linear_kernel, grid, x, *pointers, *numbers, PRECISION=dot_precision(dtype), **meta)
+    meta = {"N": columns, "C": channels, "PRECISION": dot_precision(x.dtype), **shape}
+    start(norm_linear_kernel, grid, x, *pointers, rows, per_program, norm.eps, **meta)
     return out

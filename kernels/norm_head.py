@@ -49,17 +49,12 @@ def layer_norm(x: Tensor, w: Norm) -> Tensor:
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        normalize_rows(x, w, out)
+        channels = x.shape[-1]
+        rows = x.numel() // channels
+        shape = config.rows(channels)
+        grid = (triton.cdiv(rows, shape["BLOCK_M"]),)
+        launch(layer_norm_kernel, grid, x, x, w.weight, w.bias, out, rows, w.eps, C=channels, **shape)
     return out
-
-
-def normalize_rows(x: Tensor, w: Norm, out: Tensor) -> None:
-    """LayerNorm of contiguous x over its last dimension into `out`, which may be x."""
-    channels = x.shape[-1]
-    rows = x.numel() // channels
-    shape = config.rows(channels)
-    grid = (triton.cdiv(rows, shape["BLOCK_M"]),)
-    launch(layer_norm_kernel, grid, x, x, w.weight, w.bias, out, rows, w.eps, C=channels, **shape)
 
 
 def head(x: Tensor, w: Linear | None) -> Tensor:

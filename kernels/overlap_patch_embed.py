@@ -1,6 +1,7 @@
 """LayerNorm(conv(image)) as an implicit GEMM: tokens x (taps * channels), read from the image's own strides.
 
-For C <= 128 a program owns whole rows and normalises them itself; wider, `layer_norm_kernel` follows in place.
+For C <= 128 a program owns whole rows and normalises them itself. Wider, programs leave fp32 sums of their columns, and
+of their part of the taps where tiles are few, and the last of a tile of rows adds up and normalises.
 """
 
 from __future__ import annotations
@@ -14,9 +15,21 @@ from pvt_fast.ops import HW, PatchEmbedWeights, check_patch_embed
 from pvt_fast.prepack import packed
 
 from . import config
-from .launch import chip_of, dot_precision, launch
-from .norm_head import normalize_rows
-from .primitives import dot, load_vector, load_weight, norm_tile, round_to, row_offsets, split_index
+from .launch import chip_of, dot_precision, launch, workspace
+from .primitives import (
+    bound,
+    dot,
+    is_last,
+    load_sum,
+    load_vector,
+    load_weight,
+    norm_tile,
+    round_to,
+    row_offsets,
+    split_index,
+)
+
+_SIZES = ["images", "height", "width", "out_height", "out_width", "parts"]
 
 
 @triton.jit
@@ -43,19 +56,41 @@ def image_tile(ptr, offs_image, row, column, strides, size, k, row_mask, META: t
         return tl.load(ptr + offs_image[:, None] + offs, mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["images", "height", "width", "out_height", "out_width"])
+@triton.jit
+def normalize_sums(partial_ptr, parts, bias_ptr, norm, out_ptr, first, rows, META: tl.constexpr):
+    """LayerNorm of the sum of partial (parts, rows, C) and a bias, for some rows from `first` on.
+
+    META: (C, BLOCK_C, BLOCK_ROWS).
+    """
+    C: tl.constexpr = META[0]
+    offs_c = tl.arange(0, META[1])
+    offs_m = first + tl.arange(0, META[2])
+    row_mask = offs_m < rows
+    offs_row = row_offsets(offs_m, C)
+    total = load_sum(partial_ptr, offs_row, row_mask, offs_c, parts, row_offsets(rows, C), C)
+    if bias_ptr is not None:
+        total += load_vector(bias_ptr, offs_c, C)[None, :]
+    y = round_to(norm_tile(total, norm, offs_c, C), out_ptr.dtype.element_ty)
+    ptrs = out_ptr + offs_row[:, None] + offs_c[None, :]
+    tl.store(ptrs, y, mask=row_mask[:, None] & (offs_c < C)[None, :])
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def patch_embed_kernel(
     image_ptr,
     weight_ptr,
     bias_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
+    partial_ptr,
+    counter_ptr,
     out_ptr,
     images,
     height,
     width,
     out_height,
     out_width,
+    parts,
     image_stride,
     channel_stride,
     row_stride,
@@ -70,9 +105,15 @@ def patch_embed_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PER_TAP: tl.constexpr,
-    FUSE_NORM: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):
-    """[LayerNorm](conv(image) + b) for a tile of tokens and columns; weight (C, K * K, CIN) if PER_TAP."""
+    """LayerNorm(conv(image) + b) for a tile of tokens; weight (C, K * K, CIN) if PER_TAP.
+
+    Without WHOLE_ROWS a program has some columns and one of `parts` parts of the taps, and the last one of the tile
+    normalises the sums, BLOCK_ROWS rows at a time.
+    """
     META: tl.constexpr = (CIN, KERNEL, PER_TAP)
     K: tl.constexpr = CIN * KERNEL * KERNEL
     STEPS_PER_TAP: tl.constexpr = (CIN + BLOCK_K - 1) // BLOCK_K
@@ -86,7 +127,8 @@ def patch_embed_kernel(
     offs_image = row_offsets(batch, image_stride)
     strides, size = (channel_stride, row_stride, column_stride), (height, width)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for step in range(STEPS):
+    part = tl.program_id(2)
+    for step in range(bound(STEPS * part // parts), bound(STEPS * (part + 1) // parts)):
         if PER_TAP:
             tap = step // STEPS_PER_TAP
             channel = (step % STEPS_PER_TAP) * BLOCK_K + offs_k
@@ -97,13 +139,28 @@ def patch_embed_kernel(
             a = image_tile(image_ptr, offs_image, row, column, strides, size, k, row_mask, META)
             w = load_weight(weight_ptr, offs_n, k, K, C, K)
         acc = dot(a, w, acc, PRECISION)
-    if bias_ptr is not None:
-        acc += load_vector(bias_ptr, offs_n, C)[None, :]
-    if FUSE_NORM:
-        acc = norm_tile(acc, (norm_weight_ptr, norm_bias_ptr, eps), offs_n, C)
-    mask = row_mask[:, None] & (offs_n < C)[None, :]
-    ptrs = out_ptr + row_offsets(offs_m, C)[:, None] + offs_n[None, :]
-    tl.store(ptrs, round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+    norm = (norm_weight_ptr, norm_bias_ptr, eps)
+    if WHOLE_ROWS:
+        if bias_ptr is not None:
+            acc += load_vector(bias_ptr, offs_n, C)[None, :]
+        y = round_to(norm_tile(acc, norm, offs_n, C), out_ptr.dtype.element_ty)
+        ptrs = out_ptr + row_offsets(offs_m, C)[:, None] + offs_n[None, :]
+        tl.store(ptrs, y, mask=row_mask[:, None] & (offs_n < C)[None, :])
+    else:
+        rows = images * out_height * out_width
+        part_stride = row_offsets(rows, C)
+        ptrs = partial_ptr + part * part_stride + row_offsets(offs_m, C)[:, None] + offs_n[None, :]
+        tl.store(ptrs, acc, mask=row_mask[:, None] & (offs_n < C)[None, :])
+        if is_last(counter_ptr + tl.program_id(0), tl.num_programs(1) * parts):
+            for start in range(0, BLOCK_M, BLOCK_ROWS):
+                first = tl.program_id(0) * BLOCK_M + start
+                normalize_sums(partial_ptr, parts, bias_ptr, norm, out_ptr, first, rows, (C, BLOCK_C, BLOCK_ROWS))
+
+
+# For single pixels (without PER_TAP), whose loads are narrow: an image of odd size or another layout compiles nothing.
+pixel_embed_kernel = triton.jit(
+    patch_embed_kernel.fn, do_not_specialize=[*_SIZES, "image_stride", "channel_stride", "row_stride", "column_stride"]
+)
 
 
 def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
@@ -114,16 +171,27 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
     out = torch.empty((images, hw[0] * hw[1], channels), dtype=image.dtype, device=image.device)
     if out.numel() == 0:
         return out, hw
-    shape = config.patch_embed(in_channels, channels, image.dtype, chip_of(image.device).shared)
+    chip = chip_of(image.device)
+    shape = config.patch_embed(in_channels, channels, image.dtype, chip)
     weight = w.proj.weight
     if shape["PER_TAP"]:
         weight = packed(w.cache, "triton", (weight,), lambda: w.proj.weight.detach().permute(0, 2, 3, 1).contiguous())
-    pointers = (image, weight.contiguous(), w.proj.bias, w.norm.weight, w.norm.bias, out)
-    numbers = (images, *image.shape[2:], *hw, *image.stride(), w.norm.eps)
-    meta = {"CIN": in_channels, "C": channels, "KERNEL": kernel, "STRIDE": stride, **shape}
-    tokens = images * hw[0] * hw[1]
-    grid = (triton.cdiv(tokens, shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))
-    launch(patch_embed_kernel, grid, image, *pointers, *numbers, PRECISION=dot_precision(image.dtype), **meta)
-    if not shape["FUSE_NORM"]:
-        normalize_rows(out, w.norm, out)
+    tiles = (triton.cdiv(images * hw[0] * hw[1], shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))
+    summed = not shape["WHOLE_ROWS"]
+    steps = kernel * kernel * in_channels // shape["BLOCK_K"]
+    parts = config.parts(tiles[0] * tiles[1], steps, chip) if summed else 1
+    partial, counter = workspace(image.device, summed * parts * out.numel(), summed * tiles[0])
+    launch(
+        patch_embed_kernel if shape["PER_TAP"] else pixel_embed_kernel,
+        (*tiles, parts),
+        image,
+        *(image, weight.contiguous(), w.proj.bias, w.norm.weight, w.norm.bias, partial, counter, out),
+        *(images, *image.shape[2:], *hw, parts, *image.stride(), w.norm.eps),
+        CIN=in_channels,
+        C=channels,
+        KERNEL=kernel,
+        STRIDE=stride,
+        PRECISION=dot_precision(image.dtype),
+        **shape,
+    )
     return out, hw

@@ -1,12 +1,15 @@
-"""The reduced map that gives K and V, and K and V themselves.
+"""The reduced map, and from it keys and values.
 
-R > 1: `spatial_reduction_kernel` convolves LayerNorm(x) as one product per tap over strided rows, split over taps into
-fp32 parts (a kernel of its own because its sum is R * R * C long over few rows: see config.reduction_splits), and
-`norm_linear_kernel` adds the parts, normalises and multiplies by Wkv. Linear form: `pool_kernel`, then the 1x1
-convolution, then the same. R = 1: `norm_linear_kernel` alone.
+`spatial_reduction_kernel` convolves LayerNorm(x) (R > 1) as one product per tap over strided rows, or multiplies the
+pooled map of `pool_kernel` (the linear form). Its programs leave fp32 sums, and the last of a tile of rows
+normalises them and multiplies by Wkv. Where rows are few and wide a program has one block of columns only, and the
+attention kernel makes keys and values of the sums. Where rows are few the taps are divided among programs too.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,47 +17,63 @@ import triton.language as tl
 from torch import Tensor
 
 from pvt_fast.config import LINEAR_POOL_SIZE
-from pvt_fast.ops import HW, AttentionSpec, AttentionWeights, Linear, Norm
+from pvt_fast.ops import HW, AttentionSpec, AttentionWeights, Norm
 from pvt_fast.prepack import packed
 
 from . import config
-from .launch import chip_of, dot_precision, launch
-from .linear import linear, norm_linear_rows
+from .launch import chip_of, dot_precision, launch, workspace
 from .primitives import (
     bound,
+    dot,
+    is_last,
     load_rows,
     load_vector,
-    norm_linear,
+    load_weight,
+    norm_rows,
     round_to,
     row_offsets,
-    row_statistics,
+    rows_product,
     split_index,
     tile_moments,
 )
 
 
-@triton.jit(do_not_specialize=["images", "height", "width", "taps_per_part"])
+@triton.jit(do_not_specialize=["images", "height", "width", "parts"])
 def spatial_reduction_kernel(
     x_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
     weight_ptr,
     bias_ptr,
-    out_ptr,
+    kv_norm_weight_ptr,
+    kv_norm_bias_ptr,
+    kv_weight_ptr,
+    kv_bias_ptr,
+    partial_ptr,
+    counter_ptr,
+    kv_ptr,
     images,
     height,
     width,
-    taps_per_part,
+    parts,
     eps,
+    kv_eps,
     C: tl.constexpr,
     R: tl.constexpr,
+    LINEAR: tl.constexpr,
+    EXACT: tl.constexpr,
+    TO_KV: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    HELD: tl.constexpr,
 ):
-    """Part of conv_RxR(LayerNorm(x)) over some taps, fp32 (parts, rows, C); weight (C, R * R, C), inputs last."""
-    META: tl.constexpr = (C, C, BLOCK_K, False, False, PRECISION)
+    """conv_RxR(LayerNorm(x)) + b, fp32 sums (parts, rows, C): a program has a tile of rows and columns and one part of
+    the taps. weight (C, R * R, C), inputs last. LINEAR: of x itself, R = 1.
+
+    TO_KV: the last program of a tile of rows goes on to kv = act(LayerNorm(the whole sum)) @ Wkv^T + bkv.
+    """
     part = tl.program_id(2)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -63,18 +82,41 @@ def spatial_reduction_kernel(
     row_mask = offs_m < rows
     image, row, column = split_index(offs_m, reduced_height, reduced_width)
     first_token = (image * height + row * R) * width + column * R
-    source, norm = (x_ptr, 1, 0), (norm_weight_ptr, norm_bias_ptr, eps)
+    dtype: tl.constexpr = weight_ptr.dtype.element_ty
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    last = tl.minimum((part + 1) * taps_per_part, R * R)
-    for tap in range(bound(part * taps_per_part), bound(last)):
-        offs_row = row_offsets(first_token + (tap // R) * width + tap % R, C)
-        statistics = row_statistics(source, offs_row, row_mask, eps, C, BLOCK_K)
-        weight = (weight_ptr + tap * C, R * R * C)
-        acc = norm_linear(acc, source, offs_row, row_mask, statistics, norm, weight, offs_n, META)
-    if bias_ptr is not None and part == 0:
-        acc += load_vector(bias_ptr, offs_n, C)[None, :]
-    offs_out = row_offsets(tl.cast(part, tl.int64) * rows + offs_m, C)
-    tl.store(out_ptr + offs_out[:, None] + offs_n[None, :], acc, mask=row_mask[:, None] & (offs_n < C)[None, :])
+    first, last = R * R * part // parts, R * R * (part + 1) // parts
+    NORM: tl.constexpr = (C, BLOCK_K, False, False, dtype, HELD)
+    if LINEAR:
+        offs_row = row_offsets(offs_m, C)
+        for start in range(0, C, BLOCK_K):
+            offs_k = start + tl.arange(0, BLOCK_K)
+            a = load_rows(x_ptr, offs_row, row_mask, offs_k, C)
+            acc = dot(a, load_weight(weight_ptr, offs_n, offs_k, C, C, C), acc, PRECISION)
+    else:
+        for tap in range(bound(first), bound(last)):
+            offs_row = row_offsets(first_token + (tap // R) * width + tap % R, C)
+            norm = (norm_weight_ptr, norm_bias_ptr, eps)
+            y = norm_rows((x_ptr, 1, 0), offs_row, row_mask, norm, NORM)
+            acc = rows_product(acc, y, (weight_ptr + tap * C, R * R * C), offs_n, C, NORM, PRECISION)
+    if bias_ptr is not None:
+        acc += tl.where(part == 0, load_vector(bias_ptr, offs_n, C), 0.0)[None, :]
+    offs_out, part_stride = row_offsets(offs_m, C), row_offsets(rows, C)
+    ptrs = partial_ptr + part * part_stride + offs_out[:, None] + offs_n[None, :]
+    tl.store(ptrs, acc, mask=row_mask[:, None] & (offs_n < C)[None, :])
+    if TO_KV:  # noqa: SIM102  (known when compiled; the other is not)
+        if is_last(counter_ptr + tl.program_id(0), tl.num_programs(1) * parts):
+            norm = (kv_norm_weight_ptr, kv_norm_bias_ptr, kv_eps)
+            source = (partial_ptr, parts, part_stride)
+            KV_NORM: tl.constexpr = (C, BLOCK_K, LINEAR, EXACT, dtype, HELD)
+            y = norm_rows(source, offs_out, row_mask, norm, KV_NORM)
+            for start in range(0, 2 * C, BLOCK_K):
+                offs_kv = start + tl.arange(0, BLOCK_K)
+                kv = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+                kv = rows_product(kv, y, (kv_weight_ptr, C), offs_kv, 2 * C, KV_NORM, PRECISION)
+                if kv_bias_ptr is not None:
+                    kv += load_vector(kv_bias_ptr, offs_kv, 2 * C)[None, :]
+                kv_ptrs = kv_ptr + row_offsets(offs_m, 2 * C)[:, None] + offs_kv[None, :]
+                tl.store(kv_ptrs, round_to(kv, dtype), mask=row_mask[:, None] & (offs_kv < 2 * C)[None, :])
 
 
 @triton.jit
@@ -118,33 +160,54 @@ def pool_kernel(
     tl.store(ptrs, round_to(pooled, out_ptr.dtype.element_ty), mask=offs_c < C)
 
 
-def keys_and_values(x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec) -> Tensor:
-    """kv (B, keys, 2 C) of contiguous tokens x (B, H * W, C)."""
-    if w.sr is None or w.sr_norm is None:
-        return norm_linear_rows(x, w.norm, w.kv, gelu=False)
-    if spec.linear:
-        reduced = torch.empty((x.shape[0], LINEAR_POOL_SIZE**2, x.shape[2]), dtype=torch.float32, device=x.device)
-        linear(_pool(x, hw, w.norm), w.sr, reduced)
-    else:
-        reduced = _reduce(x, hw, w, w.sr)
-    return norm_linear_rows(reduced, w.sr_norm, w.kv, gelu=spec.linear)
+class Reduced(NamedTuple):
+    """What attention reads keys and values from."""
+
+    kv: Tensor | None  # (B, keys, 2 C)
+    sums: Tensor | None  # without kv: fp32 (parts, B, keys, C), whose sum is the reduced map before its norm
 
 
-def _reduce(x: Tensor, hw: HW, w: AttentionWeights, sr: Linear) -> Tensor:
-    """Parts of the reduced map, fp32 (parts, B, keys, C)."""
+def reduced_keys(hw: HW, spec: AttentionSpec, ratio: int) -> int:
+    """Number of keys of a map of H x W tokens."""
+    return LINEAR_POOL_SIZE**2 if spec.linear else (hw[0] // ratio) * (hw[1] // ratio)
+
+
+def reduce_map(start: Callable, x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, to_kv: bool) -> Reduced:
+    """Keys and values of contiguous tokens x (B, H * W, C), or without `to_kv` the reduced map in parts."""
+    assert w.sr is not None
+    assert w.sr_norm is not None
     images, _, channels = x.shape
-    ratio = sr.weight.shape[2]
-    keys = (hw[0] // ratio) * (hw[1] // ratio)
-    weight = packed(w.cache, "triton", (sr.weight,), lambda: sr.weight.detach().permute(0, 2, 3, 1).contiguous())
-    shape = config.spatial_reduction(channels, x.dtype, chip_of(x.device).shared)
+    dtype, chip = x.dtype, chip_of(x.device)
+    ratio = w.sr.weight.shape[2]
+    keys = reduced_keys(hw, spec, ratio)
+    sr_weight = w.sr.weight
+    weight = packed(w.cache, "triton", (sr_weight,), lambda: sr_weight.detach().permute(0, 2, 3, 1).contiguous())
+    source = _pool(x, hw, w.norm) if spec.linear and start is launch else x  # to compile, any of its type will do
+    size = (LINEAR_POOL_SIZE, LINEAR_POOL_SIZE) if spec.linear else hw
+    shape = config.spatial_reduction(channels, dtype, to_kv, chip)
     tiles = (triton.cdiv(images * keys, shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))
-    parts = config.reduction_splits(tiles[0] * tiles[1], ratio**2)
-    out = torch.empty((parts, images, keys, channels), dtype=torch.float32, device=x.device)
-    pointers = (x, w.norm.weight, w.norm.bias, weight, sr.bias, out)
-    numbers = (images, *hw, triton.cdiv(ratio**2, parts), w.norm.eps)
-    meta = {"C": channels, "R": ratio, "PRECISION": dot_precision(x.dtype), **shape}
-    launch(spatial_reduction_kernel, (*tiles, parts), x, *pointers, *numbers, **meta)
-    return out
+    parts = config.parts(tiles[0] * tiles[1], 2 * ratio**2, chip)
+    sums, counter = workspace(x.device, parts * images * keys * channels, to_kv * tiles[0])
+    kv = torch.empty((images, keys, 2 * channels), dtype=dtype, device=x.device) if to_kv else x
+    start(
+        spatial_reduction_kernel,
+        (*tiles, parts),
+        x,
+        *(source, w.norm.weight, w.norm.bias, weight, w.sr.bias),
+        *(w.sr_norm.weight, w.sr_norm.bias, w.kv.weight.contiguous(), w.kv.bias),
+        *(sums, counter, kv),
+        *(images, *size, parts, w.norm.eps, w.sr_norm.eps),
+        C=channels,
+        R=ratio,
+        LINEAR=spec.linear,
+        EXACT=dtype == torch.float32,
+        TO_KV=to_kv,
+        PRECISION=dot_precision(dtype),
+        **shape,
+    )
+    if to_kv:
+        return Reduced(kv, None)
+    return Reduced(None, sums.view(parts, images, keys, channels))
 
 
 def _pool(x: Tensor, hw: HW, norm: Norm) -> Tensor:

@@ -1,6 +1,5 @@
 """The triton backend around its kernels: when it runs, what it says when it cannot, and its address arithmetic."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -91,15 +90,33 @@ def test_offsets_beyond_2_to_the_31():
 def test_hidden_map_is_padded_to_whole_blocks():
     for hidden in (1, 15, 16, 77, 640, 2048):
         padded = config.padded_hidden(hidden)
-        assert 0 <= padded - hidden < 16
-        for dtype in (torch.float32, torch.bfloat16):
-            assert padded % config.dwconv_gelu(padded, dtype)["BLOCK_H"] == 0
-            assert padded % config.dwconv_fc2(64, dtype, 65536)["BLOCK_H"] == 0
+        assert 0 <= padded - hidden < config.HIDDEN_BLOCK
+        for half in (False, True):
+            assert padded % config.dwconv_gelu(half)["BLOCK_H"] == 0
+            assert padded % config.dwconv_fc2(64, torch.bfloat16, half, launch.PRETENDED)["BLOCK_H"] == 0
 
 
-def test_reduction_parts_cover_all_taps():
-    for tiles, taps in itertools.product((1, 2, 7, 49, 128, 5000), (4, 9, 16, 64)):
-        parts = config.reduction_splits(tiles, taps)
-        per_part = -(-taps // parts)
-        assert 1 <= parts <= 16
-        assert (parts - 1) * per_part < taps <= parts * per_part, "no part is empty and none is missing"
+def test_rows_of_the_convolution_divide_its_padding():
+    for dtype, half in ((torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)):
+        for chip in (launch.PRETENDED, launch.Chip("gfx942", 64 * 1024, 304)):
+            assert config.DWCONV_ROWS % config.dwconv_fc2(128, dtype, half, chip)["ROWS"] == 0
+            assert config.DWCONV_ROWS % config.dwconv_gelu(half)["ROWS"] == 0
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 7, 49, 131, 132, 5000])
+def test_parts_of_a_sum(tiles):
+    """Never so many that a part is empty, nor more programs than processors where tiles alone are fewer."""
+    for steps in (0, 1, 2, 9, 16, 64):
+        parts = config.parts(tiles, steps, launch.PRETENDED)
+        assert 1 <= parts <= max(1, steps)
+        assert parts == 1 or parts * tiles <= launch.PRETENDED.processors
+        bounds = [(steps * part // parts, steps * (part + 1) // parts) for part in range(parts)]
+        assert [step for first, last in bounds for step in range(first, last)] == list(range(steps))
+
+
+@pytest.mark.parametrize("tiles", [1, 4, 131, 784])
+def test_programs_share_all_column_blocks(tiles):
+    for columns in (1, 5, 16, 32):
+        each = config.columns_per_program(tiles, columns, launch.PRETENDED)
+        assert 1 <= each <= columns
+        assert each == columns or tiles < 2 * launch.PRETENDED.processors

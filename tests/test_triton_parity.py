@@ -1,57 +1,108 @@
 """Parity of the kernels where `testing.CASES` is too large for the interpreter: every published width on a small map,
-and the tails of every mask. The op cases themselves run in test_ops.py."""
+every number of keys and size of head that takes another way, the tails of every mask; each as part of a batch that
+leaves processors idle and of one that does not. The op cases themselves run in test_ops.py."""
 
 import pytest
 import torch
 
 from pvt_fast import kernels
 from pvt_fast.kernels import launch
-from pvt_fast.ops import Norm
+from pvt_fast.kernels.dwconv_mlp import hidden_bound
+from pvt_fast.ops import Linear, Norm
 from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase, assert_parity, expected, run
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+WIDTHS = (32, 64, 128, 160, 256, 320, 512, 50)
 
-# The width decides which kernels run (fused rows up to 128, then tiled), the dtype how GELU and products are done.
-WIDTHS = (
-    (PatchEmbedCase(1, (9, 12), 3, 32, kernel=7, stride=4), BF16),
-    (PatchEmbedCase(1, (5, 6), 128, 320, layout="nhwc"), BF16),
-    (PatchEmbedCase(1, (3, 3), 320, 512, layout="nhwc"), FP16),
-    (AttentionCase(1, (8, 8), 64, 1, sr_ratio=8), BF16),
-    (AttentionCase(1, (4, 8), 128, 2, sr_ratio=4), FP16),
-    (AttentionCase(1, (2, 4), 320, 5, sr_ratio=2, scale_residual=True), BF16),
-    (AttentionCase(1, (4, 2), 160, 5, sr_ratio=2), FP32),
-    (AttentionCase(1, (2, 2), 512, 8), BF16),
-    (AttentionCase(2, (2, 3), 256, 8, scale_residual=True), FP16),
-    (MlpCase(1, (3, 3), 32, 256), BF16),
-    (MlpCase(1, (5, 2), 64, 128), FP16),
-    (MlpCase(1, (3, 2), 128, 128, relu=True), BF16),
-    (MlpCase(1, (2, 3), 160, 64, scale_residual=True), BF16),
-    (MlpCase(1, (3, 3), 320, 80), FP32),
-    (MlpCase(2, (2, 2), 512, 96, relu=True), FP16),
+# With one processor ("busy") every grid is large enough, with 132 ("idle") none of these is: sums are divided then.
+# "small" is a chip whose matrix units do not read shared memory: normalised rows are not held.
+FORMS = ((FP32, "idle"), (BF16, "busy"), (FP16, "small"))
+
+
+def heads(channels: int) -> int:
+    return channels // 64 if channels % 64 == 0 else channels // 32 if channels % 32 == 0 else 1
+
+
+PATCH_EMBEDS = (
+    *(PatchEmbedCase(1, (5, 4), 24, channels, layout="nhwc") for channels in WIDTHS),
+    PatchEmbedCase(1, (9, 12), 3, 32, kernel=7, stride=4),
+    PatchEmbedCase(1, (3, 3), 320, 512, layout="nhwc"),
+    PatchEmbedCase(2, (2, 3), 17, 130, layout="sliced"),
+    PatchEmbedCase(1, (1, 1), 64, 160),
+    PatchEmbedCase(0, (4, 4), 64, 160),
 )
-# Numbers of keys at, below and above a key block, maps that no block divides, and heads of many widths.
-TAILS = (
-    (AttentionCase(1, (7, 1), 16, 1), FP32),
-    (AttentionCase(1, (7, 7), 24, 1), BF16),
-    (AttentionCase(1, (5, 10), 32, 1), FP16),
-    (AttentionCase(1, (1, 65), 20, 2), BF16),
-    (AttentionCase(1, (16, 16), 16, 1), BF16),
-    (AttentionCase(1, (9, 7), 36, 2, sr_ratio=3), FP32),
-    (AttentionCase(1, (1, 3), 136, 2, bias=False), BF16),
-    (MlpCase(1, (1, 1), 16, 16), FP16),
-    (MlpCase(2, (6, 1), 20, 17, layout="sliced"), BF16),
-    (MlpCase(1, (1, 9), 130, 33), FP32),
-    (PatchEmbedCase(2, (2, 3), 17, 130, layout="sliced"), BF16),
+ATTENTIONS = (
+    *(AttentionCase(1, (4, 2), channels, heads(channels), sr_ratio=2) for channels in WIDTHS),
+    *(AttentionCase(1, (3, 5), channels, heads(channels), linear=True) for channels in WIDTHS),
+    *(AttentionCase(2, (2, 3), channels, heads(channels), scale_residual=True) for channels in (64, 160, 512, 50)),
+    AttentionCase(1, (8, 8), 64, 1, sr_ratio=8),
+    AttentionCase(1, (4, 8), 128, 2, sr_ratio=4),
+    AttentionCase(2, (9, 7), 36, 2, sr_ratio=3),
+    AttentionCase(1, (1, 3), 136, 2, bias=False),
+    AttentionCase(2, (2, 2), 160, 5, sr_ratio=2, scale_residual=True, layout="sliced"),
+    AttentionCase(0, (2, 2), 160, 5, sr_ratio=2),
+)
+# Maps, whose tokens are the keys too, and sizes of head; rows of one head take the kernel of whole rows.
+KEYS = (
+    *((hw, size) for hw in ((1, 1), (7, 1), (7, 7), (5, 10)) for size in (32, 64, 20)),
+    ((16, 16), 64),
+    ((32, 32), 32),
+)
+WIDE_KEYS = (((1, 1), 32), ((7, 1), 64), ((7, 7), 20), ((5, 10), 64), ((10, 26), 32))
+MLPS = (
+    *(MlpCase(1, (3, 5), channels, 96) for channels in WIDTHS),
+    *(MlpCase(2, (2, 2), channels, 64, relu=True, scale_residual=True) for channels in WIDTHS),
+    *(MlpCase(1, hw, 32, 40) for hw in ((1, 1), (1, 9), (9, 1), (4, 4), (6, 35))),
+    MlpCase(2, (6, 1), 20, 17, layout="sliced"),
+    MlpCase(1, (1, 9), 130, 33),
+    MlpCase(0, (4, 4), 160, 64),
 )
 
 
-@pytest.mark.parametrize(("op_case", "op_dtype"), [*WIDTHS, *TAILS], ids=str)
-def test_parity(op_case, op_dtype):
-    arguments = op_case.make(op_dtype, DEVICE)
-    assert_parity(run(kernels, op_case, arguments), *expected(op_case, arguments), what=str(op_case))
+def parity_rows():
+    """Cases in each dtype; those that take the interpreter less than seconds also on the other kind of chip."""
+    for case in (*PATCH_EMBEDS, *ATTENTIONS, *MLPS):
+        more = ((BF16, "idle"), (FP16, "busy")) if case.channels < 160 else ()
+        for dtype, chip_name in (*FORMS, *more):
+            yield case, dtype, chip_name
+
+
+def chip(name: str) -> launch.Chip:
+    """What the kernels are to take for the device's."""
+    device = launch.chip_of(torch.device(DEVICE))
+    return {
+        "idle": device,
+        "busy": device._replace(processors=1),
+        "small": device._replace(shared=min(device.shared, 99 * 1024)),
+    }[name]
+
+
+def check(case, dtype, chip_name="idle"):
+    arguments = case.make(dtype, DEVICE)
+    with launch.recorded(chip(chip_name)):
+        actual = run(kernels, case, arguments)
+    assert_parity(actual, *expected(case, arguments), what=str(case))
+
+
+@pytest.mark.parametrize(("op_case", "op_dtype", "chip_name"), list(parity_rows()), ids=str)
+def test_parity(op_case, op_dtype, chip_name):
+    check(op_case, op_dtype, chip_name)
+
+
+@pytest.mark.parametrize(("op_dtype", "chip_name"), FORMS, ids=str)
+@pytest.mark.parametrize(("hw", "head_dim"), KEYS, ids=str)
+def test_parity_by_keys(hw, head_dim, op_dtype, chip_name):
+    check(AttentionCase(1, hw, head_dim, 1), op_dtype, chip_name)
+
+
+@pytest.mark.parametrize(("op_dtype", "chip_name"), FORMS, ids=str)
+@pytest.mark.parametrize(("hw", "head_dim"), WIDE_KEYS, ids=str)
+def test_parity_by_keys_of_wide_rows(hw, head_dim, op_dtype, chip_name):
+    heads = -(-160 // head_dim)
+    check(AttentionCase(1, hw, head_dim * heads, heads), op_dtype, chip_name)
 
 
 @pytest.mark.parametrize("op_dtype", [FP32, BF16, FP16], ids=str)
@@ -66,5 +117,54 @@ def test_layer_norm_of_a_mean_far_above_the_spread(op_dtype):
 def test_a_border_written_by_an_earlier_call_does_not_leak():
     """The same memory, first as the hidden map of one shape and then of another."""
     for case in (MlpCase(1, (4, 4), 16, 32), MlpCase(1, (2, 8), 16, 32), MlpCase(4, (1, 1), 16, 32)):
-        arguments = case.make(FP32, DEVICE)
-        assert_parity(run(kernels, case, arguments), *expected(case, arguments), what=str(case))
+        check(case, FP32)
+
+
+def scaled(case: MlpCase, **factors: float):
+    """The case's arguments in bf16, some layers' weights (and biases) multiplied."""
+    x, hw, w, spec, scale = case.make(BF16, DEVICE)
+    layers: dict[str, Norm | Linear] = {}
+    for name, factor in factors.items():
+        layer = getattr(w, name)
+        if isinstance(layer, Norm):
+            layers[name] = Norm(layer.weight * factor, layer.bias * factor, layer.eps)
+        else:
+            layers[name] = Linear(layer.weight * factor, layer.bias * factor)
+    return x, hw, w._replace(**layers), spec, scale
+
+
+@pytest.mark.parametrize(
+    ("factors", "half"),
+    [
+        ({}, True),
+        ({"fc1": 300.0}, True),
+        ({"fc1": 3e5}, False),
+        ({"norm": 3e5}, False),
+        ({"fc1": 100.0, "dwconv": 1e4}, False),
+        ({"dwconv": 1e-5, "fc1": 1e4}, False),
+        ({"fc2": 1e5}, False),
+        ({"fc2": 1e-6}, False),
+    ],
+    ids=str,
+)
+def test_the_hidden_map_is_fp16_only_where_the_weights_prove_that_it_fits(factors, half):
+    case = MlpCase(1, (5, 6), 32, 64)
+    arguments = scaled(case, **factors)
+    with launch.recorded() as launches:
+        actual = run(kernels, case, arguments)
+    (hidden,) = {dict(zip(item.kernel.arg_names, item.args, strict=False))["hidden_ptr"].dtype for item in launches}
+    assert hidden == (FP16 if half else BF16)
+    assert_parity(actual, *expected(case, arguments), what=str(factors))
+
+
+def test_the_proof_bounds_the_hidden_map():
+    """No input exceeds what `_fits_half` reckons with: not the one that aligns a row of fc1, nor a random one."""
+    case = MlpCase(1, (1, 64), 24, 48)
+    _, _, w, *_ = case.make(FP32)
+    centred = w.fc1.weight * w.norm.weight
+    tokens = torch.cat([centred - centred.mean(1, keepdim=True), torch.randn(200, 24)])
+    normed = torch.nn.functional.layer_norm(tokens, (24,), w.norm.weight, w.norm.bias, w.norm.eps)
+    largest = torch.nn.functional.linear(normed, w.fc1.weight, w.fc1.bias).abs().amax(0)
+    bound = hidden_bound(w)
+    assert (largest <= bound * (1 + 1e-6)).all()
+    assert (largest > 0.3 * bound).any(), "the bound is not idle"

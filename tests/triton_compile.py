@@ -1,21 +1,26 @@
 """Compiles every kernel launch of the published networks for one GPU target, with no GPU; prints one JSON row each.
 
-    python tests/triton_compile.py sm_90 bf16 pvt_v2_b0,pvt_v2_b2 [PART OF A KERNEL'S NAME]
+    python tests/triton_compile.py sm_90 bf16 pvt_v2_b0,pvt_v2_b2 [PART OF A KERNEL'S NAME [EVERY/NTH]]
 
 The launches are those that the backend itself makes: the models run on meta tensors and the launches are recorded, so
 block sizes, argument types and alignment hints are what the launcher would use on such a device. A row
-holds kernel, constants, bytes of shared memory, registers, spills and the number of matrix instructions.
+holds kernel, constants, bytes of shared memory, registers, spills; and from the machine code whether it has matrix
+instructions, also in a loop, the width of the widest global load in bytes, and for the kernel of convolution and fc2
+the instructions of its main loop per hidden element.
 """
 
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -25,6 +30,8 @@ from triton.compiler import ASTSource
 import pvt_fast
 from pvt_fast import kernels
 from pvt_fast.kernels.launch import Chip, Launch, recorded
+
+dwconv_mlp = sys.modules["pvt_fast.kernels.dwconv_mlp"]  # the package has the function under that name
 
 KIB = 1024
 # Target and shared memory that one block may use there (CUDA programming guide, table of compute capabilities; the
@@ -40,8 +47,9 @@ CHIPS = {
     )
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TYPE_NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-MATRIX_INSTRUCTION = re.compile(r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync|v_mfma_")
+TYPE_NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+# Of NVIDIA's machine code: wgmma, mma.sync, tcgen05; and of AMD's.
+MATRIX_INSTRUCTION = re.compile(r"[HQ]GMMA|HMMA|UTC[HQ]MMA|v_mfma_")
 # 49 and 256 keys: one key block, and a loop over key blocks
 IMAGE_SIZES = (224, 512)
 
@@ -85,21 +93,36 @@ def compilation(launch: Launch) -> Compilation:
 
 
 def compilations(
-    variants: list[str], dtype: torch.dtype, chip: Chip, batches: tuple[int, ...] = (8,)
+    variants: list[str],
+    dtype: torch.dtype,
+    chip: Chip,
+    batches: tuple[int, ...] = (8,),
+    sizes: tuple[int, ...] = IMAGE_SIZES,
 ) -> list[Compilation]:
-    """What the backend would compile for whole models on that chip, each once."""
+    """What the backend would compile for whole models on that chip, each once.
+
+    In bf16 both with a hidden map in fp16, and as where the weights do not prove that it fits.
+    """
     found: dict[str, Compilation] = {}
+    for fits_half in {dtype == torch.bfloat16, False}:
+        with mock.patch.object(dwconv_mlp, "_fits_half", lambda _, fits=fits_half: fits):
+            for made in _compilations(variants, dtype, chip, batches, sizes):
+                found.setdefault(made.key(), made)
+    return list(found.values())
+
+
+def _compilations(
+    variants: list[str], dtype: torch.dtype, chip: Chip, batches: tuple[int, ...], sizes: tuple[int, ...]
+) -> Iterator[Compilation]:
     for name in variants:
         with torch.device("meta"):
             model = pvt_fast.create_model(name).eval().to(dtype)
-            for batch, size in itertools.product(batches, IMAGE_SIZES):
-                with torch.no_grad(), recorded(chip) as launches:
+            for batch, size in itertools.product(batches, sizes):
+                ahead: list[Launch] = []
+                with torch.no_grad(), recorded(chip, ahead) as launches:
                     tokens, _ = model._run_stages(torch.empty(batch, 3, size, size, dtype=dtype), kernels)
                     kernels.head(tokens, None)
-                for launch in launches:
-                    made = compilation(launch)
-                    found.setdefault(made.key(), made)
-    return list(found.values())
+                yield from map(compilation, launches + ahead)
 
 
 def target_of(chip: Chip) -> GPUTarget:
@@ -108,48 +131,83 @@ def target_of(chip: Chip) -> GPUTarget:
     return GPUTarget("hip", chip.arch, 64)
 
 
-def compile_resources(launch: Compilation, target: GPUTarget) -> dict[str, Any]:
+def compile_resources(made: Compilation, target: GPUTarget) -> dict[str, Any]:
     """Compile; the resources of the result."""
-    constants = {(launch.kernel.arg_names.index(name),): value for name, value in launch.constants.items()}
-    hints = {(place,): [["tt.divisibility", 16]] for place in launch.aligned}
-    source = ASTSource(launch.kernel, launch.signature, constants, hints)
-    compiled = triton.compile(source, target=target, options=launch.options)
-    text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
-    resources = _cubin_resources(compiled.asm["cubin"]) if target.backend == "cuda" else _amd_resources(text)
-    return {
-        "kernel": launch.kernel.__name__,
-        "constants": {name: value for name, value in launch.constants.items() if name.isupper()},
-        "warps": compiled.metadata.num_warps,
+    constants = {(made.kernel.arg_names.index(name),): value for name, value in made.constants.items()}
+    hints = {(place,): [["tt.divisibility", 16]] for place in made.aligned}
+    source = ASTSource(made.kernel, made.signature, constants, hints)
+    compiled = triton.compile(source, target=target, options=made.options)
+    warps = compiled.metadata.num_warps
+    row = {
+        "kernel": made.kernel.__name__,
+        "constants": {name: value for name, value in made.constants.items() if name.isupper()},
+        "warps": warps,
         "stages": compiled.metadata.num_stages,
         "shared": compiled.metadata.shared,
-        "matrix": len(MATRIX_INSTRUCTION.findall(text)),
-        **resources,
     }
+    if target.backend == "hip":
+        return row | _amd_resources(compiled.asm["amdgcn"])
+    row |= _nvidia_resources(compiled.asm["cubin"])
+    if made.kernel.__name__ == "dwconv_fc2_kernel":
+        elements = math.prod(made.constants[name] for name in ("ROWS", "BLOCK_P", "BLOCK_H"))
+        row["per_element"] = round(row["loop"] * 32 * warps / elements, 1)
+    return row
 
 
-def _cubin_resources(cubin: bytes) -> dict[str, int]:
-    """Registers per thread, and as spills the bytes of stack: these kernels have no other use for one."""
-    tool = triton.knobs.nvidia.cuobjdump.path
+def _nvidia_resources(cubin: bytes) -> dict[str, Any]:
+    """Registers per thread, as spills the bytes of stack (these kernels have no other use for one), loops, loads."""
+    tools = Path(triton.knobs.nvidia.cuobjdump.path).parent
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        listing = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
+        command = [tools / "cuobjdump", "-res-usage", "-sass", path]
+        environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}  # it calls nvdisasm
+        listing = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
     numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", listing))
-    return {"registers": int(numbers["REG"]), "spills": int(numbers["STACK"]) + int(numbers["LOCAL"])}
+    bodies = loops(listing)
+    widths = [
+        int(bits) // 8 for bits in re.findall(r"LDG(?:STS)?[A-Z0-9.]*?\.(?:BYPASS\.)?(?:LTC128B\.)?(64|128)\b", listing)
+    ]
+    return {
+        "registers": int(numbers["REG"]),
+        "spills": int(numbers["STACK"]) + int(numbers["LOCAL"]),
+        "matrix": MATRIX_INSTRUCTION.search(listing) is not None,
+        "matrix_in_loop": any(MATRIX_INSTRUCTION.match(op) for body in bodies for op in body),
+        "load": max(widths, default=4),
+        "loop": max(map(len, bodies), default=0),
+    }
 
 
-def _amd_resources(text: str) -> dict[str, int]:
-    """Vector registers per lane, and as spills the number of spilled registers."""
+def loops(listing: str) -> list[list[str]]:
+    """Operation codes of each loop in a listing of NVIDIA's machine code: from a backward branch's target to it."""
+    pattern = r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)([^;]*);"
+    code = [(int(address, 16), op, rest) for address, op, rest in re.findall(pattern, listing)]
+    found = []
+    for address, op, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
+        if target and int(target[1], 16) < address:
+            found.append([o for at, o, _ in code if int(target[1], 16) <= at <= address])
+    return found
+
+
+def _amd_resources(text: str) -> dict[str, Any]:
+    """Vector registers per lane, and as spills the number of spilled registers; matrix instructions, loads."""
     count = {name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in AMD_COUNTS}
-    return {"registers": count["vgpr_count"], "spills": count["vgpr_spill_count"] + count["sgpr_spill_count"]}
+    loads = re.findall(r"(?:global|buffer)_load_dwordx([234])", text)
+    return {
+        "registers": count["vgpr_count"],
+        "spills": count["vgpr_spill_count"] + count["sgpr_spill_count"],
+        "matrix": MATRIX_INSTRUCTION.search(text) is not None,
+        "load": max((4 * int(words) for words in loads), default=4),
+    }
 
 
 AMD_COUNTS = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
 
 
-def main(arch: str, dtype_name: str, variants: str, part: str = "") -> None:
-    chip = CHIPS[arch]
-    for made in compilations(variants.split(","), DTYPES[dtype_name], chip):
+def main(arch: str, dtype_name: str, variants: str, part: str = "", share: str = "0/1") -> None:
+    chip, (first, step) = CHIPS[arch], map(int, share.split("/"))
+    for made in compilations(variants.split(","), DTYPES[dtype_name], chip)[first::step]:
         if part in made.kernel.__name__:
             row = {
                 "target": arch,
