@@ -13,27 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from case import Case
 from timing import burst
 from torch import Tensor, nn
 
 import pvt_fast
-
-
-class Case(NamedTuple):
-    """One model on images (batch, 3, size, size) in float32 or bfloat16."""
-
-    model: str
-    batch: int
-    size: int
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.model.removeprefix('pvt_v2_')} {self.dtype} bs{self.batch} {self.size}px"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
-
 
 Call = Callable[[], Tensor]
 
@@ -62,12 +46,17 @@ def make_images(case: Case) -> Tensor:
     return images.to(case.torch_dtype).float()
 
 
-def truth(case: Case) -> tuple[Tensor, Tensor]:
-    """(logits in float64, logits of plain torch in the case's dtype), from the reference backend."""
-    model, images = make_model(case), make_images(case)
+def truth(case: Case, rows: slice | list[int] = slice(None)) -> tuple[Tensor, Tensor]:
+    """(logits in float64, logits of plain torch in the case's dtype) of those images, from the reference backend."""
+    model, images = make_model(case), make_images(case)[rows]
     with torch.inference_mode(), pvt_fast.use_backend("reference"):
         same = model.to(case.torch_dtype)(images.to(case.torch_dtype)).double()
         return model.double()(images.double()), same
+
+
+def parity_bound(exact: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
+    """The largest error that the parity rule allows (see `pvt_fast.testing.assert_parity`)."""
+    return 2 * float((plain - exact).abs().max()) + torch.finfo(dtype).eps * float(exact.abs().max())
 
 
 def pvt_fast_cpp(case: Case) -> Ready:
