@@ -6,9 +6,11 @@ disturb each other in one process.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,15 +69,28 @@ def pvt_fast_cpp(case: Case) -> Ready:
 
 def timm_model(case: Case) -> nn.Module:
     """timm's model with our weights."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):  # torchvision's own cannot be registered under a CPU-only torch
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    declared = _declare_torchvision_ops()
     import timm
+
+    del declared
 
     model = timm.create_model(case.model).eval()
     model.load_state_dict({_timm_key(key): value for key, value in make_model(case).state_dict().items()})
     return model
+
+
+def _declare_torchvision_ops() -> torch.library.Library:
+    """Let timm import a torchvision whose compiled ops cannot load: one built for CUDA, beside a CPU-only torch."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is not None and spec.origin is not None:
+        for extension in Path(spec.origin).parent.glob("_C*.so"):
+            with suppress(OSError):
+                torch.ops.load_library(extension)
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
 def _timm_key(key: str) -> str:

@@ -27,6 +27,7 @@ from typing import Any
 import gpu_checks
 import gpu_plan
 import gpu_report
+import gpu_results
 from gpu_checks import Check
 from gpu_plan import FEWEST_ROUNDS, Clock, Place, Request, Step
 from server import Server, first_line
@@ -70,7 +71,7 @@ class Run:
     def __init__(
         self,
         options: argparse.Namespace,
-        results: gpu_report.Results,
+        results: gpu_results.Results,
         tell: Callable[[str], None],
         place: Place,
     ) -> None:
@@ -165,7 +166,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"must be BATCHxSIZE, comma-separated; got {text!r}")
         return [(int(pair[1]), int(pair[2])) for pair in pairs]
 
-    peers = [name for name in gpu_plan.CONTENDERS if name not in gpu_report.ALL_OURS]
+    peers = [name for name in gpu_plan.CONTENDERS if name not in gpu_results.ALL_OURS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=words, default=list(gpu_plan.MODELS), help="comma-separated, e.g. b0,b2_li")
     parser.add_argument("--cases", type=shapes, default=list(gpu_plan.SHAPES), help="BATCHxSIZE, e.g. 256x224,8x512")
@@ -198,7 +199,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def request(options: argparse.Namespace) -> Request:
-    contenders = [c for c in gpu_plan.CONTENDERS if c in gpu_report.ALL_OURS or c in options.peers]
+    contenders = [c for c in gpu_plan.CONTENDERS if c in gpu_results.ALL_OURS or c in options.peers]
     lists = (options.models, options.cases, contenders, options.phases)
     models, cases, contenders, phases = map(tuple, lists)
     return Request(models, cases, options.dtype, contenders, phases)
@@ -220,7 +221,7 @@ def require_gpu() -> None:
 
 def main() -> None:
     options = parse()
-    results = gpu_report.load(options.out)
+    results = gpu_results.load(options.out)
     revision = gpu_plan.sources_digest(ROOT)
     planned = gpu_plan.steps(request(options), lambda step: not results.lacking(step, revision))
     if options.dry_run:

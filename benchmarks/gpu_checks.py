@@ -172,6 +172,9 @@ def nvidia_smi(field: str) -> str | None:
     if program is None:
         return None
     command = [program, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:
+        return None
     lines = done.stdout.splitlines()
     return lines[0].strip() if done.returncode == 0 and lines else None

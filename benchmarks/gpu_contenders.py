@@ -19,6 +19,7 @@ from gpu_plan import CONTENDERS as NAMES
 from gpu_plan import Place
 from timing import Stopwatch
 from torch import Tensor
+from torch._inductor import config as inductor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Forward = Callable[[Tensor], Tensor]
@@ -62,6 +63,7 @@ def timm_eager(case: Case, place: Place) -> Contestant:
 
 def compiled(case: Case, place: Place, mode: str, attention: SDPBackend | None = None) -> Contestant:
     """timm by torch.compile, `attention` the only implementation that scaled_dot_product_attention may take."""
+    inductor.autotune_num_choices_displayed = 0  # its tables would bury what is told
     call = torch.compile(timm_eager(case, place).first, mode=mode)
     context = nullcontext() if attention is None else sdpa_kernel(attention)
     return Contestant(call, lambda example: call, channels_last=True, context=context)
@@ -99,8 +101,8 @@ def contend(name: str, case: Case, place: Place, rows: list[int]) -> Generator[A
     Processes may load at the same time, but tune what they compile by timing it: that is done one by one.
     """
     device = place.device
+    contestant = MAKERS[name](case, place)  # weights as a user has them, no tensors of the inference mode
     with torch.inference_mode():
-        contestant = MAKERS[name](case, place)
         layout = torch.channels_last if contestant.channels_last else torch.contiguous_format
         first = make_images(case).to(device, case.torch_dtype).contiguous(memory_format=layout)
         yield None

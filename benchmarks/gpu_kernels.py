@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import source_tree  # noqa: F401
 import torch
@@ -18,27 +18,37 @@ from torch import Tensor
 
 from pvt_fast.kernels.launch import Launch, recorded
 
-REPEATS = 30
-# Larger than any L2 cache; writing it also takes longer than Python takes to launch a kernel.
-FLUSH_BYTES = 512 * 2**20
-COPY_BYTES = 2**30
-PRODUCT_SIDE = 8192
+
+class Effort(NamedTuple):
+    """How much is done for a figure."""
+
+    repeats: int = 30  # of each launch
+    # larger than any L2 cache; writing it also takes longer than Python takes to launch a kernel
+    flush_bytes: int = 512 * 2**20
+    copy_bytes: int = 2**30
+    product_side: int = 8192
+
+
+FULL = Effort()
 # Where nvidia-smi does not tell: an H200's under load.
 ASSUMED_CLOCK_GHZ = 1.755
 
 
-def profile(case: Case, place: Place) -> Generator[dict[str, Any], None, None]:
+def profile(case: Case, place: Place, effort: Effort = FULL) -> Generator[dict[str, Any], None, None]:
     """A process's work: one answer, `ceilings` and `launches` of a row of the report."""
     with torch.inference_mode():
-        ceilings, limits = measure_ceilings(place.device)
+        ceilings, limits = measure_ceilings(place.device, effort)
         model = make_model(case).to(place.device, case.torch_dtype)
         model.backend = place.backend
         images = make_images(case).to(place.device, case.torch_dtype)
         model(images)  # compiles, and packs weights
         with recorded() as launches:
             model(images)
-        flush = make_flush(place.device)
-        rows = [describe(group, limits, place.device, flush) for group in distinct(launches)]
+        flush = make_flush(place.device, effort.flush_bytes)
+        rows = []
+        for group in distinct(launches):
+            times = time_launches(group, place.device, flush, effort.repeats)
+            rows.append(describe(group, limits, times))
     yield {"ceilings": ceilings, "launches": rows}
 
 
@@ -58,11 +68,11 @@ def shape_of(launch: Launch) -> str:
     return f"{' '.join(constants)} grid={'x'.join(map(str, launch.grid))}"
 
 
-def describe(group: Sequence[Launch], limits: Ceilings, device: str, flush: Callable[[], Any]) -> dict[str, Any]:
+def describe(group: Sequence[Launch], limits: Ceilings, seconds: Sequence[float]) -> dict[str, Any]:
     """A row of the table of kernels, of launches that differ in the values of their arguments only."""
     work = work_of(group[0])
     shares = limits.shares(work)
-    timed = spread(time_launches(group, device, flush))
+    timed = spread(seconds)
     return {
         "kernel": group[0].name,
         "shape": shape_of(group[0]),
@@ -75,9 +85,7 @@ def describe(group: Sequence[Launch], limits: Ceilings, device: str, flush: Call
     }
 
 
-def time_launches(
-    launches: Sequence[Launch], device: str, flush: Callable[[], Any], repeats: int = REPEATS
-) -> list[float]:
+def time_launches(launches: Sequence[Launch], device: str, flush: Callable[[], Any], repeats: int) -> list[float]:
     """Seconds of each of so many starts, going through the launches in turn, each after a flush of the cache."""
     start(launches[0])
     watch = Stopwatch(device)
@@ -102,16 +110,15 @@ def clear_counters(launch: Launch) -> None:
             argument.zero_()
 
 
-def make_flush(device: str, size: int = FLUSH_BYTES) -> Callable[[], Any]:
+def make_flush(device: str, size: int) -> Callable[[], Any]:
     """A call that overwrites the cache."""
     return torch.empty(size, dtype=torch.uint8, device=device).zero_
 
 
-def measure_ceilings(
-    device: str, copy_bytes: int = COPY_BYTES, side: int = PRODUCT_SIDE
-) -> tuple[dict[str, Any], Ceilings]:
+def measure_ceilings(device: str, effort: Effort) -> tuple[dict[str, Any], Ceilings]:
     """(what the report tells, the same as Ceilings), on random data; medians of ten."""
-    source = torch.randn(copy_bytes // 2, dtype=torch.bfloat16, device=device)
+    side = effort.product_side
+    source = torch.randn(effort.copy_bytes // 2, dtype=torch.bfloat16, device=device)
     copied = torch.empty_like(source)
     copy_s = median_of(lambda: copied.copy_(source), device)
     a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
@@ -121,7 +128,7 @@ def measure_ceilings(
     told = {
         "copy_gbs": 2 * source.nbytes / copy_s / 1e9,
         "product_tflops": 2 * side**3 / product_s / 1e12,
-        "floor_us": 1e6 * median_of(lambda: one.fill_(1), device, make_flush(device, copy_bytes // 2)),
+        "floor_us": 1e6 * median_of(lambda: one.fill_(1), device, make_flush(device, effort.flush_bytes)),
         "processors": processors,
         "clock_ghz": clock_ghz,
         "clock_source": clock_source,

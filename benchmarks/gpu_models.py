@@ -1,4 +1,4 @@
-"""Whole models on a GPU, contenders in turns: the parent's end. One case gives one row of `gpu_report`."""
+"""Whole models on a GPU, contenders in turns: the parent's end. One case gives one row of `gpu_results`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from case import Case
 from contenders import parity_bound, truth
 from gpu_contenders import Ready, contend
 from gpu_plan import FEWEST_ROUNDS, Place
-from gpu_report import OURS, OUT_OF_TIME, Row
+from gpu_results import OURS, OUT_OF_TIME
+from report import Row
 from server import Failed, Server
 from timing import spread
 
@@ -65,7 +66,7 @@ class Contender:
                 self.times.append(time)
 
     def close(self) -> None:
-        self._server.close()
+        self._server.kill()  # there is nothing to wait for, and a GPU process takes seconds to end by itself
 
     def cell(self) -> dict[str, Any]:
         """Its part of the row."""
