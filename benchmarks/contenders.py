@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import source_tree  # noqa: F401
 import torch
 from case import Case
 from timing import burst

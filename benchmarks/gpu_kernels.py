@@ -6,7 +6,6 @@ from collections.abc import Callable, Generator, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-import source_tree  # noqa: F401
 import torch
 from case import Case
 from contenders import make_images, make_model

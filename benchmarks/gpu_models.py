@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import source_tree  # noqa: F401
 from case import Case
 from contenders import parity_bound, truth
 from gpu_contenders import Ready, contend

@@ -124,13 +124,19 @@ def test_a_renamed_parameter_is_named(recorded):
 
 
 def test_in_place_counts_twice(recorded):
-    """The wide patch embeds normalise their output where it lies."""
-    _, _, launches = recorded
-    norm = next(
-        launch for launch in launches if launch.name == "layer_norm_kernel" and launch.args[0] is launch.args[3]
-    )
-    x = norm.args[0]
-    assert roofline.work_of(norm).bytes == 2 * x.nbytes + 2 * norm.args[1].nbytes
+    launch = next(launch for launch in recorded[2] if launch.name == "layer_norm_kernel")
+    places = {name: launch.kernel.arg_names.index(name) for name in ("x_ptr", "weight_ptr", "out_ptr")}
+    x, weight = launch.args[places["x_ptr"]], launch.args[places["weight_ptr"]]
+    arguments = list(launch.args)
+    arguments[places["out_ptr"]] = x
+    assert roofline.work_of(launch._replace(args=tuple(arguments))).bytes == 2 * x.nbytes + 2 * weight.nbytes
+
+
+def test_what_a_kernel_updates_counts_twice(recorded, monkeypatch):
+    launch = next(launch for launch in recorded[2] if launch.name == "layer_norm_kernel")
+    before = roofline.work_of(launch).bytes
+    monkeypatch.setitem(roofline.UPDATED, "layer_norm_kernel", ("out_ptr",))
+    assert roofline.work_of(launch).bytes == before + roofline.Operands(launch).tensor("out_ptr").nbytes
 
 
 def test_the_slowest_unit_bounds():
