@@ -62,7 +62,7 @@ def run(command: list[str], limit_s: float, **environment: str) -> Finished:
     return Finished(process.returncode, output)
 
 
-def last_lines(output: str, count: int = 6) -> tuple[str, ...]:
+def last_lines(output: str, count: int = 12) -> tuple[str, ...]:
     return tuple(line.rstrip()[:300] for line in output.splitlines() if line.strip())[-count:]
 
 
@@ -150,7 +150,7 @@ def sanitize(tool: str, script: Path, limit_s: float) -> Check:
 
 def parse_sanitizer(tool: str, done: Finished, limit_s: float) -> Check:
     """Passed only with a summary of no findings and a program that ended well: each was seen without the other."""
-    lines = last_lines("\n".join(line for line in done.output.splitlines() if line.startswith("===")), 12)
+    lines = last_lines("\n".join(line for line in done.output.splitlines() if line.startswith("===")))
     if done.status is None:
         return Check("failed", f"ended after {limit_s:.0f} s, its limit", lines)
     summary = next(reversed(list(SUMMARY.finditer(done.output))), None)
