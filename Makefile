@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # what the editable install is built from
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test lint wheel cpp-test sanitize amx-test neon-test cross-tools bench-cpu instructions instructions-update \
+.PHONY: setup demo test lint wheel cpp-test sanitize amx-test neon-test cross-tools bench-cpu gpu instructions instructions-update \
 	clean
 
 setup: $(VENV)/.demo
@@ -80,6 +80,13 @@ bench-cpu: $(VENV)/.bench
 	$(BENCH_CPU) --models b2_li --size 512
 	$(BENCH_CPU) --models b2 --size 1024 --rounds 6 --seconds 1.5
 	PVT_FAST_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 $(BENCH_CPU) --models b0,b2 --dtype fp32 --peers compile
+
+# everything that wants a CUDA GPU, with the Python that has torch for it and what else is installed there; more options
+# by GPU_ARGS, e.g. --dry-run, which needs no GPU
+GPU_PYTHON ?= python3
+
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 # counts of executed instructions against the committed ones; wants valgrind, no Python package
 instructions: build/instructions

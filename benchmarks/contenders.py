@@ -6,34 +6,21 @@ disturb each other in one process.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import source_tree  # noqa: F401
 import torch
+from case import Case
 from timing import burst
 from torch import Tensor, nn
 
 import pvt_fast
-
-
-class Case(NamedTuple):
-    """One model on images (batch, 3, size, size) in float32 or bfloat16."""
-
-    model: str
-    batch: int
-    size: int
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.model.removeprefix('pvt_v2_')} {self.dtype} bs{self.batch} {self.size}px"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
-
 
 Call = Callable[[], Tensor]
 
@@ -62,12 +49,17 @@ def make_images(case: Case) -> Tensor:
     return images.to(case.torch_dtype).float()
 
 
-def truth(case: Case) -> tuple[Tensor, Tensor]:
-    """(logits in float64, logits of plain torch in the case's dtype), from the reference backend."""
-    model, images = make_model(case), make_images(case)
+def truth(case: Case, rows: slice | list[int] = slice(None)) -> tuple[Tensor, Tensor]:
+    """(logits in float64, logits of plain torch in the case's dtype) of those images, from the reference backend."""
+    model, images = make_model(case), make_images(case)[rows]
     with torch.inference_mode(), pvt_fast.use_backend("reference"):
         same = model.to(case.torch_dtype)(images.to(case.torch_dtype)).double()
         return model.double()(images.double()), same
+
+
+def parity_bound(exact: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
+    """The largest error that the parity rule allows (see `pvt_fast.testing.assert_parity`)."""
+    return 2 * float((plain - exact).abs().max()) + torch.finfo(dtype).eps * float(exact.abs().max())
 
 
 def pvt_fast_cpp(case: Case) -> Ready:
@@ -78,15 +70,28 @@ def pvt_fast_cpp(case: Case) -> Ready:
 
 def timm_model(case: Case) -> nn.Module:
     """timm's model with our weights."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):  # torchvision's own cannot be registered under a CPU-only torch
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    declared = _declare_torchvision_ops()
     import timm
+
+    del declared
 
     model = timm.create_model(case.model).eval()
     model.load_state_dict({_timm_key(key): value for key, value in make_model(case).state_dict().items()})
     return model
+
+
+def _declare_torchvision_ops() -> torch.library.Library:
+    """Let timm import a torchvision whose compiled ops cannot load: one built for CUDA, beside a CPU-only torch."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is not None and spec.origin is not None:
+        for extension in Path(spec.origin).parent.glob("_C*.so"):
+            with suppress(OSError):
+                torch.ops.load_library(extension)
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
 def _timm_key(key: str) -> str:

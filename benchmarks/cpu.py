@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import multiprocessing as mp
 import platform
 import re
+from collections.abc import Generator
 from datetime import date
 from importlib.metadata import version
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,11 @@ import peak
 import report
 import single_ops
 import torch
-from contenders import CONTENDERS, Case, truth
+from contenders import CONTENDERS, Case, parity_bound, truth
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
+from server import Failed, Server
 from timing import burst, spread
 
 import pvt_fast
@@ -41,19 +41,16 @@ from pvt_fast.config import VARIANTS, PVTConfig
 PACKAGES = {"timm": "timm", "compile": "timm", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 
 
-def serve(connection: Connection, name: str, case: Case, threads: int) -> None:
-    """A contender's process: build, answer with the logits, then time bursts of calls on demand."""
+def contend(name: str, case: Case, threads: int) -> Generator[Any, float, None]:
+    """A contender's process: build and answer with (logits, note), then time bursts of the seconds asked for."""
     torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode():
-            call, note = CONTENDERS[name](case)
-            for _ in range(3):
-                logits = call()
-            connection.send(("ready", (logits.double(), note)))
-            while (seconds := connection.recv()) is not None:
-                connection.send(("times", burst(call, seconds)))
-    except Exception as error:  # the comparison goes on without this contender and says why
-        connection.send(("failed", f"{type(error).__name__}: {error}".splitlines()[0][:200]))
+    with torch.inference_mode():
+        call, note = CONTENDERS[name](case)
+        for _ in range(3):
+            logits = call()
+        seconds = yield logits.double(), note
+        while True:
+            seconds = yield burst(call, seconds)
 
 
 class Contender:
@@ -61,41 +58,23 @@ class Contender:
 
     def __init__(self, name: str, case: Case, exact: torch.Tensor, threads: int) -> None:
         self.name = name
-        context = mp.get_context("spawn")
-        self.connection, child = context.Pipe()
-        self.process = context.Process(target=serve, args=(child, name, case, threads), daemon=True)
-        self.process.start()
-        child.close()
+        self.server = Server(contend, name, case, threads)
         self.times: list[float] = []
-        self.failure: str | None = None
-        kind, value = self._receive()
-        if kind == "failed":
-            self.failure = value
-        else:
-            logits, self.note = value
-            self.error = float((logits - exact).abs().max())
-
-    def _receive(self) -> tuple[str, Any]:
+        self.failure: str | None = None  # the comparison goes on without this contender and says why
         try:
-            return self.connection.recv()
-        except EOFError:
-            return "failed", f"its process ended with status {self.process.exitcode}"
+            logits, self.note = self.server.receive()
+        except Failed as failed:
+            self.failure = str(failed)
+        else:
+            self.error = float((logits - exact).abs().max())
 
     def burst(self, seconds: float) -> None:
         if self.failure:
             return
-        self.connection.send(seconds)
-        kind, value = self._receive()
-        if kind == "failed":
-            self.failure = value
-        else:
-            self.times += value
-
-    def close(self) -> None:
-        if self.process.is_alive() and self.failure is None:
-            self.connection.send(None)
-        self.process.join(timeout=10)
-        self.process.kill()
+        try:
+            self.times += self.server.ask(seconds)
+        except Failed as failed:
+            self.failure = str(failed)
 
     def cell(self) -> dict[str, Any]:
         """Its part of the row."""
@@ -109,7 +88,7 @@ def compare(case: Case, options: argparse.Namespace, peaks: bool, progress: Prog
     names = [report.OURS, *(peer for peer in options.peers if peer != report.OURS)]
     task = progress.add_task(str(case), total=len(names) + options.rounds)
     exact, plain = truth(case)
-    bound = 2 * float((plain - exact).abs().max()) + torch.finfo(case.torch_dtype).eps * float(exact.abs().max())
+    bound = parity_bound(exact, plain, case.torch_dtype)
     contenders = []
     for name in names:
         contenders.append(Contender(name, case, exact, options.threads))
@@ -127,7 +106,7 @@ def compare(case: Case, options: argparse.Namespace, peaks: bool, progress: Prog
             meter.measure()
         progress.advance(task)
     for contender in contenders:
-        contender.close()
+        contender.server.close()
     progress.remove_task(task)
     return {
         "machine": cpu_name(),

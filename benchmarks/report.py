@@ -9,9 +9,10 @@ times within a row, to those of pvt_fast; times of different rows do not compare
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 
@@ -30,7 +31,7 @@ def key(row: Row) -> tuple:
     return (row["machine"], row["threads"], row["model"], row["size"], row["batch"], DTYPES.index(row["dtype"]))
 
 
-def merge(rows: list[Row], new: list[Row]) -> list[Row]:
+def merge(rows: list[Row], new: list[Row], key: Callable[[Row], tuple] = key) -> list[Row]:
     """Rows of earlier runs, those measured again replaced."""
     return sorted(({key(row): row for row in rows} | {key(row): row for row in new}).values(), key=key)
 
@@ -39,15 +40,20 @@ def is_wrong(row: Row, contender: str) -> bool:
     return not row["contenders"][contender]["error"] <= WRONG_FACTOR * row["bound"]
 
 
-def ratio(row: Row, contender: str) -> float:
+def ratio(row: Row, contender: str, ours: str = OURS) -> float:
     """How many times as long as pvt_fast."""
-    return row["contenders"][contender]["ms"] / row["contenders"][OURS]["ms"]
+    return row["contenders"][contender]["ms"] / row["contenders"][ours]["ms"]
 
 
-def best_peer(row: Row) -> str | None:
+def right(row: Row) -> dict[str, float]:
+    """Milliseconds of the contenders that answered and were right, fastest first."""
+    timed = {c: cell["ms"] for c, cell in row["contenders"].items() if "ms" in cell and not is_wrong(row, c)}
+    return dict(sorted(timed.items(), key=lambda item: item[1]))
+
+
+def best_peer(row: Row, ours: Collection[str] = (OURS,)) -> str | None:
     """The fastest of the others, of those whose answer is right."""
-    peers = [p for p, cell in row["contenders"].items() if p != OURS and "ms" in cell and not is_wrong(row, p)]
-    return min(peers, key=lambda peer: ratio(row, peer), default=None)
+    return next((contender for contender in right(row) if contender not in ours), None)
 
 
 def gflops(row: Row, contender: str) -> float:
@@ -160,16 +166,27 @@ def table(heading: list[str], lines: list[list[str]]) -> str:
     return "\n".join([line(heading), "|---" * len(heading) + "|", *map(line, lines)])
 
 
-def chart(rows: list[Row], path: Path) -> None:
+class View(NamedTuple):
+    """How a chart sees rows: panels, the contender that is ours, all that are ours, marks across a row's bars."""
+
+    panel: Callable[[Row], str] = _where
+    ours: Callable[[Row], str] = lambda row: OURS
+    all_ours: Collection[str] = (OURS,)
+    marks: Callable[[Row], Collection[float]] = lambda row: ()
+
+
+_CPU = View()
+
+
+def chart(rows: list[Row], path: Path, view: View = _CPU) -> None:
     """Bars of the ratios, a group for each case, a panel for each machine and number of threads."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    panels = [list(group) for _, group in groupby(rows, key=_where)]
-    peers = list(dict.fromkeys(peer for row in rows for peer in row["contenders"] if peer != OURS))
-    height = 0.8 / max(len(peers), 1)
+    panels = [list(group) for _, group in groupby(rows, key=view.panel)]
+    peers = list(dict.fromkeys(peer for row in rows for peer in row["contenders"] if peer not in view.all_ours))
     bars = [len(panel) * max(len(peers), 1) for panel in panels]
     figure, axes = pyplot.subplots(
         len(panels),
@@ -179,32 +196,41 @@ def chart(rows: list[Row], path: Path) -> None:
         layout="constrained",
     )
     for panel, axis in zip(panels, axes[:, 0], strict=True):
-        for place, peer in enumerate(peers):
-            shown = [
-                (line + (place - (len(peers) - 1) / 2) * height, ratio(row, peer), row["contenders"][peer]["ms"])
-                for line, row in enumerate(panel)
-                if "ms" in row["contenders"].get(peer, {}) and not is_wrong(row, peer)
-            ]
-            drawn = axis.barh([y for y, _, _ in shown], [r for _, r, _ in shown], height, label=peer, color=f"C{place}")
-            labels = [f"{r:.2f}  ({ms:.1f} ms)" for _, r, ms in shown]
-            plate = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the line at 1
-            axis.bar_label(drawn, labels, padding=3, fontsize=7, bbox=plate)
-        axis.axvline(1, color="black", linewidth=1)
-        axis.set_yticks(
-            range(len(panel)), [f"{name(row)}\n{row['contenders'][OURS]['ms']:.1f} ms" for row in panel], fontsize=8
-        )
-        axis.invert_yaxis()
-        axis.margins(x=0.2)
-        axis.set_xlabel(
-            "time as a multiple of pvt_fast's, whose own stands below each case; right of the line is slower"
-        )
-        dates = sorted({row["date"] for row in panel})
-        when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-        axis.set_title(f"{_where(panel[0])}, {when}", fontsize=9, loc="left")
+        _draw_panel(axis, panel, peers, view)
     if peers:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(peers), fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _draw_panel(axis: Any, rows: list[Row], peers: list[str], view: View) -> None:
+    height = 0.8 / max(len(peers), 1)
+    for place, peer in enumerate(peers):
+        shown = [
+            (line + (place - (len(peers) - 1) / 2) * height, ratio(row, peer, view.ours(row)), right(row)[peer])
+            for line, row in enumerate(rows)
+            if peer in right(row)
+        ]
+        drawn = axis.barh([y for y, _, _ in shown], [r for _, r, _ in shown], height, label=peer, color=f"C{place}")
+        labels = [f"{r:.2f}  ({_milliseconds(ms)} ms)" for _, r, ms in shown]
+        plate = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the line at 1
+        axis.bar_label(drawn, labels, padding=3, fontsize=7, bbox=plate)
+    for line, row in enumerate(rows):
+        axis.vlines(list(view.marks(row)), line - 0.45, line + 0.45, color="black", linestyle="dotted", linewidth=1)
+    axis.axvline(1, color="black", linewidth=1)
+    times = [_milliseconds(row["contenders"][view.ours(row)]["ms"]) for row in rows]
+    labels = [f"{name(row)}\n{ms} ms" for row, ms in zip(rows, times, strict=True)]
+    axis.set_yticks(range(len(rows)), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.2)
+    axis.set_xlabel("time as a multiple of pvt_fast's, whose own stands below each case; right of the line is slower")
+    dates = sorted({row["date"] for row in rows})
+    when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    axis.set_title(f"{view.panel(rows[0])}, {when}", fontsize=9, loc="left")
+
+
+def _milliseconds(ms: float) -> str:
+    return f"{ms:.1f}" if ms >= 1 else f"{ms:.3f}"
 
 
 def load(folder: Path) -> list[Row]:

@@ -1,0 +1,37 @@
+"""What runs under compute-sanitizer: every op once on small shapes, in bf16, without a CUDA graph."""
+
+from __future__ import annotations
+
+import source_tree  # noqa: F401
+import torch
+
+from pvt_fast import kernels
+from pvt_fast.ops import Linear, Norm
+from pvt_fast.testing import AttentionCase, Case, MlpCase, PatchEmbedCase, run
+
+# Narrow and wide rows take different kernels; maps that no block divides; every form of attention.
+CASES: tuple[Case, ...] = (
+    PatchEmbedCase(2, (13, 18), 3, 32, kernel=7, stride=4),
+    PatchEmbedCase(1, (5, 6), 64, 160, layout="nhwc"),
+    AttentionCase(2, (8, 9), 32, 1, sr_ratio=8),
+    AttentionCase(1, (4, 6), 160, 5, sr_ratio=2, scale_residual=True),
+    AttentionCase(1, (3, 3), 128, 2),
+    AttentionCase(1, (9, 10), 64, 1),
+    AttentionCase(1, (9, 8), 64, 2, linear=True),
+    MlpCase(2, (5, 7), 32, 64),
+    MlpCase(1, (3, 5), 160, 96, relu=True, scale_residual=True),
+)
+
+
+def target(device: str) -> int:
+    """Run every case; how many values it gave that are not finite."""
+    dtype, bad = torch.bfloat16, 0
+    with torch.inference_mode():
+        for case in CASES:
+            bad += int((~run(kernels, case, case.make(dtype, device)).isfinite()).sum())
+        x = torch.randn(2, 9, 160, device=device, dtype=dtype)
+        norm = Norm(torch.ones(160, device=device, dtype=dtype), torch.zeros(160, device=device, dtype=dtype), 1e-6)
+        classifier = Linear(torch.randn(10, 160, device=device, dtype=dtype), None)
+        for values in (kernels.layer_norm(x, norm), kernels.head(x, classifier)):
+            bad += int((~values.isfinite()).sum())
+    return bad
