@@ -4,8 +4,8 @@
 
 A kernel cannot take less time than the largest of: its bytes over the bandwidth of a copy, its matrix FLOP over the
 rate of a large product, its lane instructions over the rate of the fp32 lanes. The model of bytes: every tensor
-argument crosses memory once for each parameter it is given to, so one that is updated in place counts as read and
-written; what a small batch leaves in the L2 cache is not modelled, nor are gaps between launches.
+argument crosses memory once, partial sums twice; what a small batch leaves in the L2 cache is not modelled, nor are
+gaps between launches.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from pvt_fast.kernels.launch import Launch, recorded
 
 # Lane instructions per element: counted in the machine code of sm_90 where a kernel is nothing else, else assumed.
 LAYER_NORM, SOFTMAX, EPILOGUE = 8, 10, 3
-DEPTHWISE = 9 + 4  # multiply-adds; conversions and addresses
+# Convolution and GELU of one hidden element, all of the main loop's instructions: with a map in fp16 beside bf16
+# weights, with another, with erf (tests/gpu_gates.py counts the first two).
+HIDDEN_HALF, HIDDEN_FULL, HIDDEN_EXACT = 19, 35, 48
 GELU, GELU_EXACT = 12, 25  # polynomial; erf
 LANES_PER_PROCESSOR = 128
 
@@ -96,8 +98,17 @@ class Operands:
     def gelu(self) -> int:
         return GELU_EXACT if self.flag("EXACT") else GELU
 
-    def bytes(self) -> int:
-        return sum(v.numel() * v.element_size() for v in self.values.values() if isinstance(v, Tensor))
+    def size(self, name: str) -> int:
+        """Bytes of a tensor; 0 where there is none."""
+        value = self.values.get(name)
+        return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+
+    def hidden_lanes(self) -> int:
+        """Instructions of convolution and GELU per hidden element."""
+        hidden = self.tensor("hidden_ptr").dtype
+        if hidden == torch.float32:
+            return HIDDEN_EXACT
+        return HIDDEN_HALF if self.tensor("taps_ptr").dtype == torch.float16 else HIDDEN_FULL
 
 
 # Of a kernel: (matrix FLOP, lane instructions).
@@ -105,8 +116,7 @@ Entry = Callable[[Operands], tuple[int, int]]
 
 
 def _patch_embed(o: Operands) -> tuple[int, int]:
-    per_output = LAYER_NORM if o.flag("FUSE_NORM") else EPILOGUE
-    return o.product("weight_ptr", o.rows("out_ptr")), per_output * o.tensor("out_ptr").numel()
+    return o.product("weight_ptr", o.rows("out_ptr")), LAYER_NORM * o.tensor("out_ptr").numel()
 
 
 def _linear(o: Operands) -> tuple[int, int]:
@@ -114,10 +124,7 @@ def _linear(o: Operands) -> tuple[int, int]:
 
 
 def _norm_linear(o: Operands) -> tuple[int, int]:
-    """A row may come in fp32 parts that are added first, one instruction each."""
-    row, parts = o.tensor("x_ptr").shape[-1], o.rows("x_ptr") // o.rows("out_ptr")
-    per_input = LAYER_NORM + parts - 1 + (o.gelu() if o.flag("GELU") else 0)
-    lanes = per_input * o.rows("out_ptr") * row + EPILOGUE * o.tensor("out_ptr").numel()
+    lanes = LAYER_NORM * o.tensor("x_ptr").numel() + EPILOGUE * o.tensor("out_ptr").numel()
     return o.product("weight_ptr", o.rows("out_ptr")), lanes
 
 
@@ -128,36 +135,53 @@ def _norm_fc1(o: Operands) -> tuple[int, int]:
 
 
 def _dwconv_gelu(o: Operands) -> tuple[int, int]:
-    return 0, (DEPTHWISE + o.gelu()) * o.tensor("out_ptr").numel()
+    return 0, o.hidden_lanes() * o.tensor("out_ptr").numel()
 
 
 def _dwconv_fc2(o: Operands) -> tuple[int, int]:
-    rows, hidden = o.rows("out_ptr"), o.tensor("hidden_ptr").shape[-1]
-    lanes = (DEPTHWISE + o.gelu()) * rows * hidden + EPILOGUE * o.tensor("out_ptr").numel()
+    """Each column of tiles convolves anew."""
+    rows, hidden, channels = o.rows("out_ptr"), o.tensor("hidden_ptr").shape[-1], o.tensor("out_ptr").shape[-1]
+    columns = -(-channels // o.values["BLOCK_C"])
+    lanes = o.hidden_lanes() * columns * rows * hidden + EPILOGUE * o.tensor("out_ptr").numel()
     return o.product("weight_ptr", rows), lanes
 
 
 def _spatial_reduction(o: Operands) -> tuple[int, int]:
-    """Its output is parts of sums: (parts, B, keys, C)."""
-    rows = o.rows("out_ptr") // o.tensor("out_ptr").shape[0]
-    return o.product("weight_ptr", rows), LAYER_NORM * o.tensor("x_ptr").numel() + o.tensor("out_ptr").numel()
+    """Each block of columns normalises anew."""
+    x, channels = o.tensor("x_ptr"), o.values["C"]
+    rows = x.numel() // channels // o.values["R"] ** 2 if not o.flag("LINEAR") else o.rows("x_ptr")
+    blocks = 0 if o.flag("LINEAR") else -(-channels // o.values["BLOCK_N"])
+    flop, lanes = o.product("weight_ptr", rows), blocks * LAYER_NORM * x.numel() + o.tensor("partial_ptr").numel()
+    if o.flag("TO_KV"):
+        gelu = o.gelu() if o.flag("LINEAR") else 0
+        flop, lanes = flop + o.product("kv_weight_ptr", rows), lanes + (LAYER_NORM + gelu) * rows * channels
+    return flop, lanes
 
 
-def _attend(o: Operands) -> tuple[int, int]:
-    """Scores and values of all heads, of x (B, N, C) and kv (B, keys, 2 C), without q and projection."""
-    rows, channels, keys = o.rows("x_ptr"), o.tensor("x_ptr").shape[-1], o.tensor("kv_ptr").shape[1]
+def _attend(o: Operands, keys: int) -> tuple[int, int]:
+    """Scores and values of all heads of x (B, N, C), with q."""
+    rows, channels = o.rows("x_ptr"), o.tensor("x_ptr").shape[-1]
     heads = channels // o.values["HEAD_DIM"]
     lanes = (LAYER_NORM + EPILOGUE) * rows * channels + SOFTMAX * rows * keys * heads
-    return 4 * rows * keys * channels, lanes
+    return 4 * rows * keys * channels + o.product("q_weight_ptr", rows), lanes
 
 
 def _head_attention(o: Operands) -> tuple[int, int]:
-    flop, lanes = _attend(o)
-    return flop + o.product("q_weight_ptr", o.rows("x_ptr")), lanes
+    """Keys and values are counted once for each program that makes them: a tile of queries."""
+    images, tokens, channels = o.tensor("x_ptr").shape
+    keys = o.values["keys"]
+    flop, lanes = _attend(o, keys)
+    if o.values["SOURCE"] != "kv":
+        tiles = -(-tokens // o.values["BLOCK_M"])
+        flop += o.product("kv_weight_ptr", images * tiles * keys)
+    if o.values["projects"]:
+        flop += o.product("proj_weight_ptr", images * tokens)
+        lanes += EPILOGUE * images * tokens * channels
+    return flop, lanes
 
 
 def _attention(o: Operands) -> tuple[int, int]:
-    flop, lanes = _head_attention(o)
+    flop, lanes = _attend(o, o.tensor("kv_ptr").shape[1])
     return flop + o.product("proj_weight_ptr", o.rows("x_ptr")), lanes + EPILOGUE * o.tensor("out_ptr").numel()
 
 
@@ -187,8 +211,21 @@ ENTRIES: dict[str, Entry] = {
     "spatial_reduction_kernel": _spatial_reduction,
     "token_mean_kernel": _token_mean,
 }
-# Parameters whose tensor is both written and read by the kernel it is given to once, by kernel.
-UPDATED: dict[str, tuple[str, ...]] = {}
+
+
+def moved(o: Operands) -> int:
+    """Bytes that cross memory: every tensor argument once that this form of the kernel touches, sums written and read
+    again twice. Sums in several parts are those of few tiles and stay in the L2 cache."""
+    total = sum(map(o.size, o.values)) - o.size("counter_ptr")
+    to_kv = o.kernel != "spatial_reduction_kernel" or o.flag("TO_KV")
+    if not to_kv:
+        total -= o.size("kv_ptr") + o.size("kv_weight_ptr")
+    elif "partial_ptr" in o.values:
+        total += o.size("partial_ptr") * (1 if o.values["parts"] == 1 else -1)
+    if o.kernel == "head_attention_kernel":
+        total += o.size("heads_ptr") if o.values["projects"] else -o.size("out_ptr") - o.size("proj_weight_ptr")
+        total -= {"kv": o.size("kv_weight_ptr"), "self": o.size("source_ptr")}.get(o.values["SOURCE"], 0)
+    return total
 
 
 def work_of(launch: Launch) -> Work:
@@ -197,11 +234,10 @@ def work_of(launch: Launch) -> Work:
         raise KeyError(f"roofline: {launch.name} must have an entry in ENTRIES (benchmarks/roofline.py), got none")
     operands = Operands(launch)
     flop, lanes = ENTRIES[launch.name](operands)
-    again = sum(operands.tensor(p).numel() * operands.tensor(p).element_size() for p in UPDATED.get(launch.name, ()))
     weights = [v for name, v in operands.values.items() if "weight" in name and isinstance(v, Tensor) and v.dim() > 1]
     if any(weight.dtype == torch.float32 for weight in weights):  # no matrix unit multiplies true fp32
         flop, lanes = 0, lanes + flop // 2
-    return Work(operands.bytes() + again, flop, lanes)
+    return Work(moved(operands), flop, lanes)
 
 
 def classifier_work(config: PVTConfig, batch: int, dtype: torch.dtype) -> Work:

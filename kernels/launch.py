@@ -119,7 +119,7 @@ class _Counters:
 
     def take(self, count: int) -> Tensor:
         if count == 0:
-            return self.block
+            return self.block[:4]
         if torch.cuda.is_current_stream_capturing():
             return self._cut(count)
         stream = torch.cuda.current_stream(self.device).cuda_stream

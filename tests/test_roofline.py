@@ -18,7 +18,8 @@ from pvt_fast.config import VARIANTS, PVTConfig
 from pvt_fast.kernels.launch import Launch
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH = 4
+# Large enough that no form for small batches runs, which repeat work on processors that would idle.
+BATCH = 64
 
 
 @pytest.fixture(scope="module", params=["pvt_v2_b0", "pvt_v2_b2", "pvt_v2_b2_li"])
@@ -60,7 +61,7 @@ def test_lanes_do_the_depthwise_taps_and_gelu(recorded):
         depth * math.prod(size) * dim
         for depth, size, dim in zip(config.depths, config.map_sizes(224, 224), config.embed_dims, strict=True)
     )
-    least = hidden * (roofline.DEPTHWISE + roofline.GELU)
+    least = hidden * (roofline.HIDDEN_HALF)
     assert least < lanes < least + 3 * hidden + 100 * tokens
 
 
@@ -87,9 +88,9 @@ def test_bytes_of_a_model_are_few_passes_over_its_maps(recorded):
 
 
 def test_work_grows_with_the_batch():
-    one, four = (roofline.total(roofline.model_works(Case("pvt_v2_b0", batch, 224, "bf16"))) for batch in (1, 4))
+    one, four = (roofline.total(roofline.model_works(Case("pvt_v2_b0", batch, 224, "bf16"))) for batch in (64, 256))
     assert four.matrix_flop == 4 * one.matrix_flop
-    assert 3 * one.bytes < four.bytes < 4 * one.bytes
+    assert 3 * one.bytes < four.bytes < 4.1 * one.bytes  # sums of more tiles leave the cache
 
 
 def test_true_fp32_products_are_work_of_the_lanes():
@@ -132,11 +133,15 @@ def test_in_place_counts_twice(recorded):
     assert roofline.work_of(launch._replace(args=tuple(arguments))).bytes == 2 * x.nbytes + 2 * weight.nbytes
 
 
-def test_what_a_kernel_updates_counts_twice(recorded, monkeypatch):
-    launch = next(launch for launch in recorded[2] if launch.name == "layer_norm_kernel")
-    before = roofline.work_of(launch).bytes
-    monkeypatch.setitem(roofline.UPDATED, "layer_norm_kernel", ("out_ptr",))
-    assert roofline.work_of(launch).bytes == before + roofline.Operands(launch).tensor("out_ptr").nbytes
+@pytest.mark.parametrize(("batch", "factor"), [(64, 2), (1, 0)])
+def test_sums_that_programs_leave_count_twice_unless_they_stay_in_cache(batch, factor):
+    launches = roofline.model_launches(Case("pvt_v2_b2", batch, 224, "bf16"))
+    for launch in launches:
+        operands = roofline.Operands(launch)
+        if launch.name == "patch_embed_kernel" and not operands.values["WHOLE_ROWS"]:
+            named = ("image_ptr", "weight_ptr", "bias_ptr", "norm_weight_ptr", "norm_bias_ptr", "out_ptr")
+            others = sum(operands.tensor(name).nbytes for name in named)
+            assert roofline.work_of(launch).bytes == others + factor * operands.tensor("partial_ptr").nbytes
 
 
 def test_the_slowest_unit_bounds():
