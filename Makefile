@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # what the editable install is built from
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test lint wheel cpp-test sanitize amx-test neon-test cross-tools bench-cpu gpu instructions instructions-update \
+.PHONY: setup demo test lint wheel cpp-test sanitize amx-test neon-test cross-tools bench-cpu gpu gpu-gates instructions instructions-update \
 	clean
 
 setup: $(VENV)/.demo
@@ -87,6 +87,10 @@ GPU_PYTHON ?= python3
 
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py $(GPU_ARGS)
+
+# every kernel compiled ahead of time for every GPU it is for; no GPU is needed, half an hour is
+gpu-gates: $(VENV)/.test
+	$(BIN)/python tests/gpu_gates.py $(GATES_ARGS)
 
 # counts of executed instructions against the committed ones; wants valgrind, no Python package
 instructions: build/instructions

@@ -3,9 +3,10 @@
 fp32, bf16 and fp16 on a CUDA or ROCm device; with TRITON_INTERPRET=1 in the environment the same kernels run as Python
 on CPU tensors, slowly, for tests. Importing it without Triton raises BackendUnavailable.
 
-Launches: overlap_patch_embed 1 for C <= 128, else 2; dwconv_mlp 2 for C <= 128, else 3; sr_attention 3 with R > 1,
-2 with R = 1, 4 in the linear form, and one more where `config.fuses_projection` says no; layer_norm 1; head 1 and
-torch's linear.
+Launches: overlap_patch_embed 1; dwconv_mlp 2 for C <= 128, and wider while tiles are few, else 3; sr_attention 2 (3 in
+the linear form), and 1 more for wide rows in few tiles; layer_norm 1; head 1 and torch's linear. An op with one form
+for few tiles and one for many compiles both at first: a new batch or map size compiles nothing. How many programs share
+a sum depends on the batch, and so do a result's last bits.
 """
 
 from __future__ import annotations

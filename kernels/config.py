@@ -85,6 +85,15 @@ def holds_rows(dtype: torch.dtype, chip: Chip) -> bool:
     return dtype != torch.float32 and chip.shared >= _SHARED_OPERAND_BYTES
 
 
+def makes_own_keys(dtype: torch.dtype, chip: Chip) -> bool:
+    """Whether a program of attention may make its heads' keys and values itself.
+
+    Only with rows that are held, as it repeats the products with them; and not for sm_100, where Triton 3.6 makes an
+    empty kernel of that form.
+    """
+    return holds_rows(dtype, chip) and not chip.arch.startswith("sm_10")
+
+
 def norm_linear(channels: int, columns: int, dtype: torch.dtype, chip: Chip) -> Config:
     """LayerNorm then linear: a tile of rows, held, by blocks of columns."""
     full = dtype == torch.float32
@@ -124,21 +133,28 @@ def dwconv_fc2(channels: int, dtype: torch.dtype, half: bool, chip: Chip) -> Con
     full = dtype == torch.float32
     wide = next_power(channels) > 64
     columns = next_power(channels, least=16 if full else 64) if fits_row(channels) else 64
+    # mma.sync reads all operands from registers
+    scarce = chip.arch.startswith("sm_") and chip.shared < _SHARED_OPERAND_BYTES
     return {
-        "BLOCK_P": 16 if half and chip.shared < _SHARED_OPERAND_BYTES else 32,
+        "BLOCK_P": 16 if (half and scarce) or (full and columns > 64) else 32,
         "BLOCK_H": HIDDEN_BLOCK if half else 16,
         "BLOCK_C": columns,
         "ROWS": 2 if wide and (full or chip.shared <= _DEEP_PIPELINE_BYTES) else 4,
-        "num_warps": 8 if wide and chip.shared < _SHARED_OPERAND_BYTES else 4,
+        "num_warps": 8 if wide and scarce and not half else 4,
         "num_stages": 1,
     }
 
 
-def spatial_reduction(channels: int, dtype: torch.dtype, to_kv: bool, chip: Chip) -> Config:
+def _all_registers(chip: Chip) -> Config:
+    """For kernels of which ptxas else spills one or two values to stay on a step of occupancy."""
+    return {"maxnreg": 255} if chip.arch.startswith("sm_") else {}
+
+
+def spatial_reduction(channels: int, dtype: torch.dtype, to_kv: bool, linear: bool, chip: Chip) -> Config:
     """Strided R x R convolution behind a LayerNorm, which each block of columns repeats: wide blocks, unless rows are
     so few that their blocks of columns are wanted as work."""
     full = dtype == torch.float32
-    widest = 128 if to_kv and not full else 64
+    widest = 128 if to_kv and not full and not linear else 64
     return {
         "BLOCK_M": 64,
         "BLOCK_N": min(widest, next_power(channels)),
@@ -146,6 +162,7 @@ def spatial_reduction(channels: int, dtype: torch.dtype, to_kv: bool, chip: Chip
         "HELD": holds_rows(dtype, chip),
         "num_warps": 8 if full else 4,
         "num_stages": 1,
+        **(_all_registers(chip) if linear else {}),
     }
 
 
@@ -176,7 +193,7 @@ def attention(channels: int, head_dim: int, one_block: bool, dtype: torch.dtype,
     full = dtype == torch.float32
     fused = fuses_projection(channels, dtype, chip)
     return {
-        "BLOCK_M": 16 if full and fused else QUERIES,
+        "BLOCK_M": 16 if full else QUERIES,
         "BLOCK_D": next_power(head_dim),
         "BLOCK_KEYS": 64,
         "ONE_BLOCK": one_block,
@@ -185,8 +202,9 @@ def attention(channels: int, head_dim: int, one_block: bool, dtype: torch.dtype,
             if fused
             else {"BLOCK_K": row_block(channels, dtype), "HELD": holds_rows(dtype, chip)}
         ),
-        "num_warps": 8 if full or (fused and channels > 64) else 4,
-        "num_stages": 1 if one_block else 3 if chip.shared >= _SHARED_OPERAND_BYTES else 2,
+        "num_warps": 8 if (full and fused) or (fused and (channels > 64 or channels <= 32)) else 4,
+        "num_stages": 1 if one_block else 3 if chip.shared >= _SHARED_OPERAND_BYTES and not full else 2,
+        **(_all_registers(chip) if full else {}),
     }
 
 

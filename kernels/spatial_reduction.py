@@ -184,7 +184,7 @@ def reduce_map(start: Callable, x: Tensor, hw: HW, w: AttentionWeights, spec: At
     weight = packed(w.cache, "triton", (sr_weight,), lambda: sr_weight.detach().permute(0, 2, 3, 1).contiguous())
     source = _pool(x, hw, w.norm) if spec.linear and start is launch else x  # to compile, any of its type will do
     size = (LINEAR_POOL_SIZE, LINEAR_POOL_SIZE) if spec.linear else hw
-    shape = config.spatial_reduction(channels, dtype, to_kv, chip)
+    shape = config.spatial_reduction(channels, dtype, to_kv, spec.linear, chip)
     tiles = (triton.cdiv(images * keys, shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))
     parts = config.parts(tiles[0] * tiles[1], 2 * ratio**2, chip)
     sums, counter = workspace(x.device, parts * images * keys * channels, to_kv * tiles[0])

@@ -257,8 +257,10 @@ def sr_attention(
 
 def _attention(start: Callable, call: _Call, one_block: bool, many: bool, rows_only: bool, chip: Chip) -> None:
     """Keys and values of one block or more; many or few tiles of rows."""
-    in_place = one_block and not rows_only and not (many and call.reduces)
     x, w = call.x, call.w
+    # few tiles repeat little when each makes the keys and values of its heads; GELU before them takes too many registers
+    own_keys = not (call.reduces and (many or call.spec.linear)) and config.makes_own_keys(x.dtype, chip)
+    in_place = one_block and not rows_only and own_keys
     source: Tensor | None = x
     if call.reduces:
         reduced = reduce_map(start, x, call.hw, w, call.spec, to_kv=not in_place)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import autograd, dispatch, library
+from .capture import CapturedModel
 from .config import VARIANT_NORM_EPS, VARIANTS, PVTConfig
 from .layers import (
     Block,
@@ -274,6 +275,14 @@ class PVT_V2(nn.Module):
             else nn.Identity()
         )
         _init_weights(self.head)
+
+    def capture(self, example: Tensor) -> CapturedModel:
+        """This model's forward as a CUDA graph, for images of the example's shape (B, in_channels, H, W) and dtype.
+
+        The graph launches all kernels at once, which at small batches is most of the time: see `CapturedModel` for
+        what it shares. Raises ValueError for an example that is not on a CUDA device, or a model in training mode.
+        """
+        return CapturedModel(self, example)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training keep only each block's input, and recompute the block in the backward."""

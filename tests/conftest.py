@@ -31,6 +31,9 @@ INTERPRETER_MAX_FLOPS = 4_000_000
 # ... and above this many output tokens too, however narrow they are.
 INTERPRETER_MAX_TOKENS = 12 * 12
 
+# Tests that only a CUDA device can run; the header names them where there is none.
+collect_ignore = [] if torch.cuda.is_available() else ["test_gpu.py"]
+
 DTYPE_IDS = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # The dtypes a backend is tested in: all that it claims on the device it is tested on.
 DTYPES = {
@@ -165,6 +168,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         for name in names
     ]
     lines = [f"backends under test: {', '.join(tested)}"]
+    lines += [f"not runnable here: {file} (needs a CUDA device)" for file in collect_ignore]
     for item in NOT_RUNNABLE:
         lines.append(f"not runnable here: {item.target} ({item.reason})")
     return lines

@@ -81,9 +81,9 @@ def spills(row: Row) -> bool:
     return row["spills"] > 0
 
 
-def lacks_matrix_instructions(row: Row) -> bool:
-    """True fp32 products have none on a matrix unit."""
-    if row["dtype"] == "fp32" or row["kernel"] in NO_MATRIX_PRODUCT:
+def has_wrong_matrix_instructions(row: Row) -> bool:
+    """NVIDIA's units do not multiply true fp32: there a matrix instruction would be TF32."""
+    if row["kernel"] in NO_MATRIX_PRODUCT or (row["dtype"] == "fp32" and row["target"].startswith("sm_")):
         return row["matrix"]
     in_loop = row.get("matrix_in_loop", row["matrix"])  # AMD's loops are not looked at
     return not (in_loop if row["kernel"] in LOOPING else row["matrix"])
@@ -106,7 +106,7 @@ def instruction_limit(row: Row) -> float | None:
     return INSTRUCTIONS["half" if half else "full", row["constants"]["BLOCK_C"]]
 
 
-GATES = (over_shared_memory, spills, lacks_matrix_instructions, has_narrow_loads, has_many_instructions)
+GATES = (over_shared_memory, spills, has_wrong_matrix_instructions, has_narrow_loads, has_many_instructions)
 
 
 def table(rows: Sequence[Row]) -> list[str]:

@@ -6,14 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import roofline
 import torch
 import triton
 import triton.language as tl
+from case import Case
 
 from pvt_fast import dispatch, kernels
 from pvt_fast.dispatch import Facts
 from pvt_fast.kernels import config, launch
 from pvt_fast.kernels.primitives import row_offsets, split_index
+from pvt_fast.ops import Norm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,3 +123,26 @@ def test_programs_share_all_column_blocks(tiles):
         each = config.columns_per_program(tiles, columns, launch.PRETENDED)
         assert 1 <= each <= columns
         assert each == columns or tiles < 2 * launch.PRETENDED.processors
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("pvt_v2_b0", 46), ("pvt_v2_b1", 46), ("pvt_v2_b2", 83), ("pvt_v2_b2_li", 99), ("pvt_v2_b5", 261)],
+)
+@pytest.mark.parametrize("batch", [1, 32, 256])
+def test_launches_of_a_forward(name, most, batch):
+    """At most 4 a block in stages 1 and 2, 5 in the others, one more in the linear form, and 10 around them."""
+    launches = roofline.model_launches(Case(name, batch, 224, "bf16"))
+    assert len(launches) + 1 <= most, "with torch's linear of the classifier"
+
+
+def test_a_recording_keeps_launches_in_order_and_ends():
+    x = torch.randn(1, 4, 16)
+    norm = Norm(torch.ones(16), torch.zeros(16), 1e-6)
+    device = "cpu" if launch.INTERPRETED else "cuda"
+    with launch.recorded() as launches:
+        kernels.layer_norm(x.to(device), Norm(norm.weight.to(device), norm.bias.to(device), 1e-6))
+        kernels.head(x.to(device), None)
+    kernels.head(x.to(device), None)
+    assert [item.name for item in launches] == ["layer_norm_kernel", "token_mean_kernel"]
+    assert launches[0].args[0].shape == x.shape

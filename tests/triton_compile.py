@@ -70,7 +70,7 @@ class Compilation(NamedTuple):
 def compilation(launch: Launch) -> Compilation:
     """Types, constants and alignment hints that Triton's launcher derives from these arguments."""
     kernel, _, args, keywords = launch
-    options = {name: keywords[name] for name in ("num_warps", "num_stages") if name in keywords}
+    options = {name: keywords[name] for name in ("num_warps", "num_stages", "maxnreg") if name in keywords}
     values = dict(zip(kernel.arg_names, args, strict=False))
     values |= {name: value for name, value in keywords.items() if name not in options}
     signature, constants, aligned = {}, {}, []
@@ -191,18 +191,17 @@ def loops(listing: str) -> list[list[str]]:
 
 
 def _amd_resources(text: str) -> dict[str, Any]:
-    """Vector registers per lane, and as spills the number of spilled registers; matrix instructions, loads."""
-    count = {name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in AMD_COUNTS}
+    """Vector registers per lane, as spills the bytes of scratch memory, matrix instructions, loads.
+
+    Scalars that do not fit go to lanes of a vector register, which costs no memory.
+    """
     loads = re.findall(r"(?:global|buffer)_load_dwordx([234])", text)
     return {
-        "registers": count["vgpr_count"],
-        "spills": count["vgpr_spill_count"] + count["sgpr_spill_count"],
+        "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),
+        "spills": int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1]),
         "matrix": MATRIX_INSTRUCTION.search(text) is not None,
         "load": max((4 * int(words) for words in loads), default=4),
     }
-
-
-AMD_COUNTS = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
 
 
 def main(arch: str, dtype_name: str, variants: str, part: str = "", share: str = "0/1") -> None:

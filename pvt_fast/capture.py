@@ -1,0 +1,61 @@
+"""A model's forward as a CUDA graph: one launch for all its kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .model import PVT_V2
+
+# Forwards before the capture: the first compiles kernels and packs weights.
+_WARMUP_FORWARDS = 3
+
+
+class CapturedModel:
+    """What `PVT_V2.capture` returns: call it with an image like the example.
+
+    Its input and output lie in memory of its own: an image is copied in, and the logits that a call returns are
+    overwritten by the next call (`.clone()` keeps them). Weights are those of the time of capture: after loading or
+    training others, capture again. Not for several threads at once.
+    """
+
+    def __init__(self, model: PVT_V2, example: Tensor) -> None:
+        _check_capturable(model, example)
+        self._image = example.detach().clone()
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(example.device)
+        stream.wait_stream(torch.cuda.current_stream(example.device))
+        with torch.cuda.device(example.device), torch.no_grad():
+            with torch.cuda.stream(stream):
+                for _ in range(_WARMUP_FORWARDS):
+                    model(self._image)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self._graph, stream=stream):
+                self._logits = model(self._image)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Logits (B, num_classes) of an image of the example's shape, dtype and device, in any memory layout."""
+        check_like("captured model", image, self._image)
+        self._image.copy_(image, non_blocking=True)
+        self._graph.replay()
+        return self._logits
+
+
+def check_like(op: str, image: Tensor, example: Tensor) -> None:
+    """Raise ValueError or TypeError, naming what differs, unless `image` has the example's shape, dtype and device."""
+    if image.shape != example.shape:
+        raise ValueError(f"{op}: image must have the captured shape {tuple(example.shape)}, got {tuple(image.shape)}")
+    if image.dtype != example.dtype:
+        raise TypeError(f"{op}: image must have the captured dtype {example.dtype}, got {image.dtype}")
+    if image.device != example.device:
+        raise ValueError(f"{op}: image must be on the captured device {example.device}, got {image.device}")
+
+
+def _check_capturable(model: PVT_V2, example: Tensor) -> None:
+    if example.device.type != "cuda":
+        raise ValueError(f"capture: example must be on a CUDA device, got {example.device}")
+    if model.training:
+        raise ValueError("capture: model must be in evaluation mode (model.eval()), got training mode")
