@@ -258,7 +258,7 @@ def sr_attention(
 def _attention(start: Callable, call: _Call, one_block: bool, many: bool, rows_only: bool, chip: Chip) -> None:
     """Keys and values of one block or more; many or few tiles of rows."""
     x, w = call.x, call.w
-    # few tiles repeat little when each makes the keys and values of its heads; GELU before them takes too many registers
+    # few tiles repeat little when each makes its heads' keys and values; with GELU before, registers do not suffice
     own_keys = not (call.reduces and (many or call.spec.linear)) and config.makes_own_keys(x.dtype, chip)
     in_place = one_block and not rows_only and own_keys
     source: Tensor | None = x
