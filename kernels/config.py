@@ -168,7 +168,8 @@ def spatial_reduction(channels: int, dtype: torch.dtype, to_kv: bool, linear: bo
 
 def pool(channels: int) -> Config:
     """Adaptive pooling: a few whole rows per step."""
-    return {"BLOCK_T": max(1, min(16, 4096 // next_power(channels))), "BLOCK_C": next_power(channels), "num_warps": 4}
+    block_c = next_power(channels)
+    return {"BLOCK_T": max(1, min(16, 4096 // block_c)), "BLOCK_C": block_c, "num_warps": 4 if block_c > 64 else 2}
 
 
 def fuses_projection(channels: int, dtype: torch.dtype, chip: Chip) -> bool:
@@ -195,14 +196,14 @@ def attention(channels: int, head_dim: int, one_block: bool, dtype: torch.dtype,
     return {
         "BLOCK_M": 16 if full else QUERIES,
         "BLOCK_D": next_power(head_dim),
-        "BLOCK_KEYS": 64,
+        "BLOCK_KEYS": 32 if full and not fused and not one_block else 64,
         "ONE_BLOCK": one_block,
         **(
             {"BLOCK_C": next_power(channels)}
             if fused
             else {"BLOCK_K": row_block(channels, dtype), "HELD": holds_rows(dtype, chip)}
         ),
-        "num_warps": 8 if (full and fused) or (fused and (channels > 64 or channels <= 32)) else 4,
+        "num_warps": 8 if fused and (full or channels > 64 or (channels <= 32 and chip.arch.startswith("sm_"))) else 4,
         "num_stages": 1 if one_block else 3 if chip.shared >= _SHARED_OPERAND_BYTES and not full else 2,
         **(_all_registers(chip) if full else {}),
     }
