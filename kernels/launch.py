@@ -64,6 +64,11 @@ def recorded(chip: Chip | None = None, ahead: list[Launch] | None = None) -> Ite
         _recording = before
 
 
+def is_recording() -> bool:
+    """Whether this is within `recorded`."""
+    return _recording is not None
+
+
 def chip_of(device: torch.device) -> Chip:
     """The GPU that kernels on this device run on."""
     if _recording is not None and _recording.chip is not None:
