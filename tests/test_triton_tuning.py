@@ -54,7 +54,7 @@ DEFAULTS = (
     ("dwconv_fc2_kernel", config.dwconv_fc2(64, BF16, True, CHIP)),
     ("dwconv_gelu_kernel", config.dwconv_gelu(True)),
     ("attention_kernel", config.attention(64, 64, True, BF16, CHIP)),
-    ("head_attention_kernel", config.attention(320, 64, True, BF16, CHIP)),
+    ("head_attention_kernel", config.attention(320, 64, False, BF16, CHIP)),
     ("patch_embed_kernel", config.patch_embed(64, 128, BF16, CHIP)),
     ("spatial_reduction_kernel", config.spatial_reduction(64, BF16, True, CHIP)),
 )
@@ -250,7 +250,7 @@ def test_parity_of_every_candidate(op_case, chip_name, names, op_dtype):
         assert_parity(actual, *truth, what=f"{op_case}, candidate {number}")
         assert {*names} <= {made.name for made in launches}
         seen, number = seen | new, number + 1
-    assert number >= 3
+    assert number >= 2
 
 
 def a_key(**changes):
