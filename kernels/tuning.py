@@ -43,8 +43,9 @@ REPEATS = 15
 # Chips with less shared memory get no deeper pipelines than config.py gives them.
 _DEEP_PIPELINE_BYTES = 128 * 1024
 
-# What to try beside the default; compiled for sm_90 in bf16, none of it spills or exceeds shared memory. Only what no other launch and no buffer depends on: not ROWS (the hidden map's
-# padding), not head_attention's BLOCK_M (the keys of "self"), not BLOCK_K with HELD.
+# What to try beside the default. Compiled for sm_90 and b2 in bf16, none of it spills or exceeds shared memory. Only
+# what no other launch and no buffer depends on: not ROWS (the hidden map's padding), not head_attention's BLOCK_M (the
+# keys of "self"), not BLOCK_K with HELD.
 _OVERRIDES: dict[str, tuple[dict[str, int], ...]] = {
     "linear_kernel": (
         {"BLOCK_M": 128, "num_warps": 8},
