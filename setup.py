@@ -27,6 +27,7 @@ extension = Pybind11Extension(
 setup(
     packages=["pvt_fast", "pvt_fast.kernels"],
     package_dir={"pvt_fast.kernels": "kernels"},
+    package_data={"pvt_fast.kernels": ["tuned.json"]},
     ext_modules=[extension],
     cmdclass={"build_ext": build_ext},
 )

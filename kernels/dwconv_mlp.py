@@ -22,7 +22,7 @@ from torch import Tensor
 from pvt_fast.ops import HW, Linear, MlpSpec, MlpWeights, check_mlp
 from pvt_fast.prepack import packed
 
-from . import config
+from . import config, tuning
 from .launch import Chip, chip_of, dot_precision, first_time, launch, warm, workspace
 from .linear import linear
 from .primitives import (
@@ -357,33 +357,42 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
 def _fused(start: Callable, call: _Call, chip: Chip) -> None:
     """All behind the hidden map in one kernel."""
     channels, hidden = call.x.shape[2], call.hidden.shape[3]
-    shape = config.dwconv_fc2(channels, call.x.dtype, call.pack.half, chip)
-    tiles = (call.tiles(shape), triton.cdiv(channels, shape["BLOCK_C"]))
-    parts = config.parts(tiles[0] * tiles[1], hidden // shape["BLOCK_H"], chip)
-    split = parts > 1
-    partial, counter = workspace(call.x.device, split * parts * call.x.numel(), split * tiles[0] * tiles[1])
     pointers = (call.x, call.hidden, call.pack.taps, call.pack.taps_bias, call.pack.fc2_t, call.w.fc2.bias)
-    meta = {"C": channels, "HID": hidden, "SCALED": call.scale is not None, "EXACT": call.exact, **shape}
-    start(
-        dwconv_fc2_kernel,
-        (*tiles, parts),
-        call.x,
-        *pointers,
-        *(call.scale, call.out, partial, counter),
-        *(*call.size, parts),
-        PRECISION=dot_precision(call.x.dtype),
-        **meta,
-    )
+    meta = {"C": channels, "HID": hidden, "SCALED": call.scale is not None, "EXACT": call.exact}
+
+    def start_with(shape: config.Config) -> None:
+        tiles = (call.tiles(shape), triton.cdiv(channels, shape["BLOCK_C"]))
+        parts = config.parts(tiles[0] * tiles[1], hidden // shape["BLOCK_H"], chip)
+        split = parts > 1
+        partial, counter = workspace(call.x.device, split * parts * call.x.numel(), split * tiles[0] * tiles[1])
+        start(
+            dwconv_fc2_kernel,
+            (*tiles, parts),
+            call.x,
+            *pointers,
+            *(call.scale, call.out, partial, counter),
+            *(*call.size, parts),
+            PRECISION=dot_precision(call.x.dtype),
+            **meta,
+            **shape,
+        )
+
+    default = config.dwconv_fc2(channels, call.x.dtype, call.pack.half, chip)
+    tuning.with_choice(start, dwconv_fc2_kernel, (channels, hidden), call.x, default, start_with)
 
 
 def _apart(start: Callable, call: _Call, chip: Chip) -> None:
     """Convolution and GELU, then fc2."""
     hidden = call.hidden.shape[3]
-    shape = config.dwconv_gelu(call.pack.half)
     g = torch.empty((*call.x.shape[:2], hidden), dtype=call.hidden.dtype, device=call.x.device)
-    grid = (call.tiles(shape), hidden // shape["BLOCK_H"])
-    taps = (call.pack.taps, call.pack.taps_bias)
-    start(dwconv_gelu_kernel, grid, call.x, call.hidden, *taps, g, *call.size, HID=hidden, EXACT=call.exact, **shape)
+    pointers = (call.hidden, call.pack.taps, call.pack.taps_bias, g)
+
+    def start_with(shape: config.Config) -> None:
+        grid = (call.tiles(shape), hidden // shape["BLOCK_H"])
+        start(dwconv_gelu_kernel, grid, call.x, *pointers, *call.size, HID=hidden, EXACT=call.exact, **shape)
+
+    default = config.dwconv_gelu(call.pack.half)
+    tuning.with_choice(start, dwconv_gelu_kernel, (hidden,), call.hidden, default, start_with)
     linear(start, g, Linear(call.pack.fc2, call.w.fc2.bias), call.out, call.x, call.scale)
 
 
@@ -395,13 +404,18 @@ def _hidden_map(
     width = pack.fc1.shape[0]
     dtype = torch.float16 if pack.half else x.dtype
     h = torch.empty((images, padded_height, hw[1] + 2, width), dtype=dtype, device=x.device)
-    shape = config.norm_linear(channels, width, x.dtype, chip)
     border = images * (padded_height * (hw[1] + 2) - hw[0] * hw[1])
-    tiles = triton.cdiv(x.shape[0] * x.shape[1], shape["BLOCK_M"]) + triton.cdiv(border, shape["BLOCK_M"])
-    columns = triton.cdiv(width, shape["BLOCK_N"])
-    per_program = config.columns_per_program(tiles, columns, chip)
-    grid = (tiles, triton.cdiv(columns, per_program))
     pointers = (x, w.norm.weight, w.norm.bias, pack.fc1, pack.fc1_bias, h)
-    meta = {"C": channels, "HID": width, "RELU": spec.relu, "PRECISION": dot_precision(x.dtype), **shape}
-    launch(norm_fc1_kernel, grid, x, *pointers, images, *hw, padded_height, per_program, w.norm.eps, **meta)
+    meta = {"C": channels, "HID": width, "RELU": spec.relu, "PRECISION": dot_precision(x.dtype)}
+
+    def start_with(shape: config.Config) -> None:
+        tiles = triton.cdiv(x.shape[0] * x.shape[1], shape["BLOCK_M"]) + triton.cdiv(border, shape["BLOCK_M"])
+        columns = triton.cdiv(width, shape["BLOCK_N"])
+        per_program = config.columns_per_program(tiles, columns, chip)
+        sizes = (images, *hw, padded_height, per_program)
+        grid = (tiles, triton.cdiv(columns, per_program))
+        launch(norm_fc1_kernel, grid, x, *pointers, *sizes, w.norm.eps, **meta, **shape)
+
+    default = config.norm_linear(channels, width, x.dtype, chip)
+    tuning.with_choice(launch, norm_fc1_kernel, (channels, width, spec.relu, pack.half), x, default, start_with)
     return h

@@ -53,15 +53,23 @@ _recording: _Recording | None = None
 def recorded(chip: Chip | None = None, ahead: list[Launch] | None = None) -> Iterator[list[Launch]]:
     """Within the block every launch is kept in the list, in order, with its arguments alive.
 
-    Launches on meta tensors are not run. `chip`: take that for the device's, which is how the launches of a GPU that is
-    not there are made. `ahead`: a list that gets what `warm` compiles. Not for several threads at once.
+    A recording around this one gets them at its end. Launches on meta tensors are not run. `chip`: take that for the
+    device's, which is how the launches of a GPU that is not there are made. `ahead`: a list that gets what `warm`
+    compiles. Not for several threads at once.
     """
     global _recording
     before, _recording = _recording, _Recording([], [] if ahead is None else ahead, chip)
     try:
         yield _recording.launches
     finally:
+        if before is not None:
+            before.launches.extend(_recording.launches)
         _recording = before
+
+
+def is_recording() -> bool:
+    """Whether this is within `recorded`."""
+    return _recording is not None
 
 
 def chip_of(device: torch.device) -> Chip:

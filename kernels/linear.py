@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pvt_fast.ops import Linear, Norm
 
-from . import config
+from . import config, tuning
 from .launch import chip_of, dot_precision
 from .primitives import (
     add_residual,
@@ -106,11 +106,16 @@ def norm_linear_kernel(
 def linear(start: Callable, a: Tensor, w: Linear, out: Tensor, x: Tensor, scale: Tensor | None) -> None:
     """out = x + a @ W^T + b, or x + scale * (...) with one scale per image; a (B, N, Cin), x and out (B, N, Cout)."""
     columns, inner = w.weight.shape
-    shape = config.linear(columns, inner, x.dtype, chip_of(a.device))
     rows = a.shape[0] * a.shape[1]
-    grid = (triton.cdiv(rows, shape["BLOCK_M"]), triton.cdiv(columns, shape["BLOCK_N"]))
-    meta = {"N": columns, "K": inner, "SCALED": scale is not None, "PRECISION": dot_precision(x.dtype), **shape}
-    start(linear_kernel, grid, a, a, w.weight.contiguous(), w.bias, x, scale, out, rows, a.shape[1], **meta)
+    pointers = (a, w.weight.contiguous(), w.bias, x, scale, out)
+    meta = {"N": columns, "K": inner, "SCALED": scale is not None, "PRECISION": dot_precision(x.dtype)}
+
+    def start_with(shape: config.Config) -> None:
+        grid = (triton.cdiv(rows, shape["BLOCK_M"]), triton.cdiv(columns, shape["BLOCK_N"]))
+        start(linear_kernel, grid, a, *pointers, rows, a.shape[1], **meta, **shape)
+
+    default = config.linear(columns, inner, x.dtype, chip_of(a.device))
+    tuning.with_choice(start, linear_kernel, (columns, inner), a, default, start_with)
 
 
 def norm_linear(start: Callable, x: Tensor, norm: Norm, w: Linear) -> Tensor:
@@ -119,11 +124,15 @@ def norm_linear(start: Callable, x: Tensor, norm: Norm, w: Linear) -> Tensor:
     rows = x.shape[0] * x.shape[1]
     out = torch.empty((*x.shape[:2], columns), dtype=x.dtype, device=x.device)
     chip = chip_of(x.device)
-    shape = config.norm_linear(channels, columns, x.dtype, chip)
-    tiles, blocks = triton.cdiv(rows, shape["BLOCK_M"]), triton.cdiv(columns, shape["BLOCK_N"])
-    per_program = config.columns_per_program(tiles, blocks, chip)
-    grid = (tiles, triton.cdiv(blocks, per_program))
     pointers = (x, norm.weight, norm.bias, w.weight.contiguous(), w.bias, out)
-    meta = {"N": columns, "C": channels, "PRECISION": dot_precision(x.dtype), **shape}
-    start(norm_linear_kernel, grid, x, *pointers, rows, per_program, norm.eps, **meta)
+    meta = {"N": columns, "C": channels, "PRECISION": dot_precision(x.dtype)}
+
+    def start_with(shape: config.Config) -> None:
+        tiles, blocks = triton.cdiv(rows, shape["BLOCK_M"]), triton.cdiv(columns, shape["BLOCK_N"])
+        per_program = config.columns_per_program(tiles, blocks, chip)
+        grid = (tiles, triton.cdiv(blocks, per_program))
+        start(norm_linear_kernel, grid, x, *pointers, rows, per_program, norm.eps, **meta, **shape)
+
+    default = config.norm_linear(channels, columns, x.dtype, chip)
+    tuning.with_choice(start, norm_linear_kernel, (channels, columns), x, default, start_with)
     return out

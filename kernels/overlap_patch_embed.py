@@ -14,7 +14,7 @@ from torch import Tensor
 from pvt_fast.ops import HW, PatchEmbedWeights, check_patch_embed
 from pvt_fast.prepack import packed
 
-from . import config
+from . import config, tuning
 from .launch import chip_of, dot_precision, launch, workspace
 from .primitives import (
     bound,
@@ -172,26 +172,32 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
     if out.numel() == 0:
         return out, hw
     chip = chip_of(image.device)
-    shape = config.patch_embed(in_channels, channels, image.dtype, chip)
+    default = config.patch_embed(in_channels, channels, image.dtype, chip)
     weight = w.proj.weight
-    if shape["PER_TAP"]:
+    if default["PER_TAP"]:
         weight = packed(w.cache, "triton", (weight,), lambda: w.proj.weight.detach().permute(0, 2, 3, 1).contiguous())
-    tiles = (triton.cdiv(images * hw[0] * hw[1], shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))
-    summed = not shape["WHOLE_ROWS"]
-    steps = kernel * kernel * in_channels // shape["BLOCK_K"]
-    parts = config.parts(tiles[0] * tiles[1], steps, chip) if summed else 1
-    partial, counter = workspace(image.device, summed * parts * out.numel(), summed * tiles[0])
-    launch(
-        patch_embed_kernel if shape["PER_TAP"] else pixel_embed_kernel,
-        (*tiles, parts),
-        image,
-        *(image, weight.contiguous(), w.proj.bias, w.norm.weight, w.norm.bias, partial, counter, out),
-        *(images, *image.shape[2:], *hw, parts, *image.stride(), w.norm.eps),
-        CIN=in_channels,
-        C=channels,
-        KERNEL=kernel,
-        STRIDE=stride,
-        PRECISION=dot_precision(image.dtype),
-        **shape,
-    )
+    starts = patch_embed_kernel if default["PER_TAP"] else pixel_embed_kernel
+    pointers = (image, weight.contiguous(), w.proj.bias, w.norm.weight, w.norm.bias)
+    summed = not default["WHOLE_ROWS"]
+
+    def start_with(shape: config.Config) -> None:
+        tiles = (triton.cdiv(images * hw[0] * hw[1], shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))
+        steps = kernel * kernel * in_channels // shape["BLOCK_K"]
+        parts = config.parts(tiles[0] * tiles[1], steps, chip) if summed else 1
+        partial, counter = workspace(image.device, summed * parts * out.numel(), summed * tiles[0])
+        launch(
+            starts,
+            (*tiles, parts),
+            image,
+            *(*pointers, partial, counter, out),
+            *(images, *image.shape[2:], *hw, parts, *image.stride(), w.norm.eps),
+            CIN=in_channels,
+            C=channels,
+            KERNEL=kernel,
+            STRIDE=stride,
+            PRECISION=dot_precision(image.dtype),
+            **shape,
+        )
+
+    tuning.with_choice(launch, starts, (in_channels, channels, kernel, stride), image, default, start_with)
     return out, hw

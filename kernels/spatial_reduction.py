@@ -20,7 +20,7 @@ from pvt_fast.config import LINEAR_POOL_SIZE
 from pvt_fast.ops import HW, AttentionSpec, AttentionWeights, Norm
 from pvt_fast.prepack import packed
 
-from . import config
+from . import config, tuning
 from .launch import chip_of, dot_precision, launch, workspace
 from .primitives import (
     bound,
@@ -184,30 +184,34 @@ def reduce_map(start: Callable, x: Tensor, hw: HW, w: AttentionWeights, spec: At
     weight = packed(w.cache, "triton", (sr_weight,), lambda: sr_weight.detach().permute(0, 2, 3, 1).contiguous())
     source = _pool(x, hw, w.norm) if spec.linear and start is launch else x  # to compile, any of its type will do
     size = (LINEAR_POOL_SIZE, LINEAR_POOL_SIZE) if spec.linear else hw
-    shape = config.spatial_reduction(channels, dtype, to_kv, spec.linear, chip)
-    tiles = (triton.cdiv(images * keys, shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))
-    parts = config.parts(tiles[0] * tiles[1], 2 * ratio**2, chip)
-    sums, counter = workspace(x.device, parts * images * keys * channels, to_kv * tiles[0])
     kv = torch.empty((images, keys, 2 * channels), dtype=dtype, device=x.device) if to_kv else x
-    start(
-        spatial_reduction_kernel,
-        (*tiles, parts),
-        x,
-        *(source, w.norm.weight, w.norm.bias, weight, w.sr.bias),
-        *(w.sr_norm.weight, w.sr_norm.bias, w.kv.weight.contiguous(), w.kv.bias),
-        *(sums, counter, kv),
-        *(images, *size, parts, w.norm.eps, w.sr_norm.eps),
-        C=channels,
-        R=ratio,
-        LINEAR=spec.linear,
-        EXACT=dtype == torch.float32,
-        TO_KV=to_kv,
-        PRECISION=dot_precision(dtype),
-        **shape,
-    )
-    if to_kv:
-        return Reduced(kv, None)
-    return Reduced(None, sums.view(parts, images, keys, channels))
+    weights = (w.norm.weight, w.norm.bias, weight, w.sr.bias)
+    kv_weights = (w.sr_norm.weight, w.sr_norm.bias, w.kv.weight.contiguous(), w.kv.bias)
+    eps = (w.norm.eps, w.sr_norm.eps)
+
+    def start_with(shape: config.Config) -> Reduced:
+        tiles = (triton.cdiv(images * keys, shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))
+        parts = config.parts(tiles[0] * tiles[1], 2 * ratio**2, chip)
+        sums, counter = workspace(x.device, parts * images * keys * channels, to_kv * tiles[0])
+        start(
+            spatial_reduction_kernel,
+            (*tiles, parts),
+            x,
+            *(source, *weights, *kv_weights, sums, counter, kv),
+            *(images, *size, parts, *eps),
+            C=channels,
+            R=ratio,
+            LINEAR=spec.linear,
+            EXACT=dtype == torch.float32,
+            TO_KV=to_kv,
+            PRECISION=dot_precision(dtype),
+            **shape,
+        )
+        return Reduced(kv, None) if to_kv else Reduced(None, sums.view(parts, images, keys, channels))
+
+    default = config.spatial_reduction(channels, dtype, to_kv, spec.linear, chip)
+    form = (channels, ratio, spec.linear, to_kv)
+    return tuning.with_choice(start, spatial_reduction_kernel, form, x, default, start_with)
 
 
 def _pool(x: Tensor, hw: HW, norm: Norm) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pvt_fast.ops import HW, AttentionSpec, AttentionWeights, check_attention
 
-from . import config
+from . import config, tuning
 from .launch import Chip, chip_of, dot_precision, first_time, launch, warm
 from .linear import linear, norm_linear
 from .primitives import (
@@ -282,20 +282,24 @@ def _fused(start: Callable, call: _Call, kv: Tensor, one_block: bool, chip: Chip
     x, w = call.x, call.w
     channels, tokens = x.shape[2], x.shape[1]
     head_dim = channels // call.spec.num_heads
-    shape = config.attention(channels, head_dim, one_block, x.dtype, chip)
-    start(
-        attention_kernel,
-        (x.shape[0] * triton.cdiv(tokens, shape["BLOCK_M"]),),
-        x,
-        *(x, w.norm.weight, w.norm.bias, w.q.weight.contiguous(), w.q.bias, kv),
-        *(w.proj.weight.contiguous(), w.proj.bias, call.scale, call.out),
-        *(tokens, kv.shape[1], w.norm.eps, call.spec.scale * _LOG2_E),
-        C=channels,
-        HEAD_DIM=head_dim,
-        SCALED=call.scale is not None,
-        PRECISION=dot_precision(x.dtype),
-        **shape,
-    )
+    pointers = (x, w.norm.weight, w.norm.bias, w.q.weight.contiguous(), w.q.bias, kv)
+
+    def start_with(shape: config.Config) -> None:
+        start(
+            attention_kernel,
+            (x.shape[0] * triton.cdiv(tokens, shape["BLOCK_M"]),),
+            x,
+            *(*pointers, w.proj.weight.contiguous(), w.proj.bias, call.scale, call.out),
+            *(tokens, kv.shape[1], w.norm.eps, call.spec.scale * _LOG2_E),
+            C=channels,
+            HEAD_DIM=head_dim,
+            SCALED=call.scale is not None,
+            PRECISION=dot_precision(x.dtype),
+            **shape,
+        )
+
+    default = config.attention(channels, head_dim, one_block, x.dtype, chip)
+    tuning.with_choice(start, attention_kernel, (channels, head_dim), x, default, start_with)
 
 
 def _heads(start: Callable, call: _Call, source: Tensor, kind: str, one_block: bool, many: bool, chip: Chip) -> Tensor:
@@ -303,25 +307,30 @@ def _heads(start: Callable, call: _Call, source: Tensor, kind: str, one_block: b
     x, w = call.x, call.w
     images, tokens, channels = x.shape
     head_dim = channels // call.spec.num_heads
-    shape = config.attention(channels, head_dim, one_block, x.dtype, chip)
     heads = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kv_norm = w.norm if w.sr_norm is None else w.sr_norm
     per_program = call.spec.num_heads if many else 1
-    start(
-        head_attention_kernel,
-        (images * triton.cdiv(tokens, shape["BLOCK_M"]), triton.cdiv(call.spec.num_heads, per_program)),
-        x,
-        *(x, w.norm.weight, w.norm.bias, w.q.weight.contiguous(), w.q.bias),
-        *(source, kv_norm.weight, kv_norm.bias, w.kv.weight.contiguous(), w.kv.bias),
-        *(heads, w.proj.weight.contiguous(), w.proj.bias, call.scale, call.out),
-        *(images, tokens, source.shape[-2], source.shape[0] if kind == "sums" else 1, per_program, int(many)),
-        *(w.norm.eps, kv_norm.eps, call.spec.scale * _LOG2_E),
-        C=channels,
-        HEAD_DIM=head_dim,
-        SOURCE=kind,
-        LINEAR=call.spec.linear,
-        SCALED=call.scale is not None,
-        PRECISION=dot_precision(x.dtype),
-        **shape,
-    )
+    queries = (x, w.norm.weight, w.norm.bias, w.q.weight.contiguous(), w.q.bias)
+    keys = (source, kv_norm.weight, kv_norm.bias, w.kv.weight.contiguous(), w.kv.bias)
+    parts = source.shape[0] if kind == "sums" else 1
+
+    def start_with(shape: config.Config) -> None:
+        start(
+            head_attention_kernel,
+            (images * triton.cdiv(tokens, shape["BLOCK_M"]), triton.cdiv(call.spec.num_heads, per_program)),
+            x,
+            *(*queries, *keys, heads, w.proj.weight.contiguous(), w.proj.bias, call.scale, call.out),
+            *(images, tokens, source.shape[-2], parts, per_program, int(many)),
+            *(w.norm.eps, kv_norm.eps, call.spec.scale * _LOG2_E),
+            C=channels,
+            HEAD_DIM=head_dim,
+            SOURCE=kind,
+            LINEAR=call.spec.linear,
+            SCALED=call.scale is not None,
+            PRECISION=dot_precision(x.dtype),
+            **shape,
+        )
+
+    default = config.attention(channels, head_dim, one_block, x.dtype, chip)
+    tuning.with_choice(start, head_attention_kernel, (channels, head_dim, kind, many), x, default, start_with)
     return heads

@@ -1,10 +1,11 @@
 """The gates before any GPU: kernels compiled ahead of time fit their chip, do not spill, use its matrix units and wide
 loads, and stay within the committed number of instructions per hidden element.
 
-    python tests/gpu_gates.py [--targets sm_90,gfx942] [--dtypes bf16]
+    python tests/gpu_gates.py [--targets sm_90,gfx942] [--dtypes bf16] [--candidates]
 
 compiles every kernel of every published variant for every target and dtype, prints what they take and fails where one
-is beyond a gate. The test suite runs a part of it (test_triton_compile.py).
+is beyond a gate. With --candidates, what the autotuner would try instead (on sm_90, in 16 bits). The test suite runs a
+part of it (test_triton_compile.py).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Job(NamedTuple):
     dtype: str
     variants: str
     share: str = "0/1"
+    of: str = "defaults"
 
 
 def run_python(*arguments: str) -> str:
@@ -65,7 +67,7 @@ def compile_rows(jobs: Sequence[Job], told: Callable[[Job], None] = lambda job: 
     """One row per distinct kernel of each job, a process per processor at a time."""
 
     def run(job: Job) -> list[Row]:
-        output = run_python(str(SCRIPT), job.target, job.dtype, job.variants, "", job.share)
+        output = run_python(str(SCRIPT), job.target, job.dtype, job.variants, "", job.share, job.of)
         told(job)
         return [json.loads(line) for line in output.splitlines()]
 
@@ -130,9 +132,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
+    parser.add_argument("--candidates", action="store_true", help="those of the autotuner, instead of the defaults")
     options = parser.parse_args()
     jobs = [
-        Job(target, dtype, ",".join(VARIANTS), f"{share}/4")
+        Job(target, dtype, ",".join(VARIANTS), f"{share}/4", "candidates" if options.candidates else "defaults")
         for target in options.targets.split(",")
         for dtype in options.dtypes.split(",")
         for share in range(4)

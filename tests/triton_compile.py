@@ -1,6 +1,6 @@
 """Compiles every kernel launch of the published networks for one GPU target, with no GPU; prints one JSON row each.
 
-    python tests/triton_compile.py sm_90 bf16 pvt_v2_b0,pvt_v2_b2 [PART OF A KERNEL'S NAME [EVERY/NTH]]
+    python tests/triton_compile.py sm_90 bf16 pvt_v2_b0,pvt_v2_b2 [PART OF A NAME [EVERY/NTH [candidates]]]
 
 The launches are those that the backend itself makes: the models run on meta tensors and the launches are recorded, so
 block sizes, argument types and alignment hints are what the launcher would use on such a device. A row
@@ -29,7 +29,10 @@ from triton.compiler import ASTSource
 
 import pvt_fast
 from pvt_fast import kernels
+from pvt_fast.kernels import tuning
+from pvt_fast.kernels.config import Config
 from pvt_fast.kernels.launch import Chip, Launch, recorded
+from pvt_fast.kernels.tuning_records import Key
 
 dwconv_mlp = sys.modules["pvt_fast.kernels.dwconv_mlp"]  # the package has the function under that name
 
@@ -109,6 +112,26 @@ def compilations(
             for made in _compilations(variants, dtype, chip, batches, sizes):
                 found.setdefault(made.key(), made)
     return list(found.values())
+
+
+class Candidate(NamedTuple):
+    """Stands for the tuner: always the n-th candidate, or the last."""
+
+    n: int
+
+    def known(self, key: Key, bucket: int, chip: Chip) -> Config:
+        offered = tuning.candidates(key.kernel, dict(key.default), chip)
+        return offered[min(self.n, len(offered) - 1)]
+
+
+def candidate_compilations(variants: list[str], dtype: torch.dtype, chip: Chip) -> list[Compilation]:
+    """What the autotuner would compile beside the defaults."""
+    found: dict[str, Compilation] = {}
+    for n in range(1, 1 + max(map(len, tuning._OVERRIDES.values()))):
+        with tuning.use(Candidate(n)):
+            found |= {made.key(): made for made in compilations(variants, dtype, chip)}
+    defaults = {made.key() for made in compilations(variants, dtype, chip)}
+    return [made for key, made in found.items() if key not in defaults]
 
 
 def _compilations(
@@ -204,9 +227,10 @@ def _amd_resources(text: str) -> dict[str, Any]:
     }
 
 
-def main(arch: str, dtype_name: str, variants: str, part: str = "", share: str = "0/1") -> None:
+def main(arch: str, dtype_name: str, variants: str, part: str = "", share: str = "0/1", of: str = "defaults") -> None:
     chip, (first, step) = CHIPS[arch], map(int, share.split("/"))
-    for made in compilations(variants.split(","), DTYPES[dtype_name], chip)[first::step]:
+    list_all = {"defaults": compilations, "candidates": candidate_compilations}[of]
+    for made in list_all(variants.split(","), DTYPES[dtype_name], chip)[first::step]:
         if part in made.kernel.__name__:
             row = {
                 "target": arch,
