@@ -5,6 +5,7 @@ Any device and dtype, float64 included; gradients through autograd. See `ops` fo
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,7 +53,7 @@ def sr_attention(
     if w.sr is not None and w.sr_norm is not None:
         y_map = to_map(y, hw)
         if spec.linear:
-            y_map = F.adaptive_avg_pool2d(y_map, LINEAR_POOL_SIZE)
+            y_map = _pool(y_map)
         # stride R without padding: rows and columns past the last full R x R patch reach no key
         reduced = to_tokens(F.conv2d(y_map, _kernel(w.sr), w.sr.bias, stride=w.sr.weight.shape[2]))
         reduced = layer_norm(reduced, w.sr_norm)
@@ -99,6 +100,28 @@ def _kernel(conv: Linear) -> Tensor:
     the same memory, but DistributedDataParallel compares strides, warns and copies.
     """
     return conv.weight.flatten(1).unflatten(1, conv.weight.shape[1:])
+
+
+def exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export is at work; asked only where it may be, as torch's answer imports the exporter."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
+def _pool(y_map: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, 7, 7): means of adaptive bins, which overlap where 7 does not divide the size."""
+    if not exporting_to_onnx():
+        return F.adaptive_avg_pool2d(y_map, LINEAR_POOL_SIZE)
+    # ONNX has no such pooling: its bins are fixed windows. Two products with constant matrices are the same sums.
+    rows, columns = (_averages(size, y_map) for size in y_map.shape[2:])
+    return rows @ y_map @ columns.T
+
+
+def _averages(size: int, like: Tensor) -> Tensor:
+    """(7, size): row i averages the places [floor(i * size / 7), ceil((i + 1) * size / 7))."""
+    bins = torch.arange(LINEAR_POOL_SIZE, device=like.device).unsqueeze(1)
+    places = torch.arange(size, device=like.device)
+    starts, ends = bins * size // LINEAR_POOL_SIZE, ((bins + 1) * size + LINEAR_POOL_SIZE - 1) // LINEAR_POOL_SIZE
+    return ((places >= starts) & (places < ends)).to(like.dtype) / (ends - starts).to(like.dtype)
 
 
 def _add_residual(x: Tensor, z: Tensor, residual_scale: Tensor | None) -> Tensor:
