@@ -24,7 +24,8 @@ LAYOUT_PEERS = ("timm", "transformers")
 
 def ours(num_classes: int = 7, **overrides: Any) -> PVT_V2:
     arguments = {**SMALL, **overrides}
-    return PVT_V2(img_size=64, num_classes=num_classes, num_stages=len(arguments["depths"]), **arguments).eval()
+    arguments = {"img_size": 64, "num_stages": len(arguments["depths"]), **arguments}
+    return PVT_V2(num_classes=num_classes, **arguments).eval()
 
 
 def peer(layout: str, num_classes: int = 7, **overrides: Any) -> nn.Module:
