@@ -26,7 +26,7 @@ def clear_errors(op: str, repository: str) -> Iterator[None]:
     try:
         yield
     except LocalEntryNotFoundError as error:
-        why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub cannot be reached"
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
         raise OSError(
             f"{op}: {repository} must be in the cache {constants.HF_HUB_CACHE} when {why}, and it is not; "
             f"fetch it where there is a network (hf download {repository.partition('@')[0]}), or give a local file"

@@ -36,7 +36,7 @@ def unsupported(facts: Facts) -> str | None:
 def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
     """LayerNorm(conv(image)): image (B, Cin, H, W) -> tokens (B, H' * W', C) and (H', W')."""
     hw = check_patch_embed(image, w, stride)
-    y = F.conv2d(image, _kernel(w.proj), w.proj.bias, stride, padding=w.proj.weight.shape[2] // 2)
+    y = _conv2d(image, w.proj, stride=stride, padding=w.proj.weight.shape[2] // 2)
     return layer_norm(to_tokens(y), w.norm), hw
 
 
@@ -55,7 +55,7 @@ def sr_attention(
         if spec.linear:
             y_map = _pool(y_map)
         # stride R without padding: rows and columns past the last full R x R patch reach no key
-        reduced = to_tokens(F.conv2d(y_map, _kernel(w.sr), w.sr.bias, stride=w.sr.weight.shape[2]))
+        reduced = to_tokens(_conv2d(y_map, w.sr, stride=w.sr.weight.shape[2]))
         reduced = layer_norm(reduced, w.sr_norm)
         if spec.linear:
             reduced = F.gelu(reduced)
@@ -76,7 +76,7 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
     h = F.linear(layer_norm(x, w.norm), w.fc1.weight, w.fc1.bias)
     if spec.relu:
         h = F.relu(h)
-    h = to_tokens(F.conv2d(to_map(h, hw), _kernel(w.dwconv), w.dwconv.bias, padding=1, groups=h.shape[2]))
+    h = to_tokens(_conv2d(to_map(h, hw), w.dwconv, padding=1, groups=h.shape[2]))
     h = F.dropout(F.gelu(h), spec.drop)
     z = F.dropout(F.linear(h, w.fc2.weight, w.fc2.bias), spec.drop)
     return _add_residual(x, z, residual_scale)
@@ -91,6 +91,30 @@ def head(x: Tensor, w: Linear | None) -> Tensor:
     """Mean over the tokens (B, N, C) -> (B, C), then the classifier (B, num_classes) unless `w` is None."""
     mean = x.mean(dim=1)
     return mean if w is None else F.linear(mean, w.weight, w.bias)
+
+
+def _conv2d(image: Tensor, conv: Linear, **options: int) -> Tensor:
+    if _sizes_are_symbols(image):
+        # inductor (torch 2.13) fails on a convolution of a channels-last view whose sizes are symbols
+        image = image.contiguous()
+    return F.conv2d(image, _kernel(conv), conv.bias, **options)
+
+
+def _sizes_are_symbols(image: Tensor) -> bool:
+    """Whether a compiler traces this for any height and width.
+
+    It does not tell; but of a number it knows the rest after a division, of a symbol not (unless that is declared to
+    be a multiple of every divisor tried here).
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # not for every process: it loads sympy
+
+    return not all(
+        any(statically_known_true(size % divisor == rest) for rest in range(divisor))
+        for size in image.shape[2:]
+        for divisor in (2, 3, 5, 7, 11)
+    )
 
 
 def _kernel(conv: Linear) -> Tensor:
@@ -109,9 +133,9 @@ def exporting_to_onnx() -> bool:
 
 def _pool(y_map: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, C, 7, 7): means of adaptive bins, which overlap where 7 does not divide the size."""
-    if not exporting_to_onnx():
+    if not exporting_to_onnx() and not _sizes_are_symbols(y_map):
         return F.adaptive_avg_pool2d(y_map, LINEAR_POOL_SIZE)
-    # ONNX has no such pooling: its bins are fixed windows. Two products with constant matrices are the same sums.
+    # ONNX has fixed windows only, and inductor fixes the windows of the first size: two products are the same sums
     rows, columns = (_averages(size, y_map) for size in y_map.shape[2:])
     return rows @ y_map @ columns.T
 
