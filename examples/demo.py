@@ -23,8 +23,8 @@ import pvt_fast
 from pvt_fast import bench
 from pvt_fast.digits import Digits, load_digits
 from pvt_fast.doctor import cpu_name
+from pvt_fast.model_file import load_model
 from pvt_fast.preprocess import Preprocess
-from pvt_fast.weights import load_model
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 PHOTOGRAPH = "china.jpg"

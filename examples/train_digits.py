@@ -19,7 +19,7 @@ from torch import Tensor
 
 import pvt_fast
 from pvt_fast.digits import PREPROCESS, SIZE, Digits, load_digits
-from pvt_fast.weights import save_model
+from pvt_fast.model_file import save_model
 
 OUT = Path(__file__).with_name("digits.safetensors")
 

@@ -8,8 +8,8 @@ logits = model(image)  # image (B, 3, H, W)
 from . import _install  # noqa: F401  # first: says clearly when this copy of the package cannot work
 from ._version import __version__
 from .dispatch import BackendStatus, BackendUnavailable, backends, use_backend
-from .model import (
-    PVT_V2,
+from .model import PVT_V2
+from .variants import (
     create_model,
     list_models,
     pvt_v2_b0,
@@ -20,15 +20,19 @@ from .model import (
     pvt_v2_b4,
     pvt_v2_b5,
 )
+from .weights import LoadReport, export_weights, load_weights
 
 __all__ = [
     "PVT_V2",
     "BackendStatus",
     "BackendUnavailable",
+    "LoadReport",
     "__version__",
     "backends",
     "create_model",
+    "export_weights",
     "list_models",
+    "load_weights",
     "pvt_v2_b0",
     "pvt_v2_b1",
     "pvt_v2_b2",

@@ -17,10 +17,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__, bench, create_model, doctor, list_models
+from .checkpoint import load_state
 from .dispatch import ORDER, BackendUnavailable
+from .layouts import to_official
 from .model import PVT_V2
+from .model_file import build_model, has_config
 from .preprocess import Preprocess, read_image
-from .weights import assign_state, build_model, has_config, load_state
+from .weights import assign
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_TOPK = 5
@@ -63,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("classify", help="the likeliest classes of images")
     command.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     command.add_argument("--model", choices=list_models(), help="not needed for weights that describe their model")
-    command.add_argument("--weights", type=Path, required=True, help=".safetensors, .pth or .pt, official key names")
+    command.add_argument("--weights", type=Path, required=True, help=".safetensors, .pth, .pt or .bin, of any library")
     command.add_argument("--labels", type=Path, help="names of the classes: one a line, or a JSON list")
     command.add_argument("--topk", type=_positive, help=f"classes to show (default: {_DEFAULT_TOPK})")
     command.add_argument("--backend", choices=("auto", *ORDER), default="auto")
@@ -139,19 +142,21 @@ def _load(name: str | None, path: Path) -> tuple[PVT_V2, Preprocess]:
         if name is not None:
             raise ValueError(f"classify: --model must be left out for weights that describe their model, got {name}")
         model, preprocess = build_model(metadata)
+        norm_eps: dict[str, float] | None = model.norm_eps()
     elif name is None:
         raise ValueError(f"classify: --model must be given for weights that do not describe it, such as {path}")
     else:
         model, preprocess = create_model(name, num_classes=_classes(state)), Preprocess()
+        norm_eps = None  # those of the layout
     if not model.config.num_classes:
         raise ValueError(f"classify: --weights must include a head, got {path} without classes")
-    assign_state(model, state)
+    assign(model, state, norm_eps)
     return model.eval(), preprocess
 
 
 def _classes(state: dict[str, torch.Tensor]) -> int:
     """Classes of the head; 0 without one."""
-    head = state.get("head.weight")
+    head = to_official(state).state.get("head.weight")
     return head.shape[0] if head is not None and head.dim() == 2 else 0
 
 

@@ -49,6 +49,8 @@ class PVTConfig:
         _require_int("in_channels", self.in_channels, minimum=1)
         _require_int("num_classes", self.num_classes, minimum=0)
         _require_int("patch_size", self.patch_size, minimum=FIRST_STRIDE + 1)
+        if not isinstance(self.img_size, int):
+            object.__setattr__(self, "img_size", self.img_hw)
         for field in ("embed_dims", "num_heads", "depths", "sr_ratios", "mlp_ratios"):
             object.__setattr__(self, field, self._per_stage(field))
         for field in ("embed_dims", "num_heads", "depths", "sr_ratios"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -56,19 +57,43 @@ def _check_name(name: str, source: str) -> str:
     return name
 
 
-# The environment is read once, at import; `use_backend` overrides it, a model's own `backend` overrides both.
-_environment = _check_name(os.environ.get("PVT_FAST_BACKEND") or "auto", "PVT_FAST_BACKEND")
+# The environment is read once, at import, and checked when it is first followed, so that the command can still say
+# what is wrong with it. `use_backend` overrides it, a model's own `backend` overrides both.
+_environment = os.environ.get("PVT_FAST_BACKEND") or "auto"
 _default: ContextVar[str] = ContextVar("pvt_fast_backend", default=_environment)
+
+
+class _Traced(threading.local):
+    """`_default` as the compiler can see it: it guards on attributes of thread-local objects, not on context variables.
+
+    So a change of default retraces a compiled model. Tasks that take turns on one thread share this copy.
+    """
+
+    def __init__(self) -> None:
+        self.default = _environment
+
+
+traced = _Traced()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block, models whose own `backend` is "auto" run on `name`."""
+    """Within the block, models whose own `backend` is "auto" run on `name`, compiled ones too: they retrace."""
     token = _default.set(_check_name(name, "use_backend: name"))
+    traced.default = name
     try:
         yield
     finally:
         _default.reset(token)
+        traced.default = _default.get()
+
+
+def check_environment() -> None:
+    """Raise BackendMisconfigured where the variable PVT_FAST_BACKEND names no backend."""
+    try:
+        _check_name(_environment, "PVT_FAST_BACKEND")
+    except ValueError as error:
+        raise BackendMisconfigured(str(error)) from error
 
 
 @cache
@@ -87,6 +112,8 @@ def select(facts: Facts, requested: str = "auto") -> ModuleType:
     """
     name = _default.get() if requested == "auto" else requested
     if name != "auto":
+        if name not in ORDER:
+            check_environment()
         module = load(name)
         reason = str(module) if isinstance(module, BackendUnavailable) else module.unsupported(facts)
         if reason is None and isinstance(module, ModuleType):

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__, backends
+from .dispatch import BackendUnavailable, check_environment
 
 _VARIABLES = ("PVT_FAST_BACKEND", "PVT_FAST_ISA")
 
@@ -77,4 +78,9 @@ def _isas(usable: bool) -> list[tuple[str, str]]:
 
 
 def _environment() -> list[tuple[str, str]]:
-    return [(name, os.environ.get(name) or "not set") for name in _VARIABLES]
+    rows = {name: os.environ.get(name) or "not set" for name in _VARIABLES}
+    try:
+        check_environment()
+    except BackendUnavailable as error:
+        rows["PVT_FAST_BACKEND"] = f"not usable: {error}"
+    return list(rows.items())

@@ -5,8 +5,8 @@ a model is traced, `traced(facts, requested)` picks the backend once and answers
 the reference itself, so that the compiler sees plain torch and fuses it, or calls of `torch.ops.pvt_fast.*`, opaque
 to the compiler, which hand on to the backend named in their last argument.
 
-The choice is made while tracing and baked into the graph. A change of `model.backend` retraces; a later
-`use_backend` does not.
+The choice is made while tracing and baked into the graph. A change of `model.backend`, or of `use_backend`, retraces a
+compiled model; an exported one keeps its backend.
 """
 
 from __future__ import annotations
@@ -235,8 +235,13 @@ _TRACED: dict[str, ModuleType | TracedOps] = {
 
 
 def traced(facts: dispatch.Facts, requested: str) -> Any:
-    """The ops for these facts, as `dispatch.select` chooses them now, in a form that can be traced."""
-    return _TRACED[_select_name(*facts, requested)]
+    """The ops for these facts, as `dispatch.select` chooses them now, in a form that can be traced.
+
+    ONNX has none of the registered ops: its exporter gets the reference, whatever is requested.
+    """
+    if reference.exporting_to_onnx():
+        return reference
+    return _TRACED[_select_name(*facts, dispatch.traced.default if requested == "auto" else requested)]
 
 
 def _select_name(device: str, dtype: torch.dtype, dropout: bool, autocast: bool, requested: str) -> str:

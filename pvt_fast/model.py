@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import autograd, dispatch, library
+from . import autograd, dispatch, library, reference
 from .capture import CapturedModel
-from .config import VARIANT_NORM_EPS, VARIANTS, PVTConfig
+from .config import PVTConfig
 from .layers import (
     Block,
     DWConvMLP,
@@ -23,12 +23,13 @@ from .layers import (
     linear_weights,
     norm_weights,
 )
+from .mixin import HubMixin
 from .ops import HW, Backend, to_map, to_tokens
 from .pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from .prepack import PackCache
 
 
-class PVT_V2(nn.Module):
+class PVT_V2(nn.Module, HubMixin):
     """Pyramid Vision Transformer v2: images (B, in_channels, H, W) -> logits (B, num_classes).
 
     Any H and W that survive the stages: a stage's map must be at least sr_ratio each way. Maps have
@@ -159,6 +160,8 @@ class PVT_V2(nn.Module):
             dropout=self.training and (config.drop_rate > 0 or config.attn_drop_rate > 0),
             autocast=torch.is_autocast_enabled(x.device.type),
         )
+        if torch.jit.is_tracing():  # kernels would leave nothing in the recording
+            return reference  # type: ignore[return-value]
         if torch.compiler.is_compiling():
             return library.traced(facts, self._backend)
         module = dispatch.select(facts, self._backend)
@@ -169,6 +172,11 @@ class PVT_V2(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """image (B, in_channels, H, W) -> logits (B, num_classes)."""
+        if torch.jit.is_tracing():
+            return self._forward_for_torchscript(image)
+        return self._forward(image)
+
+    def _forward(self, image: Tensor) -> Tensor:
         image, ops = self._prepare(image)
         run_model = getattr(ops, "run_model", None)
         logits = None if run_model is None else run_model(self, image)
@@ -178,6 +186,18 @@ class PVT_V2(nn.Module):
             if run_model is not None:
                 ops.record_model(self, image)  # type: ignore[attr-defined]
         return logits
+
+    def _forward_for_torchscript(self, image: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            # The checks of shapes are Python's: they hold for the traced image, and no result hangs on them.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            return self._forward(image)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for first."""
+        raise TypeError(
+            "PVT_V2: torch.jit.script cannot compile it; use torch.jit.trace, torch.export or torch.compile"
+        )
 
     def forward_features(self, image: Tensor) -> Tensor:
         """image (B, in_channels, H, W) -> the last stage's map after its norm, (B, C, H / 32, W / 32)."""
@@ -295,16 +315,26 @@ class PVT_V2(nn.Module):
 
         Published implementations differ: official and timm have (1e-6, 1e-5, 1e-5), transformers 1e-6 throughout.
         """
+        chosen = {"block": block, "patch_embed": patch_embed, "reduction": reduction}
+        for kind, norm in self._norms():
+            eps = chosen[kind]
+            norm.eps = norm.eps if eps is None else eps
+
+    def norm_eps(self) -> dict[str, float]:
+        """The arguments of `set_norm_eps` that restore the epsilons; ValueError where norms of one kind differ."""
+        found: dict[str, set[float]] = {}
+        for kind, norm in self._norms():
+            found.setdefault(kind, set()).add(norm.eps)
+        for kind, values in found.items():
+            if len(values) > 1:
+                raise ValueError(f"norm_eps: model must have one epsilon for its {kind} norms, got {sorted(values)}")
+        return {kind: values.pop() for kind, values in found.items()}
+
+    def _norms(self) -> Iterator[tuple[str, nn.LayerNorm]]:
         for name, module in self.named_modules():
-            if not isinstance(module, nn.LayerNorm):
-                continue
-            if name.startswith("patch_embed"):
-                eps = patch_embed
-            elif name.endswith("attn.norm"):
-                eps = reduction
-            else:
-                eps = block
-            module.eps = module.eps if eps is None else eps
+            if isinstance(module, nn.LayerNorm):
+                kind = "patch_embed" if name.startswith("patch_embed") else "block"
+                yield "reduction" if name.endswith("attn.norm") else kind, module
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone beyond norms and biases: none in PVT v2."""
@@ -353,39 +383,3 @@ def _init_weights(module: nn.Module) -> None:
         return
     if module.bias is not None:
         nn.init.zeros_(module.bias)
-
-
-def create_model(name: str, img_size: Any = 224, num_classes: int = 1000, in_channels: int = 3, **overrides) -> PVT_V2:
-    """A published variant by name, with freshly initialised weights; `overrides` are further arguments of `PVT_V2`."""
-    if name not in VARIANTS:
-        raise ValueError(f"create_model: name must be one of {', '.join(list_models())}; got {name!r}")
-    arguments = {"norm_layer": partial(nn.LayerNorm, eps=VARIANT_NORM_EPS), **VARIANTS[name], **overrides}
-    return PVT_V2(img_size=img_size, num_classes=num_classes, in_channels=in_channels, **arguments)
-
-
-def list_models() -> list[str]:
-    """Names of the published variants."""
-    return list(VARIANTS)
-
-
-def _factory(name: str) -> Callable[..., PVT_V2]:
-    def factory(img_size: Any = 224, num_classes: int = 1000, in_channels: int = 3, **overrides: Any) -> PVT_V2:
-        return create_model(name, img_size, num_classes, in_channels, **overrides)
-
-    factory.__name__ = factory.__qualname__ = name
-    variant = VARIANTS[name]
-    factory.__doc__ = (
-        f"PVT_V2 with embed_dims {variant['embed_dims']}, depths {variant['depths']}, "
-        f"mlp_ratios {variant['mlp_ratios']}{', linear' if variant['linear'] else ''}; "
-        "further arguments of `PVT_V2` override the preset."
-    )
-    return factory
-
-
-pvt_v2_b0 = _factory("pvt_v2_b0")
-pvt_v2_b1 = _factory("pvt_v2_b1")
-pvt_v2_b2 = _factory("pvt_v2_b2")
-pvt_v2_b2_li = _factory("pvt_v2_b2_li")
-pvt_v2_b3 = _factory("pvt_v2_b3")
-pvt_v2_b4 = _factory("pvt_v2_b4")
-pvt_v2_b5 = _factory("pvt_v2_b5")

@@ -5,6 +5,7 @@ Any device and dtype, float64 included; gradients through autograd. See `ops` fo
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,7 +36,7 @@ def unsupported(facts: Facts) -> str | None:
 def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
     """LayerNorm(conv(image)): image (B, Cin, H, W) -> tokens (B, H' * W', C) and (H', W')."""
     hw = check_patch_embed(image, w, stride)
-    y = F.conv2d(image, _kernel(w.proj), w.proj.bias, stride, padding=w.proj.weight.shape[2] // 2)
+    y = _conv2d(image, w.proj, stride=stride, padding=w.proj.weight.shape[2] // 2)
     return layer_norm(to_tokens(y), w.norm), hw
 
 
@@ -52,9 +53,9 @@ def sr_attention(
     if w.sr is not None and w.sr_norm is not None:
         y_map = to_map(y, hw)
         if spec.linear:
-            y_map = F.adaptive_avg_pool2d(y_map, LINEAR_POOL_SIZE)
+            y_map = _pool(y_map)
         # stride R without padding: rows and columns past the last full R x R patch reach no key
-        reduced = to_tokens(F.conv2d(y_map, _kernel(w.sr), w.sr.bias, stride=w.sr.weight.shape[2]))
+        reduced = to_tokens(_conv2d(y_map, w.sr, stride=w.sr.weight.shape[2]))
         reduced = layer_norm(reduced, w.sr_norm)
         if spec.linear:
             reduced = F.gelu(reduced)
@@ -75,7 +76,7 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
     h = F.linear(layer_norm(x, w.norm), w.fc1.weight, w.fc1.bias)
     if spec.relu:
         h = F.relu(h)
-    h = to_tokens(F.conv2d(to_map(h, hw), _kernel(w.dwconv), w.dwconv.bias, padding=1, groups=h.shape[2]))
+    h = to_tokens(_conv2d(to_map(h, hw), w.dwconv, padding=1, groups=h.shape[2]))
     h = F.dropout(F.gelu(h), spec.drop)
     z = F.dropout(F.linear(h, w.fc2.weight, w.fc2.bias), spec.drop)
     return _add_residual(x, z, residual_scale)
@@ -92,6 +93,30 @@ def head(x: Tensor, w: Linear | None) -> Tensor:
     return mean if w is None else F.linear(mean, w.weight, w.bias)
 
 
+def _conv2d(image: Tensor, conv: Linear, **options: int) -> Tensor:
+    if _sizes_are_symbols(image):
+        # inductor (torch 2.13) fails on a convolution of a channels-last view whose sizes are symbols
+        image = image.contiguous()
+    return F.conv2d(image, _kernel(conv), conv.bias, **options)
+
+
+def _sizes_are_symbols(image: Tensor) -> bool:
+    """Whether a compiler traces this for any height and width.
+
+    It does not tell; but of a number it knows the rest after a division, of a symbol not (unless that is declared to
+    be a multiple of every divisor tried here).
+    """
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # not for every process: it loads sympy
+
+    return not all(
+        any(statically_known_true(size % divisor == rest) for rest in range(divisor))
+        for size in image.shape[2:]
+        for divisor in (2, 3, 5, 7, 11)
+    )
+
+
 def _kernel(conv: Linear) -> Tensor:
     """The convolution kernel, seen through views that give its gradient the parameter's own strides.
 
@@ -99,6 +124,28 @@ def _kernel(conv: Linear) -> Tensor:
     the same memory, but DistributedDataParallel compares strides, warns and copies.
     """
     return conv.weight.flatten(1).unflatten(1, conv.weight.shape[1:])
+
+
+def exporting_to_onnx() -> bool:
+    """Whether torch.onnx.export is at work; asked only where it may be, as torch's answer imports the exporter."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
+
+
+def _pool(y_map: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, 7, 7): means of adaptive bins, which overlap where 7 does not divide the size."""
+    if not exporting_to_onnx() and not _sizes_are_symbols(y_map):
+        return F.adaptive_avg_pool2d(y_map, LINEAR_POOL_SIZE)
+    # ONNX has fixed windows only, and inductor fixes the windows of the first size: two products are the same sums
+    rows, columns = (_averages(size, y_map) for size in y_map.shape[2:])
+    return rows @ y_map @ columns.T
+
+
+def _averages(size: int, like: Tensor) -> Tensor:
+    """(7, size): row i averages the places [floor(i * size / 7), ceil((i + 1) * size / 7))."""
+    bins = torch.arange(LINEAR_POOL_SIZE, device=like.device).unsqueeze(1)
+    places = torch.arange(size, device=like.device)
+    starts, ends = bins * size // LINEAR_POOL_SIZE, ((bins + 1) * size + LINEAR_POOL_SIZE - 1) // LINEAR_POOL_SIZE
+    return ((places >= starts) & (places < ends)).to(like.dtype) / (ends - starts).to(like.dtype)
 
 
 def _add_residual(x: Tensor, z: Tensor, residual_scale: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """The command: what it prints, and one line with exit status 2 for whatever it cannot use."""
 
+import copy
 import json
 import os
 import subprocess
@@ -29,10 +30,10 @@ def call(*arguments) -> int:
         return end.code
 
 
-def call_fresh(*arguments) -> subprocess.CompletedProcess:
+def call_fresh(*arguments, **variables: str) -> subprocess.CompletedProcess:
     """The command in a process of its own, without triton's interpreter, which is not for timing."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment |= {"PYTHONPATH": str(ROOT), **variables}
     program = [sys.executable, "-m", "pvt_fast", *map(str, arguments)]
     return subprocess.run(program, env=environment, cwd="/", capture_output=True, text=True, timeout=300)
 
@@ -82,6 +83,19 @@ def test_doctor_names_versions_and_every_backend(capsys, monkeypatch):
     for status in pvt_fast.backends():
         state = "usable" if status.available else "not usable: " + " ".join(status.reason.split())[:30]
         assert f"backend {status.name} {state}" in out
+
+
+def test_a_bad_environment_is_one_line_and_doctor_explains_it(digit_files):
+    """In a process of its own, as the variable is read at import."""
+    run = call_fresh("classify", digit_files[0], "--weights", DIGITS, PVT_FAST_BACKEND="cuda")
+    message = "PVT_FAST_BACKEND must be one of auto, triton, cpp, reference; got 'cuda'"
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", f"pvt-fast classify: error: {message}\n")
+    run = call_fresh("doctor", PVT_FAST_BACKEND="cuda")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert message in " ".join(run.stdout.split())
+    chosen = ("--weights", DIGITS, "--backend", "cpp", "--json")
+    run = call_fresh("classify", digit_files[0], *chosen, PVT_FAST_BACKEND="cuda")
+    assert run.returncode == 0, run.stderr
 
 
 def test_doctor_shows_brackets_as_they_are(capsys, monkeypatch):
@@ -154,12 +168,15 @@ def test_table_shows_labels(digit_files, capsys, tmp_path):
     assert out.count("%") == 2
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_published_layout(photo, checkpoint, capsys, tmp_path, suffix):
+@pytest.mark.parametrize("layout", ["nested", "official", "timm", "transformers"])
+def test_published_layouts(photo, checkpoint, capsys, tmp_path, layout):
     path, model = checkpoint
-    if suffix == ".safetensors":
+    if layout != "nested":
         path = tmp_path / "b0.safetensors"
-        save_file(model.state_dict(), path)
+        save_file(pvt_fast.export_weights(model, layout), path)
+    if layout == "transformers":
+        model = copy.deepcopy(model)
+        model.set_norm_eps(block=1e-6, patch_embed=1e-6, reduction=1e-6)
     (tmp_path / "names.json").write_text(json.dumps(["cat", "dog", "temple"]))
     labels = ("--labels", tmp_path / "names.json")
     assert call("classify", photo, "--model", "pvt_v2_b0", "--weights", path, *labels, "--json") == 0

@@ -3,6 +3,7 @@
 import copy
 import gc
 import sys
+import threading
 from types import ModuleType
 
 import pytest
@@ -99,6 +100,34 @@ def test_inductor(target, tmp_path, monkeypatch):
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(image), model(image))
 
 
+ONE_STAGE = {
+    "embed_dims": (8,),
+    "num_heads": (1,),
+    "mlp_ratios": (2,),
+    "depths": (1,),
+    "sr_ratios": (2,),
+    "num_stages": 1,
+}
+
+
+@pytest.mark.not_interpreted
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("linear", [False, True], ids=["sr", "linear"])
+@torch.no_grad()
+def test_inductor_at_any_size(linear, target, tmp_path, monkeypatch):
+    """One graph; on the reference too, whose pooling inductor would fix to the first size."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = tiny(linear, **ONE_STAGE).to(target.device)
+    torch.nn.init.normal_(model.head.weight)  # so that a wrong map shows in the logits
+    model.backend = target.backend
+    fast = torch.compile(model, fullgraph=True, dynamic=True)
+    with target.in_use(), torch.compiler.set_stance("default"):
+        for shape in ((2, 3, 50, 66), (3, 3, 96, 64)):
+            image = torch.randn(shape, device=target.device)
+            torch.testing.assert_close(fast(image), model(image))
+            torch.compiler.set_stance("fail_on_recompile")
+
+
 @pytest.mark.not_interpreted
 @torch.no_grad()
 def test_export(target):
@@ -171,13 +200,23 @@ def flat_arguments(monkeypatch, name: str, call) -> tuple:
 REGISTERED = {"overlap_patch_embed": "_embed", "sr_attention": "_attention", "dwconv_mlp": "_mlp"}
 
 
+def permuted(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values with the strides of the reversed shape."""
+    return tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim())))
+
+
+STRIDES = pytest.mark.parametrize("strides", [torch.Tensor.contiguous, permuted], ids=["compact", "permuted"])
+
+
 @pytest.mark.not_interpreted
+@STRIDES
 @pytest.mark.parametrize("small", SMALL, ids=str)
-def test_opcheck(small, target, monkeypatch):
+def test_opcheck(small, strides, target, monkeypatch):
     """Schema, fake implementation, autograd registration and tracing of each fused op, by torch's own checker."""
     arguments = testing.backend_arguments(
-        small.make(torch.float32, target.device), lambda t: t.detach().clone().requires_grad_()
+        small.make(torch.float32, target.device), lambda t: strides(t.detach().clone()).requires_grad_()
     )
+    assert arguments[0].is_contiguous() == (strides is not permuted)
     ops = library.TracedOps(target.backend)
     with target.in_use():
         flat = flat_arguments(monkeypatch, REGISTERED[small.op], lambda: run(ops, small, arguments))
@@ -185,11 +224,12 @@ def test_opcheck(small, target, monkeypatch):
 
 
 @pytest.mark.not_interpreted
-def test_opcheck_of_the_small_ops(target):
-    x, weight, bias = (
-        torch.randn(shape, device=target.device, requires_grad=True) for shape in ((2, 5, 8), (8,), (8,))
+@STRIDES
+def test_opcheck_of_the_small_ops(strides, target):
+    x, weight, bias, matrix, shift = (
+        strides(torch.randn(shape, device=target.device)).requires_grad_()
+        for shape in ((2, 5, 8), (8,), (8,), (3, 8), (3,))
     )
-    matrix, shift = (torch.randn(shape, device=target.device, requires_grad=True) for shape in ((3, 8), (3,)))
     with target.in_use():
         torch.library.opcheck(torch.ops.pvt_fast.layer_norm.default, (x, weight, bias, 1e-5, target.backend))
         torch.library.opcheck(torch.ops.pvt_fast.head.default, (x, matrix, shift, target.backend))
@@ -290,8 +330,42 @@ def test_copies_of_a_compiled_models_weights_are_packed_apart(builds):
     assert len(builds) == 4
 
 
-def test_use_backend_is_followed_when_traced(builds):
+@torch.no_grad()
+def test_use_backend_is_followed_when_traced_and_after(builds):
     model = tiny()
-    with pvt_fast.use_backend("packing"), torch.no_grad():
-        compiled(model)(IMAGE)
+    fast = compiled(model)
+    with pvt_fast.use_backend("packing"):
+        fast(IMAGE)
+        assert len(builds) == 2
+    fast(IMAGE)
+    with pvt_fast.use_backend("packing"):
+        model.block1[0].mlp.fc1.weight.mul_(1.5)
+        with pvt_fast.use_backend("reference"):
+            fast(IMAGE)
+        assert len(builds) == 2
+        fast(IMAGE)
+        assert len(builds) == 3
+
+
+@torch.no_grad()
+def test_use_backend_holds_for_its_thread_alone_when_traced(builds):
+    model = tiny()
+    fast = compiled(model)
+    fast(IMAGE)
+
+    def elsewhere():
+        with pvt_fast.use_backend("packing"), torch.no_grad():
+            fast(IMAGE)
+            entered.set()
+            assert leave.wait(60)
+
+    entered, leave = threading.Event(), threading.Event()
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    assert entered.wait(60)
     assert len(builds) == 2
+    model.block1[0].mlp.fc1.weight.mul_(1.5)
+    fast(IMAGE)  # on the reference still: nothing is packed anew
+    assert len(builds) == 2
+    leave.set()
+    thread.join()

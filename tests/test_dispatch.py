@@ -189,7 +189,10 @@ def test_an_explicit_environment_does_not_fall_back():
     assert "BackendUnavailable: backend 'cpp' cannot run: " in result.stderr
 
 
-def test_a_bad_environment_is_refused_at_import():
-    result = run_python("import pvt_fast", PVT_FAST_BACKEND="cuda")
+def test_a_bad_environment_is_refused_where_it_is_followed():
+    """Not at import, as the command's own error could not be a line then; and not where another choice is made."""
+    result = run_python(SELECTED, PVT_FAST_BACKEND="cuda")
     assert result.returncode == 1
-    assert f"ValueError: PVT_FAST_BACKEND {BAD_NAME}" in result.stderr
+    assert f"BackendMisconfigured: PVT_FAST_BACKEND {BAD_NAME}" in result.stderr
+    chosen = SELECTED.replace("torch.float64)", 'torch.float64), "reference"')
+    assert run_python(chosen, PVT_FAST_BACKEND="cuda").stdout.split() == ["pvt_fast.reference", "auto"]

@@ -1,175 +1,296 @@
-"""Checkpoints: what is written comes back, what is damaged or dangerous is refused by name."""
+"""load_weights and export_weights: the source's numbers and epsilons, its logits, and a report of what was done."""
 
 import json
-from functools import partial
-from pathlib import Path
 
 import pytest
+import timm.models._manipulate
 import torch
+from peers import LAYOUT_PEERS, logits_of, ours, peer, randomised
 from safetensors.torch import save_file
-from torch import nn
 
-from pvt_fast import PVT_V2
+import pvt_fast
+from pvt_fast import LoadReport, export_weights, load_weights
+from pvt_fast.layouts import LAYOUTS
+from pvt_fast.model_file import save_model
 from pvt_fast.preprocess import Preprocess
-from pvt_fast.weights import METADATA_KEY, assign_state, build_model, has_config, load_model, load_state, save_model
+from pvt_fast.testing import assert_parity
 
-PREPROCESS = Preprocess(size=32, crop=0.8, mean=(0.4,), std=(0.3,))
+MIXED = {"block": 1e-6, "patch_embed": 1e-5, "reduction": 1e-5}
+EVEN = {"block": 1e-6, "patch_embed": 1e-6, "reduction": 1e-6}
+PUBLISHED_EPS = {"official": MIXED, "timm": MIXED, "transformers": EVEN, "mmdet": EVEN}
+IMAGE = torch.randn(2, 3, 90, 77, generator=torch.Generator().manual_seed(1))
 
-
-def small_model(**overrides) -> PVT_V2:
-    arguments = {
-        "img_size": 32,
-        "in_channels": 1,
-        "num_classes": 4,
-        "embed_dims": (8, 16),
-        "num_heads": (1, 2),
-        "mlp_ratios": (2, 1.5),
-        "depths": (1, 2),
-        "sr_ratios": (2, 1),
-        "num_stages": 2,
-        **overrides,
-    }
-    return PVT_V2(**arguments)
-
-
-@pytest.fixture(params=[False, True], ids=["sr", "linear"])
-def model(request) -> PVT_V2:
-    model = small_model(linear=request.param, qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-4))
-    model.set_norm_eps(patch_embed=1e-3, reduction=1e-2)
-    return model.eval()
-
-
-def test_saved_model_comes_back_whole(model, tmp_path):
-    save_model(model, tmp_path / "model.safetensors", PREPROCESS)
-    again, preprocess = load_model(tmp_path / "model.safetensors")
-    assert again.config == model.config
-    assert preprocess == PREPROCESS
-    assert not again.training
-    image = torch.randn(2, 1, 32, 32)
-    with torch.inference_mode():
-        assert torch.equal(again(image), model(image))  # the epsilons too, as they change the answer
-    state, metadata = load_state(tmp_path / "model.safetensors")
-    assert has_config(metadata)
-    assert state.keys() == model.state_dict().keys()
-
-
-def test_equal_weights_give_equal_files(model, tmp_path):
-    for name in ("a.safetensors", "b.safetensors"):
-        save_model(model, tmp_path / name, PREPROCESS)
-    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
-
-
-def test_uneven_epsilons_cannot_be_saved(model, tmp_path):
-    model.norm1.eps = 0.5
-    with pytest.raises(ValueError, match="one epsilon for its block norms, got"):
-        save_model(model, tmp_path / "model.safetensors", PREPROCESS)
-
-
-@pytest.mark.parametrize("nest", [None, "model", "state_dict"])
-@pytest.mark.parametrize("suffix", [".pth", ".pt"])
-def test_torch_checkpoints(model, tmp_path, nest, suffix):
-    path = tmp_path / f"model{suffix}"
-    state = model.state_dict()
-    torch.save(state if nest is None else {nest: state, "epoch": 3}, path)
-    loaded, metadata = load_state(path)
-    assert metadata == {}
-    fresh = small_model(linear=model.config.linear, qkv_bias=True)
-    assign_state(fresh, loaded)
-    assert all(torch.equal(value, state[name]) for name, value in fresh.state_dict().items())
-
-
-class _Payload:
-    """Pickles as a call that would leave a file behind."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self):
-        return Path.touch, (self.trace,)
-
-
-def test_pickle_that_runs_code_is_refused(tmp_path):
-    trace = tmp_path / "trace"
-    torch.save({"model": {"head.weight": torch.ones(1)}, "payload": _Payload(trace)}, tmp_path / "bad.pth")
-    with pytest.raises(ValueError, match="checkpoint of tensors only"):
-        load_state(tmp_path / "bad.pth")
-    assert not trace.exists()
-    torch.load(tmp_path / "bad.pth", weights_only=False)
-    assert trace.exists(), "the payload is harmless, so refusing it proves nothing"
-
-
-@pytest.mark.parametrize("content", [{}, {"model": {}}, {"epoch": 3}, [torch.ones(1)], torch.ones(1)], ids=repr)
-def test_checkpoint_without_state_dict_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="path must hold a state dict"):
-        load_state(tmp_path / "other.pth")
-
-
-@pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "a.pt"])
-@pytest.mark.parametrize(
-    "content", [b"", b"not a checkpoint", b"two\nlines\n", bytes(4096)], ids=["empty", "text", "lines", "zeros"]
+VARIETIES = pytest.mark.parametrize(
+    "overrides",
+    [{}, {"linear": True}, {"qkv_bias": False}, {"depths": (2, 1, 3, 1), "mlp_ratios": (4, 2, 1, 1)}],
+    ids=["sr", "linear", "nobias", "deeper"],
 )
-def test_damaged_files_are_refused(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match="load_state: path must be"):
-        load_state(tmp_path / name)
+TO_PEERS = pytest.mark.parametrize("layout", LAYOUT_PEERS)
 
 
-def test_other_paths_are_refused(tmp_path):
-    (tmp_path / "weights.bin").touch()
-    with pytest.raises(ValueError, match=r"must end in \.safetensors, \.pth or \.pt, got '.*weights\.bin'"):
-        load_state(tmp_path / "weights.bin")
-    for path in (tmp_path / "absent.pth", tmp_path):
-        with pytest.raises(ValueError, match="must be an existing file"):
-            load_state(path)
+def values_of(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_states_that_do_not_fit_are_refused_and_leave_the_model_alone(model):
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    state = {name: value + 1 for name, value in before.items()}
+def equal(state: dict, other: dict) -> bool:
+    return state.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in state.items())
+
+
+# -- the same answers ------------------------------------------------------------------------------------------------
+
+
+@TO_PEERS
+@VARIETIES
+@torch.no_grad()
+def test_logits_are_the_sources(layout, overrides):
+    source, model = peer(layout, **overrides), ours(**overrides)
+    report = load_weights(model, source.state_dict())
+    assert (report.layout, report.problems()) == (layout, [])
+    same_dtype = logits_of(source, IMAGE)
+    truth = logits_of(source.double(), IMAGE.double())
+    assert float(truth.std()) > 0.1
+    assert_parity(model(IMAGE), truth, same_dtype)
+    # and it is the epsilons that make them so: the other implementation's give other logits
+    model.set_norm_eps(**(MIXED if layout == "transformers" else EVEN))
+    with pytest.raises(AssertionError, match="error"):
+        assert_parity(model(IMAGE), truth, same_dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_epsilons_are_the_implementations(layout):
+    model = ours(num_classes=0)
+    model.set_norm_eps(block=0.1, patch_embed=0.2, reduction=0.3)
+    report = load_weights(model, export_weights(model, layout))
+    assert report.norm_eps == model.norm_eps() == PUBLISHED_EPS[layout]
+
+
+@TO_PEERS
+@VARIETIES
+def test_export_goes_into_the_peer_and_back_to_the_bit(layout, overrides):
+    model = randomised(ours(**overrides))
+    target = peer(layout, **overrides)
+    exported = export_weights(model, layout)
+    target.load_state_dict(exported, strict=True)
+    assert equal(target.state_dict(), exported)
+    again = ours(**overrides)
+    load_weights(again, target.state_dict())
+    assert equal(again.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_exports_are_copies_that_can_be_saved(layout, tmp_path):
+    model = randomised(ours())
+    before, exported = values_of(model), export_weights(model, layout)
+    save_file(exported, tmp_path / "model.safetensors")  # refuses tensors that share memory
+    for value in exported.values():
+        assert not value.requires_grad
+        value.zero_()
+    assert equal(model.state_dict(), before)
+    again = ours()
+    load_weights(again, tmp_path / "model.safetensors", strict=layout != "mmdet")
+    assert torch.equal(again.block1[0].attn.kv.weight, model.block1[0].attn.kv.weight)
+
+
+def test_official_export_is_the_state_dict():
+    model = ours()
+    assert equal(export_weights(model), model.state_dict())
+    with pytest.raises(ValueError, match="layout must be one of official, timm, transformers, mmdet; got 'paddle'"):
+        export_weights(model, "paddle")
+
+
+# -- sources ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt", ".bin"])
+@TO_PEERS
+def test_files(layout, suffix, tmp_path):
+    source, model, path = peer(layout), ours(), tmp_path / f"weights{suffix}"
+    if suffix == ".safetensors":
+        save_file(source.state_dict(), path)
+    else:
+        torch.save({"state_dict": {f"module.{name}": value for name, value in source.state_dict().items()}}, path)
+    for given in (path, str(path)):
+        report = load_weights(model, given)
+        assert report.layout == layout
+        assert equal(export_weights(model, layout), source.state_dict())
+
+
+def test_a_directory_of_transformers_brings_its_epsilon(tmp_path):
+    source = peer("transformers")
+    source.config.layer_norm_eps = 3e-5
+    source.save_pretrained(tmp_path)
+    model = ours()
+    assert load_weights(model, tmp_path).norm_eps == dict.fromkeys(EVEN, 3e-5)
+    assert equal(export_weights(model, "transformers"), source.state_dict())
+
+
+def test_a_file_of_this_package_brings_its_epsilons(tmp_path):
+    source = randomised(ours())
+    source.set_norm_eps(block=1e-4, patch_embed=1e-3, reduction=1e-2)
+    save_model(source, tmp_path / "model.safetensors", Preprocess(size=64))
+    model = ours()
+    load_weights(model, tmp_path / "model.safetensors")
+    assert model.norm_eps() == source.norm_eps() == {"block": 1e-4, "patch_embed": 1e-3, "reduction": 1e-2}
+
+
+def test_nested_state_dicts():
+    state = ours().state_dict()
+    for source in ({"model": state}, {"state_dict": state, "epoch": 3}, {"state_dict": {"model": state}}):
+        assert load_weights(ours(), source).loaded == tuple(state)
+
+
+def test_sources_that_are_none(tmp_path):
+    model = ours()
+    with pytest.raises(TypeError, match="source must be a path, a repository or a state dict, got 3"):
+        load_weights(model, 3)
+    with pytest.raises(ValueError, match=r"source must hold model.safetensors or pytorch_model.bin, got directory"):
+        load_weights(model, tmp_path)
+    with pytest.raises(ValueError, match=r"must be an existing file, got '.*absent\.pth'"):
+        load_weights(model, str(tmp_path / "absent.pth"))
+    with pytest.raises(ValueError, match='must be an existing file or directory, or a repository "org/name", got'):
+        load_weights(model, "weights")
+    with pytest.raises(ValueError, match="source must hold a state dict"):
+        load_weights(model, {})
+    with pytest.raises(ValueError, match="names to tensors, got 'epoch': int"):
+        load_weights(model, {"epoch": 3})
+
+
+# -- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def altered() -> dict[str, torch.Tensor]:
+    state = {name: value + 1 for name, value in ours().state_dict().items()}
     del state["norm1.weight"]
     state["extra.weight"] = torch.ones(1)
-    state["head.bias"] = torch.ones(5)
-    with pytest.raises(ValueError, match="assign_state: state must have the model's") as info:
-        assign_state(model, state)
+    state["norm2.bias"] = torch.ones(5)
+    return state
+
+
+def test_strictly_nothing_is_loaded_that_does_not_fit():
+    model = ours()
+    before = values_of(model)
+    with pytest.raises(ValueError, match=r"load_weights: source \(official layout\) must have the model's") as info:
+        load_weights(model, altered())
     assert str(info.value).endswith(
-        "got 1 missing: norm1.weight; 1 unknown: extra.weight; 1 of another shape: head.bias (5,) for (4,)"
+        "got 1 missing: norm1.weight; 1 unexpected: extra.weight; 1 of another shape: norm2.bias (5,) for (16,)"
     )
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert equal(model.state_dict(), before)
+    assert model.norm_eps() == dict.fromkeys(EVEN, 1e-5)
 
 
-def test_half_precision_checkpoint_fills_a_float32_model(model):
-    halves = {name: value.bfloat16() for name, value in model.state_dict().items()}
-    assign_state(model, halves)
+def test_leniently_the_rest_is_loaded_and_reported():
+    model = ours()
+    before, state = values_of(model), altered()
+    report = load_weights(model, state, strict=False)
+    assert report.missing == ("norm1.weight",)
+    assert report.unexpected == ("extra.weight",)
+    assert report.mismatched == ("norm2.bias (5,) for (16,)",)
+    assert len(report.loaded) == len(before) - 2
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, state[name] if name in report.loaded else before[name])
+    assert str(report).splitlines()[1:] == [
+        "missing: norm1.weight",
+        "unexpected: extra.weight",
+        "mismatched: norm2.bias (5,) for (16,)",
+    ]
+
+
+def test_names_of_the_source_are_reported():
+    source = {f"module.{name}": value for name, value in peer("transformers").state_dict().items()}
+    stray = "module.pvt_v2.encoder.layers.0.pos_embed"
+    report = load_weights(ours(), {**source, stray: torch.ones(1)}, strict=False)
+    assert report.unexpected == (stray,)
+    block = "module.pvt_v2.encoder.layers.1.blocks.0.attention"
+    assert report.renamed[f"{block}.key.bias"] == report.renamed[f"{block}.value.bias"] == "block2.0.attn.kv.bias"
+    assert report.renamed.keys() == source.keys()
+    assert isinstance(report, LoadReport)
+
+
+def test_a_detector_gives_its_backbone_to_a_model_without_head():
+    source = randomised(ours())
+    detector = {f"backbone.{name}": value for name, value in export_weights(source, "mmdet").items()}
+    detector |= {"neck.lateral.weight": torch.ones(2), "bbox_head.cls.weight": torch.ones(3)}
+    report = load_weights(ours(num_classes=0), {"state_dict": detector, "meta": {"epoch": 12}})
+    assert report.outside == ("neck.lateral.weight", "bbox_head.cls.weight")
+    with pytest.raises(ValueError, match=r"2 missing: head.weight, head.bias \(the source has no head: make the model"):
+        load_weights(ours(), detector)
+    assert load_weights(ours(), detector, strict=False).missing == ("head.weight", "head.bias")
+
+
+@pytest.mark.parametrize("layout", ["official", "timm", "transformers"])
+def test_a_head_for_other_classes_is_dropped(layout):
+    source = export_weights(randomised(ours(num_classes=9)), layout)
+    model = ours(num_classes=4)
+    before = model.head.weight.clone()
+    report = load_weights(model, source)
+    assert report.dropped == ("head.weight", "head.bias")
+    assert report.missing == ()
+    assert "dropped: head.weight, head.bias" in str(report)
+    assert torch.equal(model.head.weight, before)
+    assert torch.equal(model.norm4.weight, randomised(ours(num_classes=9)).norm4.weight)
+    assert load_weights(ours(num_classes=0), source).dropped == ("head.weight", "head.bias")
+    assert load_weights(ours(num_classes=9), source).dropped == ()
+
+
+def test_a_head_of_another_width_is_a_mismatch():
+    state = {**ours().state_dict(), "head.weight": torch.ones(7, 5)}
+    with pytest.raises(ValueError, match=r"1 of another shape: head.weight \(7, 5\) for \(7, 32\)"):
+        load_weights(ours(), state)
+
+
+@TO_PEERS
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_channels_are_fitted_as_timm_does(layout, channels, dtype):
+    source = {name: value.to(dtype) for name, value in peer(layout).state_dict().items()}
+    model = ours(in_channels=channels).to(dtype)
+    report = load_weights(model, source)
+    assert report.adapted == ("patch_embed1.proj.weight",)
+    (stem,) = (value for value in source.values() if value.shape[1:] == (3, 7, 7))
+    expected = timm.models._manipulate.adapt_input_conv(channels, stem.clone())
+    assert torch.equal(model.patch_embed1.proj.weight, expected)
+
+
+def test_other_channels_than_rgb_are_not_fitted():
+    with pytest.raises(ValueError, match=r"patch_embed1.proj.weight \(8, 4, 7, 7\) for \(8, 1, 7, 7\)"):
+        load_weights(ours(in_channels=1), ours(in_channels=4).state_dict())
+    assert load_weights(ours(in_channels=4), ours(in_channels=4).state_dict()).adapted == ()
+
+
+def test_the_models_dtype_stays():
+    source = {name: value.bfloat16() for name, value in randomised(ours()).state_dict().items()}
+    model = ours()
+    load_weights(model, source)
     assert model.head.weight.dtype == torch.float32
-    assert torch.equal(model.head.weight, halves["head.weight"].float())
+    assert torch.equal(model.head.weight, source["head.weight"].float())
 
 
-def test_damaged_descriptions_are_refused(model, tmp_path):
-    save_model(model, tmp_path / "model.safetensors", PREPROCESS)
-    _, metadata = load_state(tmp_path / "model.safetensors")
-    good = json.loads(metadata[METADATA_KEY])
-    damaged = {
-        "{": "build_model: metadata must describe",
-        "[]": "build_model: metadata must describe",
-        json.dumps({**good, "config": {**good["config"], "depth": 3}}): "unexpected keyword argument 'depth'",
-        json.dumps({**good, "config": {**good["config"], "embed_dims": [8]}}): "embed_dims must have num_stages",
-        json.dumps({**good, "preprocess": {}}): "preprocess must give the model's 1 channels, got 3",
-        json.dumps({"config": good["config"]}): "norm_eps",
-    }
-    for text, message in damaged.items():
-        with pytest.raises(ValueError, match=message):
-            build_model({METADATA_KEY: text})
+def test_a_model_without_memory_is_refused():
+    with torch.device("meta"):
+        model = ours()
+    with pytest.raises(ValueError, match="model must have memory for its weights"):
+        load_weights(model, ours().state_dict())
 
 
-def test_description_of_images_too_small_for_the_model_is_refused(tmp_path):
-    save_model(small_model(), tmp_path / "model.safetensors", Preprocess(size=1, mean=(0.5,), std=(0.5,)))
-    with pytest.raises(ValueError, match="image must be large enough for stage 1"):
-        load_model(tmp_path / "model.safetensors")
+@pytest.mark.not_interpreted
+@pytest.mark.one_isa
+@torch.no_grad()
+def test_a_model_that_has_run_sees_new_weights_and_epsilons(target):
+    """Packed weights are derived data: nothing of the first weights may be left in them."""
+    model, source = randomised(ours()), peer("transformers")
+    model.backend = target.backend
+    with target.in_use():
+        model(IMAGE)
+        model(IMAGE)
+        load_weights(model, source.state_dict())
+        again = ours()
+        load_weights(again, source.state_dict())
+        again.backend = target.backend
+        assert torch.equal(model(IMAGE), again(IMAGE))
+        assert_parity(model(IMAGE), logits_of(source.double(), IMAGE.double()), logits_of(source.float(), IMAGE))
 
 
-def test_file_without_description_builds_no_model(model, tmp_path):
-    save_file(model.state_dict(), tmp_path / "bare.safetensors")
-    assert not has_config(load_state(tmp_path / "bare.safetensors")[1])
-    with pytest.raises(ValueError, match="must be a file written by save_model"):
-        load_model(tmp_path / "bare.safetensors")
+def test_the_public_names():
+    assert pvt_fast.load_weights is load_weights
+    assert pvt_fast.export_weights is export_weights
+    assert json.loads(json.dumps(load_weights(ours(), ours().state_dict()).norm_eps)) == MIXED
