@@ -7,6 +7,15 @@ logits = model(image)  # image (B, 3, H, W)
 
 from . import _install  # noqa: F401  # first: says clearly when this copy of the package cannot work
 from ._version import __version__
+from .accelerate import (
+    AcceleratedBlock,
+    AccelerationError,
+    AccelerationReport,
+    SkippedBlock,
+    accelerate_,
+    accelerated,
+    restore_,
+)
 from .dispatch import BackendStatus, BackendUnavailable, backends, use_backend
 from .model import (
     PVT_V2,
@@ -23,9 +32,15 @@ from .model import (
 
 __all__ = [
     "PVT_V2",
+    "AcceleratedBlock",
+    "AccelerationError",
+    "AccelerationReport",
     "BackendStatus",
     "BackendUnavailable",
+    "SkippedBlock",
     "__version__",
+    "accelerate_",
+    "accelerated",
     "backends",
     "create_model",
     "list_models",
@@ -36,5 +51,6 @@ __all__ = [
     "pvt_v2_b3",
     "pvt_v2_b4",
     "pvt_v2_b5",
+    "restore_",
     "use_backend",
 ]
