@@ -20,7 +20,7 @@ from .. import autograd, dispatch, library, reference
 from ..ops import HW, to_map, to_tokens
 from . import read
 from .halves import _PLAIN, AttentionHalf, MlpHalf
-from .layout import MAP, PAIR, AttentionNames, Layout, MlpNames, Signature, at, first
+from .layout import MAP, PAIR, AttentionNames, Layout, MlpNames, at, first, required_parameters
 from .peers import LAYOUTS
 
 logger = logging.getLogger("pvt_fast")
@@ -40,10 +40,10 @@ class FusedBlock:
 
     def __init__(self, layout: Layout, backend: str, block: nn.Module, forward: Any, halves: dict[str, Any]) -> None:
         self.layout_name, self.backend = layout.name, backend
-        self.signature = Signature(forward)
+        self.parameters = required_parameters(forward)
         self.halves: dict[str, AttentionHalf | MlpHalf] = halves
         self.returns_tuple = False
-        self.channels: int = at(block, layout.attention.norm).weight.shape[0]
+        self.channels = next(iter(halves.values())).norm.shapes[0][0]
         names = [getattr(layout, half) for half in halves]
         self.dropouts = [rate for name in names for rate in read.dropouts(block, name)]
         roots = dict.fromkeys(root for name in names for root in read.roots(block, name))
@@ -63,7 +63,7 @@ class FusedBlock:
         if obstacle is None and call is not None:
             x, hw = call
             tokens = to_tokens(x) if self.layout.call == MAP else x
-            fresh = self._needs_gradients(x)
+            fresh = torch.compiler.is_compiling() or self._needs_gradients(x)
             ops = self._ops(x, fresh)
             if ops is not None:
                 return self.wrap(self.compute(block, ops, tokens, hw, fresh), hw)
@@ -90,24 +90,26 @@ class FusedBlock:
         return (result,) if self.returns_tuple else result
 
     def _bind(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, HW] | None:
-        required = self.signature.required
-        values = kwargs
-        if len(args) < len(required):
-            values = {**dict(zip(self.signature.names, args, strict=False)), **kwargs}
-            args = ()
-            if any(name not in values for name in required):
+        count = len(self.parameters)
+        extra = {name: value for name, value in kwargs.items() if name not in self.layout.ignored}
+        given, rest = args[:count], args[count:]
+        for name in self.parameters[len(args) :]:
+            if name not in extra:
                 return None
-        given = args[: len(required)] or tuple(values[name] for name in required)
-        extra = [value for name, value in values.items() if name not in required and name not in self.layout.ignored]
+            given += (extra.pop(name),)
         # attentions to be returned, a mask
-        if any(value is not None and value is not False for value in (*args[len(required) :], *extra)):
+        if any(value is not None and value is not False for value in (*rest, *extra.values())):
             return None
         x = given[0]
         if self.layout.call == MAP:
-            size = x.shape[2:] if isinstance(x, Tensor) else ()
+            size = tuple(x.shape[2:]) if isinstance(x, Tensor) else ()
         else:
             size = given[1] if self.layout.call == PAIR else given[1:]
-        if len(size) != 2 or not all(isinstance(side, (int, torch.SymInt)) for side in size):
+        if (
+            not isinstance(size, (tuple, list))
+            or len(size) != 2
+            or not all(isinstance(side, (int, torch.SymInt)) for side in size)
+        ):
             return None
         return x, (size[0], size[1])
 
@@ -119,7 +121,7 @@ class FusedBlock:
             return "it is being exported or traced"
         if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
             return "it runs under a transform of torch.func"
-        if torch.is_autocast_enabled(x.device.type):
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
         shape = (
             (x.shape[0], self.channels, *hw) if self.layout.call == MAP else (x.shape[0], hw[0] * hw[1], self.channels)
@@ -175,7 +177,7 @@ class FusedBlock:
         """One half on the block's own modules, as peers write it."""
         module = at(block, names.module)
         size: tuple = (hw,) if self.layout.call == PAIR else hw
-        if len(Signature(type(module).forward).required) == 1:  # a plain MLP
+        if len(required_parameters(type(module).forward)) == 1:  # a plain MLP
             size = ()
         y = at(block, names.norm)(x)
         if names.residual_inside:

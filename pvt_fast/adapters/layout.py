@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -84,27 +83,18 @@ class Layout:
     def fits(self, block: nn.Module, forward: Any) -> int:
         """How many halves `block` has all parts of, with both norms and a forward that is called in this way."""
         norms = all(at(block, path) is not None for path in (self.attention.norm, self.mlp.norm))
-        if not norms or len(Signature(forward).required) != ARITIES[self.call]:
+        if not norms or len(required_parameters(forward)) != ARITIES[self.call]:
             return 0
         attention = all(at(block, path) is not None for path in self.attention.required)
         mlp = all(at(block, path) is not None for path in self.mlp.required)
         return attention + (mlp and first(block, self.mlp.dwconv) is not None)
 
 
-class Signature:
-    """Names of a forward's parameters that can be given by position, without self; `required` have no default."""
-
-    def __init__(self, forward: Any) -> None:
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self._parameters = [p for p in inspect.signature(forward).parameters.values() if p.kind in kinds][1:]
-
-    @cached_property
-    def names(self) -> tuple[str, ...]:
-        return tuple(p.name for p in self._parameters)
-
-    @cached_property
-    def required(self) -> tuple[str, ...]:
-        return tuple(p.name for p in self._parameters if p.default is inspect.Parameter.empty)
+def required_parameters(forward: Any) -> tuple[str, ...]:
+    """Of an unbound forward, without self: names of the parameters that go by position and have no default."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [p for p in inspect.signature(forward).parameters.values() if p.kind in kinds][1:]
+    return tuple(p.name for p in parameters if p.default is inspect.Parameter.empty)
 
 
 def at(block: nn.Module, path: str) -> Any:

@@ -64,7 +64,7 @@ def twin(block: nn.Module) -> nn.Module:
 @torch.no_grad()
 def verify(block: nn.Module, forward: Any, fused: FusedBlock) -> bool:
     """`forward(block, ...)`, on a `twin`, against the ops of `fused`; whether it returns a tuple. Raises Refusal."""
-    ratio = max(module.kernel_size[0] for module in block.modules() if isinstance(module, nn.Conv2d))
+    ratio = max((m.kernel_size[0] for m in block.modules() if isinstance(m, nn.Conv2d)), default=1)
     hw = (2 * ratio + 3, ratio + 2)  # not square, and with a tail that the reduction drops
     tokens = torch.randn(
         2, hw[0] * hw[1], fused.channels, generator=torch.Generator().manual_seed(1), dtype=torch.float64
