@@ -19,9 +19,10 @@ from torch.nn.modules import module as torch_module
 from .. import autograd, dispatch, library, reference
 from ..ops import HW, to_map, to_tokens
 from . import read
-from .halves import _PLAIN, AttentionHalf, MlpHalf
+from .halves import AttentionHalf, MlpHalf
 from .layout import MAP, PAIR, AttentionNames, Layout, MlpNames, at, first, required_parameters
-from .peers import LAYOUTS
+
+_PLAIN = (nn.Parameter, Tensor)
 
 logger = logging.getLogger("pvt_fast")
 
@@ -39,20 +40,24 @@ class FusedBlock:
     """How one block runs: `halves` are accelerated, what is not among them runs the block's own modules."""
 
     def __init__(self, layout: Layout, backend: str, block: nn.Module, forward: Any, halves: dict[str, Any]) -> None:
-        self.layout_name, self.backend = layout.name, backend
-        self.parameters = required_parameters(forward)
+        self.layout, self.backend = layout, backend
+        self.arguments = required_parameters(forward)
         self.halves: dict[str, AttentionHalf | MlpHalf] = halves
         self.returns_tuple = False
         self.channels = next(iter(halves.values())).norm.shapes[0][0]
         names = [getattr(layout, half) for half in halves]
+        # (module, name, shape) of every weight and bias
+        self.parameters = [
+            (part.module, name, shape)
+            for half in halves.values()
+            for part in half.parts
+            for name, shape in zip(part.names, part.shapes, strict=True)
+        ]
+        self.drop_paths = {half: read.drop_path(block, getattr(layout, half)) for half in halves}
         self.dropouts = [rate for name in names for rate in read.dropouts(block, name)]
         roots = dict.fromkeys(root for name in names for root in read.roots(block, name))
         # (parent, name, child) of every inner module that the ops stand in for; the parent None is the block
         self.watched = [edge for root in roots for edge in _edges(None, root, getattr(block, root))]
-
-    @property
-    def layout(self) -> Layout:
-        return _layout(self.layout_name)
 
     # -- a call -----------------------------------------------------------------------------------------------------
 
@@ -81,7 +86,7 @@ class FusedBlock:
             if half is None or (opaque and half.derived):
                 x = self._run_own(block, names, x, hw)
             else:
-                x = half.run(ops, x, hw, _residual_scale(block, names, x), fresh)
+                x = half.run(ops, x, hw, _residual_scale(self.drop_paths[name], x), fresh)
         return x
 
     def wrap(self, x: Tensor, hw: HW) -> Any:
@@ -90,10 +95,10 @@ class FusedBlock:
         return (result,) if self.returns_tuple else result
 
     def _bind(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, HW] | None:
-        count = len(self.parameters)
+        count = len(self.arguments)
         extra = {name: value for name, value in kwargs.items() if name not in self.layout.ignored}
         given, rest = args[:count], args[count:]
-        for name in self.parameters[len(args) :]:
+        for name in self.arguments[len(args) :]:
             if name not in extra:
                 return None
             given += (extra.pop(name),)
@@ -130,11 +135,15 @@ class FusedBlock:
             return f"x of shape {tuple(x.shape)} is none of {self.channels} channels on a large enough map"
         if any(module.training and getattr(module, name) for module, name in self.dropouts):
             return "dropout is in force"
-        for half in self.halves.values():
-            for part in half.parts:
-                reason = part.refusal(x)
-                if reason is not None:
-                    return f"a {type(part.module).__name__}'s {reason}"
+        dtype, device = x.dtype, x.device
+        for module, name, shape in self.parameters:
+            tensor = module._parameters.get(name)
+            if tensor is None:
+                plain = shape is None
+            else:
+                plain = type(tensor) in _PLAIN and tensor.dtype is dtype and tensor.shape == shape
+            if not plain or (tensor is not None and tensor.device != device):
+                return f"{name} of a {type(module).__name__} is no longer a plain {shape} tensor, or not one like x"
         return self.disturbance(block)
 
     def disturbance(self, block: nn.Module) -> str | None:
@@ -153,15 +162,10 @@ class FusedBlock:
         return None
 
     def _needs_gradients(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (
-            x.requires_grad
-            or any(
-                tensor is not None and tensor.requires_grad
-                for half in self.halves.values()
-                for part in half.parts
-                for tensor in part.tensors()
-            )
-        )
+        if not torch.is_grad_enabled():
+            return False
+        tensors = [module._parameters.get(name) for module, name, _ in self.parameters]
+        return x.requires_grad or any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
     def _ops(self, x: Tensor, needs_gradients: bool) -> Any:
         """The ops for x; None where only the reference is left and nobody asked for it."""
@@ -189,9 +193,8 @@ class FusedBlock:
         return x + y
 
 
-def _residual_scale(block: nn.Module, names: AttentionNames | MlpNames, x: Tensor) -> Tensor | None:
+def _residual_scale(module: nn.Module | None, x: Tensor) -> Tensor | None:
     """Stochastic depth's factor per sample (B,), by the block's own module, so that it draws what it always drew."""
-    module = first(block, names.drop_path)
     if module is None or not module.training or not getattr(module, "drop_prob", 0.0):
         return None
     return module(x.new_ones((x.shape[0], 1, 1))).flatten()
@@ -212,10 +215,6 @@ def _are_idle(module: nn.Module) -> bool:
     collected = sys.modules[_CAPTURING]._active_collector.get()
     # hidden states are taken of whole stages and blocks
     return collected is None or set(collected) <= {"hidden_states", "_hidden_states_layers"}
-
-
-def _layout(name: str) -> Layout:
-    return next(layout for layout in LAYOUTS if layout.name == name)
 
 
 def _choose(device: str, dtype: torch.dtype, backend: str) -> str | None:

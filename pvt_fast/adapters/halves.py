@@ -17,38 +17,23 @@ from torch import Tensor, nn
 from ..ops import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm
 from ..prepack import PackCache, packed
 
-_PLAIN = (nn.Parameter, Tensor)
-
 
 class Part(NamedTuple):
-    """A module's weight and bias, with the shapes that they had when the block was read."""
+    """A module's weight and bias, with the shapes that they had when the block was read (None: no bias)."""
 
     module: nn.Module
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: tuple[Any, ...]
     names: tuple[str, str] = ("weight", "bias")
 
     @classmethod
     def of(cls, module: nn.Module, names: tuple[str, str] = ("weight", "bias")) -> Part:
         tensors = [module._parameters[name] for name in names]
-        return cls(module, tuple(() if tensor is None else tuple(tensor.shape) for tensor in tensors), names)
+        return cls(module, tuple(None if tensor is None else tuple(tensor.shape) for tensor in tensors), names)
 
     def tensors(self) -> tuple[Any, Any]:
         """(weight, bias or None)."""
         parameters = self.module._parameters
         return parameters.get(self.names[0]), parameters.get(self.names[1])
-
-    def refusal(self, x: Tensor) -> str | None:
-        """Why these parameters cannot be used with activations like `x`, or None."""
-        for tensor, shape, name in zip(self.tensors(), self.shapes, self.names, strict=True):
-            if tensor is None and not shape:  # a linear without bias
-                continue
-            if type(tensor) not in _PLAIN:
-                return f"{name} must be a plain tensor, got {type(tensor).__name__}"
-            if tensor.shape != shape:
-                return f"{name} must have the shape {shape} that it had, got {tuple(tensor.shape)}"
-            if tensor.dtype != x.dtype or tensor.device != x.device:
-                return f"{name} must be {x.dtype} on {x.device} as x is, got {tensor.dtype} on {tensor.device}"
-        return None
 
 
 class Derived:

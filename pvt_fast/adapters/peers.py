@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from dataclasses import replace
 
 from .layout import MAP, PAIR, SIZES, AttentionNames, Layout, MlpNames
@@ -135,3 +136,12 @@ LAYOUTS = (
     _SEGFORMER_4,
     _OPENMMLAB,
 )
+
+
+def named(name: str) -> Layout:
+    """The layout of that name."""
+    return next(layout for layout in LAYOUTS if layout.name == name)
+
+
+# a copy or a pickle of an accelerated block refers to the table
+copyreg.pickle(Layout, lambda layout: (named, (layout.name,)))
