@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timing import burst
@@ -55,7 +55,7 @@ def make_model(case: Case) -> pvt_fast.PVT_V2:
     return model.to(case.torch_dtype).float()
 
 
-def make_images(case: Case) -> Tensor:
+def make_images(case: Any) -> Tensor:
     """Random images, rounded to the case's dtype, in float32."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(case.batch, 3, case.size, case.size, generator=generator)
@@ -76,12 +76,20 @@ def pvt_fast_cpp(case: Case) -> Ready:
     return Ready(lambda: model(images))
 
 
+# kept alive: a Library that is collected takes its schemas with it
+_torchvision = torch.library.Library("torchvision", "FRAGMENT")
+
+
+def let_torchvision_be_imported() -> None:
+    """Define ops that torchvision needs at import and whose own cannot be registered under a CPU-only torch."""
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            _torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
 def timm_model(case: Case) -> nn.Module:
     """timm's model with our weights."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):  # torchvision's own cannot be registered under a CPU-only torch
-        if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    let_torchvision_be_imported()
     import timm
 
     model = timm.create_model(case.model).eval()
