@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import accelerated as benchmarked
 import pytest
 import timm
 import torch
@@ -82,6 +83,18 @@ def assert_like(ours: Tensor, truth: Tensor, plain: Tensor) -> None:
         assert_parity(ours, truth, plain)
 
 
+@pytest.mark.parametrize("peer", ["official", "openmmlab"])
+@pytest.mark.parametrize(("of_x", "of_weights"), [(True, False), (False, True)])
+def test_gradients_of_the_input_or_the_weights_alone(peer, of_x, of_weights):
+    block, size = make(peer).block1[0].requires_grad_(of_weights), ((9, 11),) if peer == "openmmlab" else (9, 11)
+    x = torch.randn(2, 99, 16, requires_grad=of_x)
+    leaves = [x] if of_x else list(block.parameters())
+    expected = torch.autograd.grad(block(x, *size).square().sum(), leaves)
+    pvt_fast.accelerate_(block, backend="cpp")
+    for ours, theirs in zip(torch.autograd.grad(block(x, *size).square().sum(), leaves), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
 DROPPING = {
     "official": lambda: vendored.official(drop_path=0.5),
     "openmmlab": lambda: vendored.openmmlab(drop_path=0.5),
@@ -131,6 +144,14 @@ def test_blocks_with_a_plain_mlp_have_their_attention_accelerated(name, ran):
     assert {block.halves for block in report.accelerated} == {("attention",)}
     assert {block.reason for block in report.skipped} == {"mlp: it has no mlp.dwconv.dwconv or mlp.dwconv"}
     assert ran == ["attention"] * len(report.accelerated)
+
+
+@pytest.mark.parametrize("name", benchmarked.MODELS)
+def test_the_benchmarked_models_are_accelerated_as_a_whole(name):
+    with torch.device("meta"):
+        model = benchmarked.MODELS[name]()
+    report = pvt_fast.accelerate_(model, strict=True)
+    assert len(report.accelerated) == {"b0": 8, "b2": 16}[name[-2:]]
 
 
 # -- arguments and the report ------------------------------------------------------------------------------------------

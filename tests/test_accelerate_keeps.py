@@ -256,6 +256,17 @@ def test_attentions_and_hidden_states_are_those_of_the_model(peer, ran):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_attentions_asked_for_by_the_configuration(ran):
+    model, x = make("segformer"), image()
+    model.set_attn_implementation("eager")
+    pvt_fast.accelerate_(model, backend="reference", strict=True)
+    model(x, output_attentions=True)
+    model.config.output_attentions = True  # no argument tells of it
+    assert len(model(x).attentions) == 3
+    assert ran == []
+
+
 def flat(tensors: Any) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else [tensor for item in tensors for tensor in flat(item)]
 
@@ -338,6 +349,27 @@ def test_tracing_records_the_blocks_own_code(ran):
     ]
     assert ran == []
     assert len(accelerated_blocks(model)) == 3
+
+
+def test_tracing_a_block_by_itself(ran):
+    class Fixed(nn.Module):
+        """The size is no tensor while this is traced."""
+
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x, 9, 11)
+
+    block, x = make("official").block1[0], torch.randn(2, 99, 16)
+    pvt_fast.accelerate_(block, backend="cpp")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(Fixed(block), x, check_trace=False)
+    assert ran == []
+    other = torch.randn(2, 99, 16)
+    torch.testing.assert_close(traced(other), block(other, 9, 11), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -92,6 +92,40 @@ def test_subclasses_of_tensor_run_the_blocks_own_code(ran):
 
 
 @torch.no_grad()
+def test_autocast_of_a_float32_input_too(ran):
+    block, x = make("official").block1[0], torch.randn(2, 99, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = block(x, 9, 11)
+        pvt_fast.accelerate_(block, backend="cpp")
+        assert torch.equal(block(x, 9, 11), expected)
+    assert ran == []
+
+
+@torch.no_grad()
+def test_parameters_of_another_dtype_or_shape_meet_the_blocks_own_errors(ran):
+    block, x = make("official").block1[0], torch.randn(2, 99, 16)
+    pvt_fast.accelerate_(block, backend="cpp")
+    for path, change in (
+        ("attn.proj", lambda linear: linear.to(torch.bfloat16)),
+        ("mlp.fc2", lambda linear: setattr(linear, "weight", nn.Parameter(linear.weight[:, :20].clone()))),
+        ("mlp.fc1", lambda linear: setattr(linear, "bias", nn.Parameter(linear.bias[:20].clone()))),
+    ):
+        twin = copy.deepcopy(block)
+        change(twin.get_submodule(path))
+        with pytest.raises(RuntimeError):
+            twin(x, 9, 11)
+    twin = copy.deepcopy(block)
+    twin.attn.q.weight = nn.Parameter(twin.attn.q.weight.as_subclass(Tagged))
+    assert type(twin(x, 9, 11)) is Tagged
+    assert ran == []
+    block.attn.q.bias = None  # one that was there is no more
+    expected = copy.deepcopy(block)
+    pvt_fast.restore_(expected)
+    assert torch.equal(block(x, 9, 11), expected(x, 9, 11))
+    assert ran == []
+
+
+@torch.no_grad()
 def test_settings_are_read_at_every_call():
     block, x = make("official").block1[0].double(), torch.randn(2, 99, 16, dtype=torch.float64)
     pvt_fast.accelerate_(block, backend="reference")
