@@ -95,6 +95,17 @@ def test_gradients_of_the_input_or_the_weights_alone(peer, of_x, of_weights):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("peer", ["segformer", "openmmlab"])
+def test_gradients_reach_weights_whose_other_form_was_kept(peer):
+    """Without gradients, keys and values together are computed once; that copy must not be what a backward ends at."""
+    model, x = make(peer), image()
+    pvt_fast.accelerate_(model, backend="cpp", strict=True)
+    with torch.no_grad():
+        answer(model, x)
+    answer(model, x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 DROPPING = {
     "official": lambda: vendored.official(drop_path=0.5),
     "openmmlab": lambda: vendored.openmmlab(drop_path=0.5),

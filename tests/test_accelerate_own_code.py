@@ -275,6 +275,7 @@ ODD = [
         "mlp: mlp.dwconv.dwconv must have a weight of shape 32x1x3x3, got 32x1x5x5",
     ),
     (set_attribute("mlp.gamma", nn.Parameter(torch.ones(1))), "mlp: mlp is of an unknown purpose, Mlp"),
+    (set_attribute("attn.q.weight_fake_quant", nn.Identity()), "attention: attn.q must be a plain Linear, got Linear"),
     (set_attribute("mlp.extra", nn.SiLU()), "mlp: mlp.extra is of an unknown purpose, SiLU"),
     (set_attribute("drop_path", nn.Tanh()), "drop_path must be stochastic depth with a drop_prob, got Tanh"),
     (set_attribute("forward", lambda *args: args[0]), "it has a forward of its own, set on the instance"),
