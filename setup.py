@@ -25,7 +25,7 @@ extension = Pybind11Extension(
 )
 
 setup(
-    packages=["pvt_fast", "pvt_fast.kernels"],
+    packages=["pvt_fast", "pvt_fast.adapters", "pvt_fast.kernels"],
     package_dir={"pvt_fast.kernels": "kernels"},
     package_data={"pvt_fast.kernels": ["tuned.json"]},
     ext_modules=[extension],

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import source_tree  # noqa: F401
 import torch
@@ -42,7 +42,7 @@ def make_model(case: Case) -> pvt_fast.PVT_V2:
     return model.to(case.torch_dtype).float()
 
 
-def make_images(case: Case) -> Tensor:
+def make_images(case: Any) -> Tensor:
     """Random images, rounded to the case's dtype, in float32."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(case.batch, 3, case.size, case.size, generator=generator)
@@ -68,30 +68,30 @@ def pvt_fast_cpp(case: Case) -> Ready:
     return Ready(lambda: model(images))
 
 
-def timm_model(case: Case) -> nn.Module:
-    """timm's model with our weights."""
-    declared = _declare_torchvision_ops()
-    import timm
-
-    del declared
-
-    model = timm.create_model(case.model).eval()
-    model.load_state_dict({_timm_key(key): value for key, value in make_model(case).state_dict().items()})
-    return model
+# kept alive: a Library that is collected takes its schemas with it
+_torchvision = torch.library.Library("torchvision", "FRAGMENT")
 
 
-def _declare_torchvision_ops() -> torch.library.Library:
-    """Let timm import a torchvision whose compiled ops cannot load: one built for CUDA, beside a CPU-only torch."""
+def let_torchvision_be_imported() -> None:
+    """Where torchvision's compiled ops cannot load (built for CUDA, beside a CPU-only torch), define what it needs."""
     spec = importlib.util.find_spec("torchvision")
     if spec is not None and spec.origin is not None:
         for extension in Path(spec.origin).parent.glob("_C*.so"):
             with suppress(OSError):
                 torch.ops.load_library(extension)
-    library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
+            _torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def timm_model(case: Case) -> nn.Module:
+    """timm's model with our weights."""
+    let_torchvision_be_imported()
+    import timm
+
+    model = timm.create_model(case.model).eval()
+    model.load_state_dict({_timm_key(key): value for key, value in make_model(case).state_dict().items()})
+    return model
 
 
 def _timm_key(key: str) -> str:

@@ -16,7 +16,7 @@ import argparse
 import itertools
 import platform
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ import peak
 import report
 import single_ops
 import torch
-from contenders import CONTENDERS, Case, parity_bound, truth
+from contenders import CONTENDERS, Case, Ready, parity_bound, truth
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -41,11 +41,11 @@ from pvt_fast.config import VARIANTS, PVTConfig
 PACKAGES = {"timm": "timm", "compile": "timm", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 
 
-def contend(name: str, case: Case, threads: int) -> Generator[Any, float, None]:
+def contend(build: Callable[[Any], Ready], case: Any, threads: int) -> Generator[Any, float, None]:
     """A contender's process: build and answer with (logits, note), then time bursts of the seconds asked for."""
     torch.set_num_threads(threads)
     with torch.inference_mode():
-        call, note = CONTENDERS[name](case)
+        call, note = build(case)
         for _ in range(3):
             logits = call()
         seconds = yield logits.double(), note
@@ -54,11 +54,11 @@ def contend(name: str, case: Case, threads: int) -> Generator[Any, float, None]:
 
 
 class Contender:
-    """The parent's end of a contender's process."""
+    """The parent's end of a contender's process. `build` is a function of a module, as the process imports it."""
 
-    def __init__(self, name: str, case: Case, exact: torch.Tensor, threads: int) -> None:
-        self.name = name
-        self.server = Server(contend, name, case, threads)
+    def __init__(self, name: str, build: Callable[[Any], Ready], case: Any, exact: torch.Tensor, threads: int) -> None:
+        self.name, self.case = name, case
+        self.server = Server(contend, build, case, threads)
         self.times: list[float] = []
         self.failure: str | None = None  # the comparison goes on without this contender and says why
         try:
@@ -88,16 +88,9 @@ def compare(case: Case, options: argparse.Namespace, peaks: bool, progress: Prog
     names = [report.OURS, *(peer for peer in options.peers if peer != report.OURS)]
     task = progress.add_task(str(case), total=len(names) + options.rounds)
     exact, plain = truth(case)
-    bound = parity_bound(exact, plain, case.torch_dtype)
-    contenders = []
-    for name in names:
-        contenders.append(Contender(name, case, exact, options.threads))
-        progress.advance(task)
-    ours = contenders[0]
-    if ours.failure:
-        raise SystemExit(f"cpu.py: pvt_fast failed on {case}: {ours.failure}")
-    if ours.error > bound:
-        raise SystemExit(f"cpu.py: pvt_fast errs by {ours.error:.2e} on {case}, the parity rule allows {bound:.2e}")
+    contenders = [Contender(name, CONTENDERS[name], case, exact, options.threads) for name in names]
+    progress.advance(task, len(names))
+    bound = check(contenders[0], exact, plain)
     meter = peak.Meter(cpp.isa(), options.threads)
     for _ in range(options.rounds):
         for contender in contenders:
@@ -108,16 +101,39 @@ def compare(case: Case, options: argparse.Namespace, peaks: bool, progress: Prog
     for contender in contenders:
         contender.server.close()
     progress.remove_task(task)
+    gflop = testing.model_flops(PVTConfig(**VARIANTS[case.model]), case.batch, (case.size, case.size)) / 1e9
+    packages = ("torch", *(PACKAGES[name] for name in names if name in PACKAGES))
+    return row(case, options.threads, packages, gflop, meter.medians(), bound, contenders)
+
+
+def check(ours: Contender, exact: torch.Tensor, plain: torch.Tensor) -> float:
+    """Hold ours to the parity rule, `plain` being plain torch in the case's dtype; the bound of the error."""
+    bound = parity_bound(exact, plain, ours.case.torch_dtype)
+    if ours.failure:
+        raise SystemExit(f"pvt_fast failed on {ours.case}: {ours.failure}")
+    if ours.error > bound:
+        raise SystemExit(f"pvt_fast errs by {ours.error:.2e} on {ours.case}, the parity rule allows {bound:.2e}")
+    return bound
+
+
+def row(
+    case: Any,
+    threads: int,
+    packages: Iterable[str],
+    gflop: float,
+    peaks: dict[str, float],
+    bound: float,
+    contenders: list[Contender],
+) -> report.Row:
+    """What was measured of a case, as `report` takes it."""
     return {
         "machine": cpu_name(),
-        "threads": options.threads,
+        "threads": threads,
         **case._asdict(),
         "date": date.today().isoformat(),
-        "versions": {
-            package: version(package) for package in ("torch", *(PACKAGES[n] for n in names if n in PACKAGES))
-        },
-        "gflop": testing.model_flops(PVTConfig(**VARIANTS[case.model]), case.batch, (case.size, case.size)) / 1e9,
-        "peaks": meter.medians(),
+        "versions": {package: version(package) for package in packages},
+        "gflop": gflop,
+        "peaks": peaks,
         "bound": bound,
         "contenders": {contender.name: contender.cell() for contender in contenders},
     }
@@ -128,13 +144,23 @@ def cpu_name() -> str:
     return f"{names[0] if names else platform.processor()} ({cpp.isa()})"
 
 
+def words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in words(text)]
+
+
+def require_known(parser: argparse.ArgumentParser, *options: tuple[str, list[str], Iterable[str]]) -> None:
+    """End with a usage error for a word of an option that is not among those known."""
+    for option, given, known in options:
+        for word in given:
+            if word not in known:
+                parser.error(f"{option} must be among {', '.join(known)}; got {word}")
+
+
 def parse() -> argparse.Namespace:
-    def words(text: str) -> list[str]:
-        return [word for word in text.split(",") if word]
-
-    def numbers(text: str) -> list[int]:
-        return [int(word) for word in words(text)]
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=words, default=["b0", "b2", "b2_li"], help="comma-separated, e.g. b0,b2_li")
     parser.add_argument("--batch", type=numbers, default=[1])
@@ -148,14 +174,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--op", action="store_true", help="single ops against plain torch, printed; without peers")
     options = parser.parse_args()
     options.models = [f"pvt_v2_{model.removeprefix('pvt_v2_')}" for model in options.models]
-    for option, given, known in (
+    require_known(
+        parser,
         ("--models", options.models, pvt_fast.list_models()),
         ("--dtype", options.dtype, report.DTYPES),
         ("--peers", options.peers, CONTENDERS),
-    ):
-        for word in given:
-            if word not in known:
-                parser.error(f"{option} must be among {', '.join(known)}; got {word}")
+    )
     if options.op and options.out:
         parser.error(f"--out must be left out with --op, which prints only; got {options.out}")
     return options

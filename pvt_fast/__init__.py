@@ -7,6 +7,15 @@ logits = model(image)  # image (B, 3, H, W)
 
 from . import _install  # noqa: F401  # first: says clearly when this copy of the package cannot work
 from ._version import __version__
+from .accelerate import (
+    AcceleratedBlock,
+    AccelerationError,
+    AccelerationReport,
+    SkippedBlock,
+    accelerate_,
+    accelerated,
+    restore_,
+)
 from .dispatch import BackendStatus, BackendUnavailable, backends, use_backend
 from .model import PVT_V2
 from .variants import (
@@ -24,10 +33,16 @@ from .weights import LoadReport, export_weights, load_weights
 
 __all__ = [
     "PVT_V2",
+    "AcceleratedBlock",
+    "AccelerationError",
+    "AccelerationReport",
     "BackendStatus",
     "BackendUnavailable",
     "LoadReport",
+    "SkippedBlock",
     "__version__",
+    "accelerate_",
+    "accelerated",
     "backends",
     "create_model",
     "export_weights",
@@ -40,5 +55,6 @@ __all__ = [
     "pvt_v2_b3",
     "pvt_v2_b4",
     "pvt_v2_b5",
+    "restore_",
     "use_backend",
 ]

@@ -1,6 +1,6 @@
 """Which backend runs: the only place that decides, once per forward of the model.
 
-`select(facts, requested)` answers a module that implements the contract of `ops`. "auto" takes the first backend in
+`select(facts, own)` answers a module that implements the contract of `ops`. "auto" takes the first backend in
 `ORDER` that supports the facts and logs each refusal once; a backend asked for by name runs or raises
 `BackendUnavailable` with the same sentence, it never falls back.
 """
@@ -96,6 +96,11 @@ def check_environment() -> None:
         raise BackendMisconfigured(str(error)) from error
 
 
+def requested(own: str) -> str:
+    """The backend asked for, or "auto": by a model's `own` choice, by `use_backend`, or by the environment."""
+    return _default.get() if own == "auto" else own
+
+
 @cache
 def load(name: str) -> ModuleType | BackendUnavailable:
     """The backend's module, or the error that says why it cannot be loaded here."""
@@ -105,12 +110,12 @@ def load(name: str) -> ModuleType | BackendUnavailable:
         return error
 
 
-def select(facts: Facts, requested: str = "auto") -> ModuleType:
-    """The backend module that runs for these facts; `requested` is a model's own choice.
+def select(facts: Facts, own: str = "auto") -> ModuleType:
+    """The backend module that runs for these facts; `own` is a model's own choice.
 
     Raises BackendUnavailable when a backend is requested by name and cannot run.
     """
-    name = _default.get() if requested == "auto" else requested
+    name = requested(own)
     if name != "auto":
         if name not in ORDER:
             check_environment()

@@ -24,6 +24,7 @@ import pytest
 
 import pvt_fast
 from pvt_fast import dispatch
+from pvt_fast.adapters import FusedBlock
 from pvt_fast.testing import CASES, Case, PatchEmbedCase
 
 # In triton's interpreter a call takes seconds above this many floating-point operations, ...
@@ -238,6 +239,20 @@ def _plain_default() -> Iterator[None]:
     """Models that ask for no backend run on the reference, so that no test hangs on what happens to be fastest."""
     with pvt_fast.use_backend("reference"):
         yield
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Halves of blocks that ran on the ops, in order."""
+    log: list[str] = []
+
+    def run(self, block, args, kwargs, run=FusedBlock.run):
+        result = run(self, block, args, kwargs)
+        log.extend(() if result is None else self.halves)
+        return result
+
+    monkeypatch.setattr(FusedBlock, "run", run)
+    return log
 
 
 @pytest.fixture

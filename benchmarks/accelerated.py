@@ -1,0 +1,187 @@
+"""Models of others on CPUs, before and after pvt_fast.accelerate_: each in a process of its own, in turns.
+
+    python benchmarks/accelerated.py --models segformer_b0,segformer_b2,pvt_v2_b2,timm_pvt_v2_b2 --size 224,512
+    python benchmarks/accelerated.py --peers own,compile --threads 2 --out results/accelerate
+
+`pvt_fast` is the accelerated model, `own` the same model as it comes, `compile` that one under torch.compile with
+freezing. Answers are held against the unpatched model in float64 before a clock starts. See `cpu.py` for the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import cpu
+import report
+import torch
+from contenders import Ready, let_torchvision_be_imported, make_images
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import pvt_fast
+
+
+class Case(NamedTuple):
+    """One model of `MODELS` on images (batch, 3, size, size) in float32 or bfloat16."""
+
+    model: str
+    batch: int
+    size: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return report.name(self._asdict())
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+
+
+def segformer(depths: list[int], widths: list[int], decoder: int) -> nn.Module:
+    """transformers' SegFormer for 150 classes (ADE20k), as published."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    config = SegformerConfig(depths=depths, hidden_sizes=widths, decoder_hidden_size=decoder, num_labels=150)
+    return SegformerForSemanticSegmentation(config)
+
+
+def transformers_pvt_v2(depths: list[int], widths: list[int]) -> nn.Module:
+    from transformers import PvtV2Config, PvtV2ForImageClassification
+
+    return PvtV2ForImageClassification(PvtV2Config(depths=depths, hidden_sizes=widths, num_labels=1000))
+
+
+def timm_pvt_v2(name: str) -> nn.Module:
+    import timm
+
+    return timm.create_model(name)
+
+
+WIDE = [64, 128, 320, 512]
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "segformer_b0": lambda: segformer([2, 2, 2, 2], [32, 64, 160, 256], 256),
+    "segformer_b2": lambda: segformer([3, 4, 6, 3], WIDE, 768),
+    "transformers_pvt_v2_b0": lambda: transformers_pvt_v2([2, 2, 2, 2], [32, 64, 160, 256]),
+    "transformers_pvt_v2_b2": lambda: transformers_pvt_v2([3, 4, 6, 3], WIDE),
+    "timm_pvt_v2_b0": lambda: timm_pvt_v2("pvt_v2_b0"),
+    "timm_pvt_v2_b2": lambda: timm_pvt_v2("pvt_v2_b2"),
+}
+
+
+class Logits(nn.Module):
+    """A model whose answer is a tensor, whatever the model wraps it in."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        output = self.model(images)
+        return output if isinstance(output, Tensor) else output.logits
+
+
+def make_model(case: Case) -> nn.Module:
+    """The case's model with weights drawn from a fixed seed, rounded to the case's dtype, in float32."""
+    let_torchvision_be_imported()  # which timm and transformers do
+    torch.manual_seed(0)
+    model = MODELS[case.model]().eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.normal_(parameter, 1.0 if parameter.eq(1).all() else 0.0, 0.1)
+    return Logits(model.to(case.torch_dtype).float())
+
+
+def truth(case: Case) -> tuple[Tensor, Tensor, float]:
+    """(answer in float64, the unpatched model's in the case's dtype, GFLOP of a call)."""
+    model, images = make_model(case), make_images(case)
+    with torch.inference_mode():
+        with FlopCounterMode(display=False) as counter:
+            model(images)
+        same = model.to(case.torch_dtype)(images.to(case.torch_dtype)).double()
+        return model.double()(images.double()), same, counter.get_total_flops() / 1e9
+
+
+def accelerated(case: Case) -> Ready:
+    model, images = make_model(case).to(case.torch_dtype), make_images(case).to(case.torch_dtype)
+    done = pvt_fast.accelerate_(model, backend="cpp", strict=True)
+    return Ready(lambda: model(images), f"{len(done.accelerated)} blocks accelerated")
+
+
+def own(case: Case) -> Ready:
+    model, images = make_model(case).to(case.torch_dtype), make_images(case).to(case.torch_dtype)
+    return Ready(lambda: model(images))
+
+
+def torch_compile(case: Case) -> Ready:
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    model, images = make_model(case).to(case.torch_dtype), make_images(case).to(case.torch_dtype)
+    compiled = torch.compile(model)
+    return Ready(lambda: compiled(images))
+
+
+CONTENDERS = {report.OURS: accelerated, "own": own, "compile": torch_compile}
+
+
+def compare(case: Case, options: argparse.Namespace, progress: Progress) -> report.Row:
+    """Time one case; its row of the report."""
+    names = [report.OURS, *options.peers]
+    task = progress.add_task(str(case), total=len(names) + options.rounds)
+    exact, plain, gflop = truth(case)
+    contenders = [cpu.Contender(name, CONTENDERS[name], case, exact, options.threads) for name in names]
+    progress.advance(task, len(names))
+    bound = cpu.check(contenders[0], exact, plain)
+    for _ in range(options.rounds):
+        for contender in contenders:
+            contender.burst(options.seconds)
+        progress.advance(task)
+    for contender in contenders:
+        contender.server.close()
+    progress.remove_task(task)
+    package = "timm" if case.model.startswith("timm") else "transformers"
+    return cpu.row(case, options.threads, ("torch", package), gflop, {}, bound, contenders)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=cpu.words, default=list(MODELS), help="comma-separated")
+    parser.add_argument("--batch", type=cpu.numbers, default=[1])
+    parser.add_argument("--size", type=cpu.numbers, default=[224], help="image side in pixels")
+    parser.add_argument("--dtype", type=cpu.words, default=list(report.DTYPES))
+    parser.add_argument("--peers", type=cpu.words, default=["own"], help="of own, compile")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=0.25, help="per contender and round")
+    parser.add_argument("--out", type=Path, help="folder that cpu.json, cpu.md and cpu.png are made or merged in")
+    options = parser.parse_args()
+    cpu.require_known(
+        parser,
+        ("--models", options.models, MODELS),
+        ("--dtype", options.dtype, report.DTYPES),
+        ("--peers", options.peers, [name for name in CONTENDERS if name != report.OURS]),
+    )
+    return options
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    cases = [Case(*chosen) for chosen in itertools.product(options.models, options.batch, options.size, options.dtype)]
+    rows: list[report.Row] = []
+    with Progress(console=Console(stderr=True)) as progress:
+        for case in progress.track(cases, description="cases"):
+            rows.append(compare(case, options, progress))
+            if options.out:
+                report.save(report.merge(report.load(options.out), rows), options.out)
+    print(report.markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

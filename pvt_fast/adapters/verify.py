@@ -1,0 +1,90 @@
+"""Does a block compute what its structure suggests? Tried out before its forward is replaced.
+
+Modules with a peer's names may do something else with them: add a residual around the convolution, gate, pool in
+another way. So each kind of block runs once on random numbers, its own forward against the reference of the ops, in
+float64 and with random weights. Only then are its halves accelerated.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import reference
+from ..ops import to_map
+from .fused import FusedBlock
+from .layout import MAP, PAIR, Refusal
+
+# Relative to what the block adds to its input. Some peers compute the softmax in float32; a different meaning is orders
+# of magnitude away.
+_TOLERANCE = 1e-5
+
+
+# Attributes by which blocks of one kind differ, and which do nothing in evaluation.
+_RATES = ("training", "drop_prob", "p")
+
+
+def kind(block: nn.Module) -> tuple:
+    """What two blocks have in common that need to be tried out once only."""
+
+    def of(module: nn.Module) -> tuple:
+        plain = (bool, int, float, str, type(None))
+        numbers = {k: v for k, v in vars(module).items() if isinstance(v, plain) and k not in _RATES}
+        shapes = tuple(None if p is None else p.shape for p in module._parameters.values())
+        return type(module), shapes, tuple(sorted(numbers.items(), key=lambda item: item[0]))
+
+    return tuple((name, *of(module)) for name, module in block.named_modules())
+
+
+def twin(block: nn.Module) -> nn.Module:
+    """A copy in float64 on the CPU, with random weights and no hooks, in evaluation mode. Raises Refusal."""
+    try:
+        copied = copy.deepcopy(block).to_empty(device="cpu").double().eval()
+    except Exception as error:
+        raise Refusal(f"it cannot be copied to be tried out: {type(error).__name__}: {error}") from error
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
+            parameter.normal_(0.0 if parameter.dim() > 1 else 0.5, fan_in**-0.5, generator=generator)
+    for module in copied.modules():
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ):
+            hooks.clear()
+    return copied
+
+
+@torch.no_grad()
+def verify(block: nn.Module, forward: Any, fused: FusedBlock) -> bool:
+    """`forward(block, ...)`, on a `twin`, against the ops of `fused`; whether it returns a tuple. Raises Refusal."""
+    ratio = max((m.kernel_size[0] for m in block.modules() if isinstance(m, nn.Conv2d)), default=1)
+    hw = (2 * ratio + 3, ratio + 2)  # not square, and with a tail that the reduction drops
+    tokens = torch.randn(
+        2, hw[0] * hw[1], fused.channels, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    x = to_map(tokens, hw) if fused.layout.call == MAP else tokens
+    size: tuple = {MAP: (), PAIR: (hw,)}.get(fused.layout.call, hw)
+    try:
+        own = forward(block, x, *size)
+        ours = fused.compute(block, reference, tokens, hw, fresh=True)
+    except Exception as error:
+        raise Refusal(f"it cannot be tried out: {type(error).__name__}: {error}") from error
+    returns_tuple = isinstance(own, tuple)
+    if isinstance(own, tuple) and len(own) == 1:
+        own = own[0]
+    if not isinstance(own, Tensor) or own.shape != x.shape:
+        raise Refusal(f"its forward must return tokens as it takes them, got {type(own).__name__}")
+    expected = to_map(ours, hw) if fused.layout.call == MAP else ours
+    difference, added = float((own - expected).abs().max()), float((own - x).abs().max())
+    if not difference <= _TOLERANCE * added:
+        raise Refusal(
+            f"its forward computes something else than its structure suggests (off by {difference / added:.0e})"
+        )
+    return returns_tuple
