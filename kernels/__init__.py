@@ -21,7 +21,7 @@ except ImportError as error:
     raise BackendUnavailable(f"triton is not installed ({error}); pip install 'pvt-fast[triton]'") from error
 
 from .dwconv_mlp import dwconv_mlp
-from .launch import INTERPRETED
+from .launch import INTERPRETED, chip_of
 from .norm_head import head, layer_norm
 from .overlap_patch_embed import overlap_patch_embed
 from .sr_attention import sr_attention
@@ -44,4 +44,6 @@ def unsupported(facts: Facts) -> str | None:
     if not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         major, minor = torch.cuda.get_device_capability()
         return f"the kernels need a GPU of compute capability 8.0, got {major}.{minor}"
+    if facts.device == "cuda" and not INTERPRETED:
+        chip_of(torch.device("cuda"))  # makes its counters, before any CUDA graph's memory pool is in use
     return None

@@ -89,7 +89,7 @@ def _device_chip(index: int) -> Chip:
     name = f"sm_{properties.major}{properties.minor}"
     if torch.version.hip is not None:
         name = properties.gcnArchName.split(":")[0]
-    # now, not in the first launch that wants counters: that may be within the memory pool of a CUDA graph
+    # now, not in the first launch that wants counters, which may be within the memory pool of a CUDA graph
     _counters(index)
     return Chip(name, shared, properties.multi_processor_count)
 
