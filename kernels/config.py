@@ -72,6 +72,20 @@ def _stages(chip: Chip) -> int:
     return 3 if chip.shared > _DEEP_PIPELINE_BYTES else 2
 
 
+def _is_blackwell(chip: Chip) -> bool:
+    return chip.arch.startswith("sm_10")
+
+
+def _lacks_operand_memory(chip: Chip) -> bool:
+    """Whether it is NVIDIA's and its matrix instruction, mma.sync, reads all operands from registers."""
+    return chip.arch.startswith("sm_") and chip.shared < _SHARED_OPERAND_BYTES
+
+
+def _all_registers(chip: Chip, where: bool) -> Config:
+    """For kernels of which ptxas else spills one or two values to stay on a step of occupancy."""
+    return {"maxnreg": 255} if where and chip.arch.startswith("sm_") else {}
+
+
 def row_block(channels: int, dtype: torch.dtype) -> int:
     """Columns per tile of a row: the largest block of at most 64 (fp32: 32) that wastes none, if there is one."""
     largest = 32 if dtype == torch.float32 else 64
@@ -91,7 +105,7 @@ def makes_own_keys(dtype: torch.dtype, chip: Chip) -> bool:
     Only with rows that are held, as it repeats the products with them; and not for sm_100, where Triton 3.6 makes an
     empty kernel of that form.
     """
-    return holds_rows(dtype, chip) and not chip.arch.startswith("sm_10")
+    return holds_rows(dtype, chip) and not _is_blackwell(chip)
 
 
 def norm_linear(channels: int, columns: int, dtype: torch.dtype, chip: Chip) -> Config:
@@ -104,6 +118,7 @@ def norm_linear(channels: int, columns: int, dtype: torch.dtype, chip: Chip) -> 
         "HELD": holds_rows(dtype, chip),
         "num_warps": 8 if full else 4,
         "num_stages": 1 if holds_rows(dtype, chip) else _stages(chip) - 1,
+        **_all_registers(chip, _is_blackwell(chip) and not full),
     }
 
 
@@ -133,8 +148,7 @@ def dwconv_fc2(channels: int, dtype: torch.dtype, half: bool, chip: Chip) -> Con
     full = dtype == torch.float32
     wide = next_power(channels) > 64
     columns = next_power(channels, least=16 if full else 64) if fits_row(channels) else 64
-    # mma.sync reads all operands from registers
-    scarce = chip.arch.startswith("sm_") and chip.shared < _SHARED_OPERAND_BYTES
+    scarce = _lacks_operand_memory(chip)
     return {
         "BLOCK_P": 16 if (half and scarce) or (full and columns > 64) else 32,
         "BLOCK_H": HIDDEN_BLOCK if half else 16,
@@ -142,12 +156,8 @@ def dwconv_fc2(channels: int, dtype: torch.dtype, half: bool, chip: Chip) -> Con
         "ROWS": 2 if wide and (full or chip.shared <= _DEEP_PIPELINE_BYTES) else 4,
         "num_warps": 8 if wide and scarce and not half else 4,
         "num_stages": 1,
+        **_all_registers(chip, scarce and not half and not full),
     }
-
-
-def _all_registers(chip: Chip) -> Config:
-    """For kernels of which ptxas else spills one or two values to stay on a step of occupancy."""
-    return {"maxnreg": 255} if chip.arch.startswith("sm_") else {}
 
 
 def spatial_reduction(channels: int, dtype: torch.dtype, to_kv: bool, linear: bool, chip: Chip) -> Config:
@@ -160,9 +170,9 @@ def spatial_reduction(channels: int, dtype: torch.dtype, to_kv: bool, linear: bo
         "BLOCK_N": min(widest, next_power(channels)),
         "BLOCK_K": row_block(channels, dtype),
         "HELD": holds_rows(dtype, chip),
-        "num_warps": 8 if full else 4,
+        "num_warps": 8 if full or (linear and channels > 320 and _is_blackwell(chip)) else 4,
         "num_stages": 1,
-        **(_all_registers(chip) if linear else {}),
+        **_all_registers(chip, linear),
     }
 
 
@@ -205,7 +215,7 @@ def attention(channels: int, head_dim: int, one_block: bool, dtype: torch.dtype,
         ),
         "num_warps": 8 if fused and (full or channels > 64 or (channels <= 32 and chip.arch.startswith("sm_"))) else 4,
         "num_stages": 1 if one_block else 3 if chip.shared >= _SHARED_OPERAND_BYTES and not full else 2,
-        **(_all_registers(chip) if full else {}),
+        **_all_registers(chip, full or (_lacks_operand_memory(chip) and not fused)),
     }
 
 

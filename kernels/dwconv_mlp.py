@@ -23,7 +23,7 @@ from pvt_fast.ops import HW, Linear, MlpSpec, MlpWeights, check_mlp
 from pvt_fast.prepack import packed
 
 from . import config, tuning
-from .launch import Chip, chip_of, dot_precision, first_time, launch, warm, workspace
+from .launch import Chip, apart, chip_of, dot_precision, first_time, launch, warm, workspace
 from .linear import linear
 from .primitives import (
     add_residual,
@@ -332,12 +332,12 @@ class _Call(NamedTuple):
 def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None) -> Tensor:
     """See `pvt_fast.ops`."""
     check_mlp(x, hw, w, residual_scale)
-    x = x.contiguous()
+    x, residual_scale = x.contiguous(), None if residual_scale is None else residual_scale.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     weights = (w.norm.weight, w.norm.bias, w.fc1.weight, w.fc1.bias, w.dwconv.weight, w.dwconv.bias, w.fc2.weight)
-    pack = packed(w.cache, "triton", weights, lambda: _pack(w))
+    pack = packed(w.cache, "triton", weights, lambda: apart(lambda: _pack(w), x.device))
     chip = chip_of(x.device)
     padded_height = -(-hw[0] // config.DWCONV_ROWS) * config.DWCONV_ROWS + 2
     hidden = _hidden_map(x, hw, w, spec, pack, padded_height, chip)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 from torch import Tensor
+
+T = TypeVar("T")
 
 # With TRITON_INTERPRET=1 kernels run in Python on tensors of any device. Triton reads it when a kernel is defined.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -84,19 +88,14 @@ def chip_of(device: torch.device) -> Chip:
 @cache
 def _device_chip(index: int) -> Chip:
     properties = torch.cuda.get_device_properties(index)
-    # ROCm has no opt-in limit above the plain one
-    shared = max(getattr(properties, "shared_memory_per_block_optin", 0), properties.shared_memory_per_block)
     name = f"sm_{properties.major}{properties.minor}"
-    if torch.version.hip is not None:
-        name = properties.gcnArchName.split(":")[0]
-    # now, not in the first launch that wants counters, which may be within the memory pool of a CUDA graph
-    _counters(index)
+    shared = properties.shared_memory_per_block_optin
     return Chip(name, shared, properties.multi_processor_count)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of products: fp32 operands stay fp32 unless the user allows TF32 in torch."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def workspace(device: torch.device, elements: int, tiles: int) -> tuple[Tensor, Tensor]:
@@ -105,48 +104,87 @@ def workspace(device: torch.device, elements: int, tiles: int) -> tuple[Tensor, 
     A kernel leaves its counters at 0 (see primitives.is_last), so they are zeroed once and not in each forward: a
     stream has its own, and in a CUDA graph each launch, as graphs may be replayed side by side.
     """
-    partial = torch.empty(max(elements, 1), dtype=torch.float32, device=device)
+    sums = torch.empty(max(elements, 1), dtype=torch.float32, device=device)
     if device.type != "cuda":
-        return partial, torch.zeros(max(tiles, 1), dtype=torch.int32, device=device)
-    return partial, _counters(torch.cuda.current_device() if device.index is None else device.index).take(tiles)
+        return sums, torch.zeros(max(tiles, 1), dtype=torch.int32, device=device)
+    return sums, _counters(torch.cuda.current_device() if device.index is None else device.index).take(tiles)
 
 
 class _Counters:
-    """Counters of one device, cut from blocks that live as long as the process."""
+    """Counters of one device, cut from blocks that live as long as the process: graphs keep addresses, not tensors."""
 
     BLOCK = 1 << 20  # 4 MiB
 
     def __init__(self, device: int) -> None:
-        self.device = device
+        self.device = torch.device("cuda", device)
+        self.blocks: list[Tensor] = []
         self.streams: dict[int, Tensor] = {}
-        self._new_block(self.BLOCK)
+        self.used = 0
+        self.lock = threading.Lock()
+        self._add_block(self.BLOCK)
 
-    def _new_block(self, count: int) -> None:
-        self.block = torch.zeros(count, dtype=torch.int32, device=f"cuda:{self.device}")
+    def _add_block(self, count: int) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("triton backend: the model must run once without a CUDA graph before its capture")
+        zeros = partial(torch.zeros, count, dtype=torch.int32, device=self.device)
+        self.blocks.append(apart(zeros, self.device))
         self.used = 0
 
     def take(self, count: int) -> Tensor:
         if count == 0:
-            return self.block[:4]
-        if torch.cuda.is_current_stream_capturing():
-            return self._cut(count)
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        own = self.streams.get(stream)
-        if own is None or len(own) < count:
-            own = self.streams[stream] = self._cut(max(count, 4096))
-        return own
+            return self.blocks[0][:4]
+        with self.lock, torch.cuda.device(self.device):
+            if torch.cuda.is_current_stream_capturing():
+                if self.used + count > len(self.blocks[-1]):
+                    raise RuntimeError(
+                        f"triton backend: a CUDA graph must find {count} free counters, got "
+                        f"{len(self.blocks[-1]) - self.used}; run the model once without a graph and capture again"
+                    )
+                return self._cut(count)
+            if 2 * self.used > len(self.blocks[-1]):  # so that the next capture finds room
+                self._add_block(self.BLOCK)
+            stream = torch.cuda.current_stream().cuda_stream
+            own = self.streams.get(stream)
+            if own is None or len(own) < count:
+                own = self.streams[stream] = self._cut(max(count, 4096))
+            return own
 
     def _cut(self, count: int) -> Tensor:
         count = -(-count // 4) * 4  # 16 bytes: Triton compiles aligned pointers separately
-        if self.used + count > len(self.block):
-            self._new_block(max(count, self.BLOCK))
-        self.used += count
-        return self.block[self.used - count : self.used]
+        if self.used + count > len(self.blocks[-1]):
+            self._add_block(max(count, self.BLOCK))
+        first, self.used = self.used, self.used + count
+        return self.blocks[-1][first : self.used]
 
 
 @cache
 def _counters(device: int) -> _Counters:
     return _Counters(device)
+
+
+def apart(build: Callable[[], T], device: torch.device) -> T:
+    """What `build` makes on the device, to be kept: made in a thread of its own, and finished when this returns.
+
+    This thread may be within a CUDA graph's memory pool, whose memory is not its own to keep, or under a mode that
+    makes fake tensors; both belong to a thread. And another stream may be the first to read what was made.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return build()
+
+    def run() -> T:
+        with torch.cuda.device(device):
+            made = build()
+            torch.cuda.current_stream().synchronize()
+        return made
+
+    torch.cuda.current_stream(device).synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+def inputs_last(weight: Tensor) -> Tensor:
+    """A convolution's weight (Cout, Cin, k, k) as (Cout, k, k, Cin)."""
+    return weight.detach().permute(0, 2, 3, 1).contiguous()
 
 
 _seen: set[Hashable] = set()

@@ -15,7 +15,7 @@ from pvt_fast.ops import HW, PatchEmbedWeights, check_patch_embed
 from pvt_fast.prepack import packed
 
 from . import config, tuning
-from .launch import chip_of, dot_precision, launch, workspace
+from .launch import apart, chip_of, dot_precision, inputs_last, launch, workspace
 from .primitives import (
     bound,
     dot,
@@ -175,7 +175,7 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
     default = config.patch_embed(in_channels, channels, image.dtype, chip)
     weight = w.proj.weight
     if default["PER_TAP"]:
-        weight = packed(w.cache, "triton", (weight,), lambda: w.proj.weight.detach().permute(0, 2, 3, 1).contiguous())
+        weight = packed(w.cache, "triton", (weight,), lambda: apart(lambda: inputs_last(w.proj.weight), image.device))
     starts = patch_embed_kernel if default["PER_TAP"] else pixel_embed_kernel
     pointers = (image, weight.contiguous(), w.proj.bias, w.norm.weight, w.norm.bias)
     summed = not default["WHOLE_ROWS"]

@@ -238,7 +238,7 @@ def sr_attention(
 ) -> Tensor:
     """See `pvt_fast.ops`."""
     check_attention(x, hw, w, spec, residual_scale)
-    x = x.contiguous()
+    x, residual_scale = x.contiguous(), None if residual_scale is None else residual_scale.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from .prepack import PackCache
 
 if TYPE_CHECKING:
     from .model import PVT_V2
@@ -18,13 +21,14 @@ class CapturedModel:
     """What `PVT_V2.capture` returns: call it with an image like the example.
 
     Its input and output lie in memory of its own: an image is copied in, and the logits that a call returns are
-    overwritten by the next call (`.clone()` keeps them). Weights are those of the time of capture: after loading or
-    training others, capture again. Not for several threads at once.
+    overwritten by the next call (`.clone()` keeps them). After loading or training other weights capture again: some
+    kernels read parameters, others what was made of them. Not for several threads or streams at once.
     """
 
     def __init__(self, model: PVT_V2, example: Tensor) -> None:
         _check_capturable(model, example)
-        self._image = example.detach().clone()
+        with torch.inference_mode(False):
+            self._image = torch.empty_like(example).copy_(example.detach())
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream(example.device)
         stream.wait_stream(torch.cuda.current_stream(example.device))
@@ -35,13 +39,22 @@ class CapturedModel:
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(self._graph, stream=stream):
                 self._logits = model(self._image)
+        # the graph knows addresses only: what lies there has to live as long
+        self._kept = [model, *(p.detach() for p in model.parameters()), *(c.packed for c in _caches(model))]
 
     def __call__(self, image: Tensor) -> Tensor:
         """Logits (B, num_classes) of an image of the example's shape, dtype and device, in any memory layout."""
         check_like("captured model", image, self._image)
-        self._image.copy_(image, non_blocking=True)
+        self._image.copy_(image.detach(), non_blocking=True)
         self._graph.replay()
         return self._logits
+
+
+def _caches(model: PVT_V2) -> Iterator[PackCache]:
+    """The packed weights of all layers."""
+    for module in model.modules():
+        for value in vars(module).values():
+            yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, PackCache))
 
 
 def check_like(op: str, image: Tensor, example: Tensor) -> None:

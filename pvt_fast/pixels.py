@@ -11,7 +11,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """uint8 (..., C, H, W) -> float32 (pixel / 255 - mean) / std, mean and std per channel."""
+    # filled, not copied from the host: a copy would wait for the GPU, and may not be part of a CUDA graph
     centre, scale = (
-        torch.tensor(values, dtype=torch.float32, device=pixels.device).view(-1, 1, 1) for values in (mean, std)
+        torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=pixels.device) for value in values])
+        for values in (mean, std)
     )
     return (pixels.float() / 255 - centre) / scale
