@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from source_tree import ROOT
 
-TESTS = ("test_ops.py", "test_triton_parity.py", "test_triton_backend.py", "test_gpu.py")
+# In the order of what would be missed most if the time is over.
+TESTS = ("test_gpu.py", "test_triton_backend.py", "test_ops.py", "test_triton_parity.py")
 # compute-sanitizer's exit status for findings; any other than 0 is the program's own
 FINDINGS = 86
 SUMMARY = re.compile(
