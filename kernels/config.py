@@ -142,8 +142,8 @@ def dwconv_gelu(half: bool) -> Config:
 def dwconv_fc2(channels: int, dtype: torch.dtype, half: bool, chip: Chip) -> Config:
     """Depthwise convolution, GELU, fc2: ROWS x BLOCK_P outputs of BLOCK_C channels are kept in registers.
 
-    For sm_90 and an fp16 map this gives 18 (64 channels) and 21 (128) instructions per hidden element in the main loop. C is the
-    product's M, which wgmma and tcgen05 want to be at least 64.
+    For sm_90 and an fp16 map this gives 18 (64 channels) and 21 (128) instructions per hidden element in the main
+    loop. C is the product's M, which wgmma and tcgen05 want to be at least 64.
     """
     full = dtype == torch.float32
     wide = next_power(channels) > 64
