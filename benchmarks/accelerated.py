@@ -13,34 +13,18 @@ import argparse
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import cpu
 import report
 import torch
-from contenders import Ready, let_torchvision_be_imported, make_images
+from case import Case
+from contenders import Ready, compile_frozen, let_torchvision_be_imported, make_images
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pvt_fast
-
-
-class Case(NamedTuple):
-    """One model of `MODELS` on images (batch, 3, size, size) in float32 or bfloat16."""
-
-    model: str
-    batch: int
-    size: int
-    dtype: str
-
-    def __str__(self) -> str:
-        return report.name(self._asdict())
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
 
 
 def segformer(depths: list[int], widths: list[int], decoder: int) -> nn.Module:
@@ -119,12 +103,7 @@ def own(case: Case) -> Ready:
 
 
 def torch_compile(case: Case) -> Ready:
-    import torch._inductor.config as inductor
-
-    inductor.freezing = True
-    model, images = make_model(case).to(case.torch_dtype), make_images(case).to(case.torch_dtype)
-    compiled = torch.compile(model)
-    return Ready(lambda: compiled(images))
+    return compile_frozen(make_model(case), case)
 
 
 CONTENDERS = {report.OURS: accelerated, "own": own, "compile": torch_compile}

@@ -107,11 +107,15 @@ def timm_eager(case: Case) -> Ready:
 
 
 def torch_compile(case: Case) -> Ready:
+    return compile_frozen(timm_model(case), case)
+
+
+def compile_frozen(model: nn.Module, case: Case) -> Ready:
+    """The model under torch.compile with its weights as constants, in the case's dtype."""
     import torch._inductor.config as inductor
 
     inductor.freezing = True
-    model, images = timm_model(case).to(case.torch_dtype), make_images(case).to(case.torch_dtype)
-    compiled = torch.compile(model)
+    compiled, images = torch.compile(model.to(case.torch_dtype)), make_images(case).to(case.torch_dtype)
     return Ready(lambda: compiled(images))
 
 

@@ -14,6 +14,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from case import Case
+
 Row = dict[str, Any]
 
 OURS = "pvt_fast"
@@ -23,7 +25,7 @@ WRONG_FACTOR = 20
 
 
 def name(row: Row) -> str:
-    return f"{row['model'].removeprefix('pvt_v2_')} {row['dtype']} bs{row['batch']} {row['size']}px"
+    return str(Case(*(row[field] for field in Case._fields)))
 
 
 def key(row: Row) -> tuple:

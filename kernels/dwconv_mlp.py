@@ -20,10 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pvt_fast.ops import HW, Linear, MlpSpec, MlpWeights, check_mlp
-from pvt_fast.prepack import packed
 
 from . import config, tuning
-from .launch import Chip, apart, chip_of, dot_precision, first_time, launch, warm, workspace
+from .launch import Chip, chip_of, dot_precision, first_time, launch, packed_apart, warm, workspace
 from .linear import linear
 from .primitives import (
     add_residual,
@@ -337,7 +336,7 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
     if out.numel() == 0:
         return out
     weights = (w.norm.weight, w.norm.bias, w.fc1.weight, w.fc1.bias, w.dwconv.weight, w.dwconv.bias, w.fc2.weight)
-    pack = packed(w.cache, "triton", weights, lambda: apart(lambda: _pack(w), x.device))
+    pack = packed_apart(w.cache, weights, lambda: _pack(w))
     chip = chip_of(x.device)
     padded_height = -(-hw[0] // config.DWCONV_ROWS) * config.DWCONV_ROWS + 2
     hidden = _hidden_map(x, hw, w, spec, pack, padded_height, chip)

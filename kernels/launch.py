@@ -13,6 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+from pvt_fast.prepack import PackCache, packed
+
 T = TypeVar("T")
 
 # With TRITON_INTERPRET=1 kernels run in Python on tensors of any device. Triton reads it when a kernel is defined.
@@ -180,6 +182,13 @@ def apart(build: Callable[[], T], device: torch.device) -> T:
     torch.cuda.current_stream(device).synchronize()
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(run).result()
+
+
+def packed_apart(cache: PackCache | None, tensors: tuple[Tensor | None, ...], build: Callable[[], T]) -> T:
+    """The packed form of `tensors` from the cache, or from `build()`, made `apart`. The first tensor is never None."""
+    assert tensors[0] is not None
+    device = tensors[0].device
+    return packed(cache, "triton", tensors, lambda: apart(build, device))
 
 
 def inputs_last(weight: Tensor) -> Tensor:

@@ -12,10 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from pvt_fast.ops import HW, PatchEmbedWeights, check_patch_embed
-from pvt_fast.prepack import packed
 
 from . import config, tuning
-from .launch import apart, chip_of, dot_precision, inputs_last, launch, workspace
+from .launch import chip_of, dot_precision, inputs_last, launch, packed_apart, workspace
 from .primitives import (
     bound,
     dot,
@@ -175,7 +174,7 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
     default = config.patch_embed(in_channels, channels, image.dtype, chip)
     weight = w.proj.weight
     if default["PER_TAP"]:
-        weight = packed(w.cache, "triton", (weight,), lambda: apart(lambda: inputs_last(w.proj.weight), image.device))
+        weight = packed_apart(w.cache, (weight,), lambda: inputs_last(w.proj.weight))
     starts = patch_embed_kernel if default["PER_TAP"] else pixel_embed_kernel
     pointers = (image, weight.contiguous(), w.proj.bias, w.norm.weight, w.norm.bias)
     summed = not default["WHOLE_ROWS"]

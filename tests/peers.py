@@ -28,24 +28,34 @@ def ours(num_classes: int = 7, **overrides: Any) -> PVT_V2:
     return PVT_V2(num_classes=num_classes, **arguments).eval()
 
 
+def transformers_config(arguments: dict[str, Any], **more: Any) -> PvtV2Config:
+    """transformers' configuration of the architecture that `PVT_V2`'s arguments describe."""
+    return PvtV2Config(
+        hidden_sizes=list(arguments["embed_dims"]),
+        num_attention_heads=list(arguments["num_heads"]),
+        depths=list(arguments["depths"]),
+        mlp_ratios=list(arguments["mlp_ratios"]),
+        sr_ratios=list(arguments["sr_ratios"]),
+        qkv_bias=arguments["qkv_bias"],
+        linear_attention=arguments["linear"],
+        **more,
+    )
+
+
 def peer(layout: str, num_classes: int = 7, **overrides: Any) -> nn.Module:
     """The implementation's own model with no parameter at a trivial value, in evaluation mode."""
     arguments = {**SMALL, **overrides}
     if layout == "timm":
         model: nn.Module = PyramidVisionTransformerV2(num_classes=num_classes, **arguments)
     else:
-        config = PvtV2Config(
+        strides, kernels = [4, 2, 2, 2], [7, 3, 3, 3]
+        stages = len(arguments["depths"])
+        config = transformers_config(
+            arguments,
             num_labels=num_classes,
-            num_encoder_blocks=len(arguments["depths"]),
-            hidden_sizes=list(arguments["embed_dims"]),
-            num_attention_heads=list(arguments["num_heads"]),
-            depths=list(arguments["depths"]),
-            mlp_ratios=list(arguments["mlp_ratios"]),
-            sr_ratios=list(arguments["sr_ratios"]),
-            qkv_bias=arguments["qkv_bias"],
-            linear_attention=arguments["linear"],
-            patch_sizes=[7, 3, 3, 3][: len(arguments["depths"])],
-            strides=[4, 2, 2, 2][: len(arguments["depths"])],
+            num_encoder_blocks=stages,
+            patch_sizes=kernels[:stages],
+            strides=strides[:stages],
         )
         model = PvtV2ForImageClassification(config)
     return randomised(model).eval()

@@ -16,10 +16,10 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
-from peers import logits_of, ours, peer, randomised
+from peers import logits_of, ours, peer, randomised, transformers_config
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PvtV2Config, PvtV2ForImageClassification
+from transformers import PvtV2ForImageClassification
 
 import pvt_fast
 from pvt_fast import PVT_V2, export_weights, load_weights, variants
@@ -104,16 +104,7 @@ def test_pytorch_model_bin_where_there_is_no_safetensors(cache, timm_b0):
 
 
 def transformers_model(name: str, eps: float = 1e-6) -> nn.Module:
-    variant = VARIANTS[name]
-    config = PvtV2Config(
-        num_labels=1000,
-        hidden_sizes=list(variant["embed_dims"]),
-        depths=list(variant["depths"]),
-        num_attention_heads=list(variant["num_heads"]),
-        mlp_ratios=list(variant["mlp_ratios"]),
-        linear_attention=variant["linear"],
-        layer_norm_eps=eps,
-    )
+    config = transformers_config(VARIANTS[name], num_labels=1000, layer_norm_eps=eps)
     return randomised(PvtV2ForImageClassification(config)).eval()
 
 

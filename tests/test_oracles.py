@@ -6,8 +6,9 @@ from functools import lru_cache
 import pytest
 import timm
 import torch
+from peers import transformers_config
 from torch import Tensor, nn
-from transformers import PvtV2Config, PvtV2ForImageClassification
+from transformers import PvtV2ForImageClassification
 
 import pvt_fast
 from pvt_fast.config import VARIANTS
@@ -101,17 +102,7 @@ def timm_model(name: str) -> nn.Module:
 
 @lru_cache(maxsize=1)
 def transformers_model(name: str) -> nn.Module:
-    variant = VARIANTS[name]
-    config = PvtV2Config(
-        num_labels=13,
-        hidden_sizes=list(variant["embed_dims"]),
-        depths=list(variant["depths"]),
-        num_attention_heads=list(variant["num_heads"]),
-        mlp_ratios=list(variant["mlp_ratios"]),
-        sr_ratios=list(variant["sr_ratios"]),
-        qkv_bias=variant["qkv_bias"],
-        linear_attention=variant["linear"],
-    )
+    config = transformers_config(VARIANTS[name], num_labels=13)
     with no_initialisation():
         peer = PvtV2ForImageClassification(config)
     peer.load_state_dict(to_transformers(ours(name).state_dict()), strict=True, assign=True)
