@@ -3,7 +3,8 @@
 Eager code calls a backend's functions directly and never comes here: a registered op costs microseconds a call. When
 a model is traced, `traced(facts, requested)` picks the backend once and answers ops with the contract's signatures:
 the reference itself, so that the compiler sees plain torch and fuses it, or calls of `torch.ops.pvt_fast.*`, opaque
-to the compiler, which hand on to the backend named in their last argument.
+to the compiler, which hand on to the backend named in their last argument. Without gradients a backend that knows
+whole models is called once for all of a model's ops, by `run_model`.
 
 The choice is made while tracing and baked into the graph. A change of `model.backend`, or of `use_backend`, retraces a
 compiled model; an exported one keeps its backend.
@@ -11,10 +12,13 @@ compiled model; an exported one keeps its backend.
 
 from __future__ import annotations
 
+import copy
+import itertools
+import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
-from weakref import ref
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
@@ -24,7 +28,10 @@ from . import dispatch, ops, reference
 from .autograd import reference_gradients
 from .config import conv_size
 from .ops import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
-from .prepack import PackCache
+from .prepack import PackCache, within_graph
+
+if TYPE_CHECKING:
+    from .model import PVT_V2
 
 
 class _WeakPackCache(PackCache):
@@ -188,6 +195,62 @@ _head = _register(
 )
 
 
+# -- a whole model as one op ------------------------------------------------------------------------------------------
+
+# A compiled graph holds a model by its number, which its guards compare, and which no copy of the model shares.
+_models: WeakValueDictionary[int, PVT_V2] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def number(model: PVT_V2) -> int:
+    """A number under which `run_model` finds this model, new at each call."""
+    _models[given := next(_numbers)] = model
+    return given
+
+
+def _run_model(image: Tensor, parameters: list[Tensor], model: int, classes: int, backend: str) -> Tensor:
+    whole, ops = _models[model], dispatch.load(backend)
+    if not parameters:  # the model's own, whatever they are by now
+        return whole.run_ops(image, ops)  # type: ignore[arg-type]
+    with within_graph():
+        return _with_parameters(whole, parameters).run_ops(image, ops)  # type: ignore[arg-type]
+
+
+def _with_parameters(model: PVT_V2, parameters: list[Tensor]) -> PVT_V2:
+    """The model itself where `parameters` are its own, in its order; else a copy that has them instead."""
+    own = list(model.parameters())
+    if all(given is parameter for given, parameter in zip(parameters, own, strict=True)):
+        return model
+    return copy.deepcopy(model, {id(parameter): given for given, parameter in zip(parameters, own, strict=True)})
+
+
+_library = torch.library.Library("pvt_fast", "FRAGMENT")
+_library.define("run_model(Tensor image, Tensor[] parameters, int model, int classes, str backend) -> Tensor")
+_library.impl("run_model", _run_model, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "pvt_fast::run_model",
+    lambda image, parameters, model, classes, backend: image.new_empty((image.shape[0], classes)),
+    lib=_library,
+)
+
+
+def _is_all_that_is_traced(model: int) -> bool:
+    """Is the graph being traced the forward of this model and nothing else, as in `torch.compile(model)`?
+
+    Then nothing in it can change the model's parameters or put others in their place, and the graph need not hold
+    them: to guard and to check some hundreds of inputs takes longer than the Python of a small model in eager mode.
+    The names are the compiler's own and may change; "no" is always right, only slower.
+    """
+    from .model import PVT_V2  # which imports this module
+
+    symbolic_convert = sys.modules.get("torch._dynamo.symbolic_convert")
+    try:
+        root = symbolic_convert.InstructionTranslator.current_tx().output.root_tx  # type: ignore[union-attr]
+        return root.f_code is PVT_V2.forward.__code__ and root.f_locals["self"] is _models[model]
+    except (AttributeError, KeyError):
+        return False
+
+
 # -- what a traced model calls ---------------------------------------------------------------------------------------
 
 
@@ -196,6 +259,17 @@ class TracedOps:
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
+
+    def run_model(self, model: PVT_V2, image: Tensor) -> Tensor | None:
+        """The logits by one op; None where gradients, training or export ask for an op each, or the backend does."""
+        one_by_one = torch.is_grad_enabled() or model.training or torch.compiler.is_exporting()
+        if one_by_one or not isinstance(model.head, torch.nn.Linear) or not _knows_models(self.backend):
+            return None
+        parameters = [] if _is_all_that_is_traced(model._number) else list(model.parameters())
+        return torch.ops.pvt_fast.run_model(image, parameters, model._number, model.config.num_classes, self.backend)
+
+    def record_model(self, model: PVT_V2, image: Tensor) -> None:
+        """Nothing: the op records."""
 
     def overlap_patch_embed(self, image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
         hw = ops.check_patch_embed(image, w, stride)
@@ -249,5 +323,10 @@ def _select_name(device: str, dtype: torch.dtype, dropout: bool, autocast: bool,
     return next(name for name, path in dispatch.ORDER.items() if path == module.__name__)
 
 
+def _knows_models(backend: str) -> bool:
+    return hasattr(dispatch.load(backend), "run_model")
+
+
 # What torch.compiler.assume_constant_result does; calling that imports torch._dynamo, seconds in every process.
-_select_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _answer in (_select_name, _knows_models, _is_all_that_is_traced):
+    vars(_answer)["_dynamo_marked_constant"] = True

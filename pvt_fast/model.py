@@ -106,6 +106,7 @@ class PVT_V2(nn.Module, HubMixin):
         self._norm_caches = [PackCache() for _ in range(num_stages)]
         self._head_cache = PackCache()
         self._program = PackCache()  # of the backend that runs whole models
+        self._number = library.number(self)
         total = sum(config.depths)
         rates = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
         channels = in_channels
@@ -116,6 +117,10 @@ class PVT_V2(nn.Module, HubMixin):
         self.num_features = channels
         self.head = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
         self.apply(_init_weights)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = library.number(self)  # a copy is a model of its own
 
     def _add_stage(self, stage: int, in_channels: int, drop_path_rates: Sequence[float], norm_layer: Callable) -> None:
         config = self.config
@@ -177,7 +182,10 @@ class PVT_V2(nn.Module, HubMixin):
         return self._forward(image)
 
     def _forward(self, image: Tensor) -> Tensor:
-        image, ops = self._prepare(image)
+        return self.run_ops(*self._prepare(image))
+
+    def run_ops(self, image: Tensor, ops: Backend) -> Tensor:
+        """`forward` on given ops, for an image that is normalised and checked."""
         run_model = getattr(ops, "run_model", None)
         logits = None if run_model is None else run_model(self, image)
         if logits is None:

@@ -3,11 +3,17 @@
 A layer owns one `PackCache` and hands it out inside its weight tuple; a backend asks for its packed form through
 `packed`. The packed form stays valid while every tensor is the same object at the same address and version: an
 in-place update, `load_state_dict`, `.to()` or a replaced parameter each change one of the three.
+
+A compiled graph that changes a weight raises its version before it runs, not when it comes to the change. So what is
+packed within a graph may be of a weight that the graph goes on to change: it is used within graphs alone, where the
+next run sees a new version.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +22,7 @@ from torch import Tensor
 class PackCache:
     """A slot for one packed form. Copies and pickles of it are empty: packed weights are derived data."""
 
-    __slots__ = ("key", "packed", "stamps", "storages", "tensors")
+    __slots__ = ("key", "of_graph", "packed", "stamps", "storages", "tensors")
 
     def __init__(self) -> None:
         self.drop()
@@ -29,12 +35,35 @@ class PackCache:
         # `.to()` swaps a parameter's storage and not its version: a storage that lives on lends no one its address
         self.storages: tuple[Tensor | None, ...] = ()
         self.packed: Any = None
+        self.of_graph = False  # packed within a compiled graph
 
     def __deepcopy__(self, memo: dict) -> PackCache:
         return PackCache()
 
     def __reduce__(self) -> tuple:
         return (PackCache, ())
+
+
+class _Thread(threading.local):
+    in_graph = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def within_graph() -> Iterator[None]:
+    """Within the block this thread runs a part of a compiled graph that may also change weights."""
+    before, _thread.in_graph = _thread.in_graph, True
+    try:
+        yield
+    finally:
+        _thread.in_graph = before
+
+
+def usable(of_graph: bool) -> bool:
+    """May this thread use what was packed within a graph, or was not?"""
+    return not of_graph or _thread.in_graph
 
 
 def packed(cache: PackCache | None, key: Any, tensors: tuple[Tensor | None, ...], build: Callable[[], Any]) -> Any:
@@ -45,13 +74,13 @@ def packed(cache: PackCache | None, key: Any, tensors: tuple[Tensor | None, ...]
     """
     if cache is None:
         return build()
-    if cache.key == key and unchanged(cache.tensors, tensors, cache.stamps):
+    if cache.key == key and usable(cache.of_graph) and unchanged(cache.tensors, tensors, cache.stamps):
         return cache.packed
     stamps = tuple(stamp(tensor) for tensor in tensors)
     form = build()
     # the key goes first and comes back last, so that another thread never sees it beside a form that is not its own
     cache.key = None
-    cache.packed, cache.tensors, cache.stamps = form, tensors, stamps
+    cache.packed, cache.tensors, cache.stamps, cache.of_graph = form, tensors, stamps, _thread.in_graph
     cache.storages = tuple(None if tensor is None else tensor.detach() for tensor in tensors)
     cache.key = key
     return form

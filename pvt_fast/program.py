@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 
 from . import _C
 from .layers import Block, DWConvMLP, OverlapPatchEmbed, SpatialReductionAttention
-from .prepack import stamp, unchanged
+from .prepack import PackCache, stamp, unchanged, usable
 
 if TYPE_CHECKING:
     from .model import PVT_V2
@@ -31,10 +31,11 @@ _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forwar
 class Program:
     """What `record` saw: the packed ops, and all that must still be so for them to be the model's forward."""
 
-    def __init__(self, model: PVT_V2, isa: str, image: Tensor, ops: list[Any], forward: Any) -> None:
+    def __init__(self, model: PVT_V2, isa: str, image: Tensor, caches: list[PackCache], forward: Any) -> None:
         self.isa, self.dtype, self.layout = isa, image.dtype, _layout(image)
         self.classes = model.config.num_classes
-        self.ops = ops  # alive while `forward` is
+        self.ops = [cache.packed for cache in caches]  # alive while `forward` is
+        self.of_graph = any(cache.of_graph for cache in caches)
         self.forward = forward
         modules = list(model.modules())
         entries = [vars(module)[kind] for module in modules for kind in ("_modules", "_parameters")]
@@ -55,7 +56,7 @@ class Program:
         """Would running op by op do the same?"""
         if isa != self.isa or image.dtype != self.dtype or _layout(image) != self.layout:
             return False
-        return self.facts.hold() and unchanged(self.tensors, self.tensors, self.stamps)
+        return usable(self.of_graph) and self.facts.hold() and unchanged(self.tensors, self.tensors, self.stamps)
 
     def run(self, image: Tensor) -> Tensor:
         """image (B, Cin, H, W) -> logits (B, num_classes)."""
@@ -98,7 +99,7 @@ def record(model: PVT_V2, isa: str, image: Tensor) -> Program | None:
     if any(cache.packed is None or cache.key[:2] != ("cpp", isa) for cache in caches):
         return None
     forward = _C.Forward(stages, model._head_cache.packed, image.dtype == torch.bfloat16)
-    program = Program(model, isa, image, [cache.packed for cache in caches], forward)
+    program = Program(model, isa, image, caches, forward)
     return program if program.stands(isa, image) else None
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import sys
 import threading
 from types import ModuleType
@@ -46,7 +47,7 @@ def graph_ops(exported: torch.export.ExportedProgram) -> set[str]:
     return {str(node.target).split(".")[0] for node in exported.graph.nodes if node.op == "call_function"}
 
 
-def compiled(model: PVT_V2, **options):
+def compiled(model, **options):
     return torch.compile(model, fullgraph=True, backend="aot_eager", **options)
 
 
@@ -261,6 +262,178 @@ def test_registered_ops_refuse_what_they_cannot_do():
         ops.dwconv_mlp(*mlp[:3], mlp[3]._replace(drop=0.1))
     with pytest.raises(ValueError, match="dwconv_mlp: x must have H"):
         ops.dwconv_mlp(mlp[0], (1, 1), *mlp[2:])
+
+
+# -- a whole model as one op -----------------------------------------------------------------------------------------
+
+
+def on_cpp(**arguments) -> PVT_V2:
+    model = tiny(**arguments)
+    torch.nn.init.normal_(model.head.weight)  # so that any change shows in the logits
+    model.backend = "cpp"
+    return model
+
+
+def traced_calls(function, *arguments) -> list[torch.fx.Node]:
+    """The calls in the one graph that `function(*arguments)` is traced into."""
+    graphs = []
+
+    def keep(module: torch.fx.GraphModule, _):
+        graphs.append(module.graph)
+        return module.forward
+
+    torch.compile(function, fullgraph=True, backend=keep)(*arguments)
+    (graph,) = graphs
+    return [node for node in graph.nodes if node.op == "call_function"]
+
+
+class Around(torch.nn.Module):
+    def __init__(self, model: PVT_V2) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.model(image) + 1
+
+
+@torch.no_grad()
+def test_a_model_is_one_op_and_alone_its_parameters_are_no_inputs():
+    model = on_cpp()
+    (alone,) = traced_calls(model, IMAGE)
+    assert "run_model" in str(alone.target)
+    assert alone.args[1] == []
+    called, added = traced_calls(Around(model), IMAGE)
+    assert "run_model" in str(called.target)
+    assert "add" in str(added.target)
+    assert len(called.args[1]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("around", [lambda model: model, Around], ids=["alone", "among others"])
+@torch.no_grad()
+def test_changes_of_a_model_that_is_one_op_are_seen(around):
+    model, seen = on_cpp(), []
+    whole = around(model)
+    fast = compiled(whole)
+
+    def update():
+        model.block1[0].mlp.fc1.weight.mul_(1.5)
+
+    def replace():
+        model.norm2.bias = torch.nn.Parameter(torch.ones(16))
+
+    def replace_head():
+        model.head = torch.nn.Linear(16, 4)
+
+    def hook():
+        model.block2[0].register_forward_hook(lambda module, arguments, output: seen.append(1) or output * 2)
+
+    def more_classes():
+        model.reset_classifier(5)
+        torch.nn.init.normal_(model.head.weight)
+
+    for change in (update, replace, replace_head, hook, more_classes):
+        before = fast(IMAGE)
+        assert torch.equal(fast(IMAGE), before)
+        change()
+        after = fast(IMAGE)
+        assert torch.equal(after, whole(IMAGE)), change.__name__
+        assert after.shape != before.shape or not torch.equal(after, before), change.__name__
+    assert seen
+
+
+@torch.no_grad()
+def test_copies_of_a_model_that_is_one_op_are_models_of_their_own():
+    model = on_cpp()
+    fast = compiled(model)
+    logits = fast(IMAGE)
+    twins = [copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert len({model._number, *(twin._number for twin in twins)}) == 4
+    model.head.weight = torch.nn.Parameter(-model.head.weight)  # the shallow copy shares its head
+    for twin in twins[1:]:
+        assert torch.equal(compiled(twin)(IMAGE), logits)
+    assert not torch.equal(fast(IMAGE), logits)
+
+
+@torch.no_grad()
+def test_parameters_put_in_place_within_the_graph_are_used():
+    model = on_cpp()
+    others = {name: parameter * 1.5 for name, parameter in model.named_parameters()}
+
+    def call(parameters: dict[str, torch.Tensor], image: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (image,))
+
+    fast = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for parameters in (others, dict(model.named_parameters()), {"head.bias": torch.ones(4)}):
+        assert torch.equal(fast(parameters, IMAGE), call(parameters, IMAGE))
+    assert not torch.equal(fast(others, IMAGE), model(IMAGE))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@torch.no_grad()
+def test_parameters_changed_within_the_graph_are_used(compiler, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = on_cpp()
+    twin = copy.deepcopy(model)
+
+    def step(model: PVT_V2, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        before = model(image)
+        model.block1[0].mlp.fc1.weight.mul_(1.5)
+        return before, model(image)
+
+    fast = torch.compile(step, fullgraph=True, backend=compiler)
+    for ours, expected in zip(fast(model, IMAGE), step(twin, IMAGE), strict=True):
+        assert torch.equal(ours, expected)
+    assert torch.equal(model(IMAGE), twin(IMAGE))
+
+
+@torch.no_grad()
+def test_a_forward_that_is_not_the_models_own_is_traced_around_it():
+    class Doubled(PVT_V2):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(image)
+
+    model = on_cpp()
+    doubled = copy.deepcopy(model)
+    doubled.__class__ = Doubled
+    called, _ = traced_calls(doubled, IMAGE)
+    assert called.args[1]
+    assert torch.equal(compiled(doubled)(IMAGE), 2 * model(IMAGE))
+    model.forward = lambda image: 3 * PVT_V2.forward(model, image)
+    called, _ = traced_calls(model, IMAGE)
+    assert called.args[1]
+
+
+def test_gradients_training_features_and_export_are_op_by_op():
+    model = on_cpp()
+    assert not any("run_model" in str(call.target) for call in traced_calls(model, IMAGE))
+    with torch.no_grad():
+        assert not any("run_model" in str(call.target) for call in traced_calls(model.forward_features, IMAGE))
+        assert not any("run_model" in str(call.target) for call in traced_calls(on_cpp().train(), IMAGE))
+        headless = tiny(num_classes=0)
+        headless.backend = "cpp"
+        assert not any("run_model" in str(call.target) for call in traced_calls(headless, IMAGE))
+        exported = torch.export.export(model, (IMAGE,))
+    assert "pvt_fast" in graph_ops(exported)
+    assert not any("run_model" in str(node.target) for node in exported.graph.nodes)
+
+
+@torch.no_grad()
+def test_opcheck_of_a_whole_model():
+    model = on_cpp()
+    for parameters in ([], list(model.parameters()), [parameter * 2 for parameter in model.parameters()]):
+        for image in (IMAGE, permuted(IMAGE)):
+            arguments = (image, parameters, model._number, 4, "cpp")
+            torch.library.opcheck(torch.ops.pvt_fast.run_model.default, arguments)
+
+
+def test_a_models_number_dies_with_it():
+    model = on_cpp()
+    number = model._number
+    assert library._models[number] is model
+    del model
+    gc.collect()
+    assert number not in library._models
 
 
 # -- packed weights in a compiled model ------------------------------------------------------------------------------

@@ -61,6 +61,17 @@ def test_drop_forgets(layer):
     assert use(cache, layer)[1] == 1
 
 
+def test_what_a_compiled_graph_packs_is_for_graphs(layer):
+    cache = PackCache()
+    for _ in range(2):
+        with prepack.within_graph():
+            assert use(cache, layer)[1] == (0 if cache.of_graph else 1)
+    assert use(cache, layer)[1] == 1
+    with prepack.within_graph():
+        assert use(cache, layer)[1] == 0
+    assert use(cache, layer)[1] == 0
+
+
 def in_place(layer):
     with torch.no_grad():
         layer.weight.add_(1)
