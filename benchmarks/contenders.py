@@ -62,16 +62,20 @@ def parity_bound(exact: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
     return 2 * float((plain - exact).abs().max()) + torch.finfo(dtype).eps * float(exact.abs().max())
 
 
-def pvt_fast_cpp(case: Case) -> Ready:
+def on_cpp(case: Case) -> tuple[pvt_fast.PVT_V2, Tensor]:
     model, images = make_model(case).to(case.torch_dtype), make_images(case).to(case.torch_dtype)
     model.backend = "cpp"
+    return model, images
+
+
+def pvt_fast_cpp(case: Case) -> Ready:
+    model, images = on_cpp(case)
     return Ready(lambda: model(images))
 
 
 def pvt_fast_compiled(case: Case) -> Ready:
     """Ours under torch.compile: its call is one op (see `pvt_fast.library`)."""
-    model, images = make_model(case).to(case.torch_dtype), make_images(case).to(case.torch_dtype)
-    model.backend = "cpp"
+    model, images = on_cpp(case)
     compiled = torch.compile(model, fullgraph=True)
     return Ready(lambda: compiled(images))
 

@@ -211,17 +211,17 @@ def number(model: PVT_V2) -> int:
 def _run_model(image: Tensor, parameters: list[Tensor], model: int, classes: int, backend: str) -> Tensor:
     whole, ops = _models[model], dispatch.load(backend)
     if not parameters:  # the model's own, whatever they are by now
-        return whole.run_ops(image, ops)  # type: ignore[arg-type]
+        return whole._run_ops(image, ops)  # type: ignore[arg-type]
     with within_graph():
-        return _with_parameters(whole, parameters).run_ops(image, ops)  # type: ignore[arg-type]
+        return _with_parameters(whole, parameters)._run_ops(image, ops)  # type: ignore[arg-type]
 
 
 def _with_parameters(model: PVT_V2, parameters: list[Tensor]) -> PVT_V2:
     """The model itself where `parameters` are its own, in its order; else a copy that has them instead."""
-    own = list(model.parameters())
-    if all(given is parameter for given, parameter in zip(parameters, own, strict=True)):
+    pairs = list(zip(model.parameters(), parameters, strict=True))
+    if all(own is given for own, given in pairs):
         return model
-    return copy.deepcopy(model, {id(parameter): given for given, parameter in zip(parameters, own, strict=True)})
+    return copy.deepcopy(model, {id(own): given for own, given in pairs})
 
 
 _library = torch.library.Library("pvt_fast", "FRAGMENT")
@@ -269,7 +269,7 @@ class TracedOps:
         return torch.ops.pvt_fast.run_model(image, parameters, model._number, model.config.num_classes, self.backend)
 
     def record_model(self, model: PVT_V2, image: Tensor) -> None:
-        """Nothing: the op records."""
+        """Nothing: where there is something to record, `run_model` does it when the graph runs."""
 
     def overlap_patch_embed(self, image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
         hw = ops.check_patch_embed(image, w, stride)

@@ -182,9 +182,9 @@ class PVT_V2(nn.Module, HubMixin):
         return self._forward(image)
 
     def _forward(self, image: Tensor) -> Tensor:
-        return self.run_ops(*self._prepare(image))
+        return self._run_ops(*self._prepare(image))
 
-    def run_ops(self, image: Tensor, ops: Backend) -> Tensor:
+    def _run_ops(self, image: Tensor, ops: Backend) -> Tensor:
         """`forward` on given ops, for an image that is normalised and checked."""
         run_model = getattr(ops, "run_model", None)
         logits = None if run_model is None else run_model(self, image)
