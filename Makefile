@@ -28,7 +28,7 @@ lint: $(VENV)/.test
 # the kernels without Python: every op on every ISA that this CPU runs, against loops in double
 CXXFLAGS := -std=c++17 -ffp-contract=fast -fno-math-errno -fopenmp -Wall -Wextra \
 	-Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized -Icsrc
-KERNELS := csrc/gelu.cpp csrc/isa.cpp csrc/parallel.cpp $(wildcard csrc/isa/*.cpp)
+KERNELS := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp)) $(wildcard csrc/isa/*.cpp)
 
 cpp-test: build/test_kernels
 	build/test_kernels

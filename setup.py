@@ -7,7 +7,7 @@ instruction set, and one is chosen at run time.
 from glob import glob
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ParallelCompile("MAX_JOBS").install()
 
@@ -25,7 +25,7 @@ extension = Pybind11Extension(
 )
 
 setup(
-    packages=["pvt_fast", "pvt_fast.adapters", "pvt_fast.kernels"],
+    packages=[*find_packages(include=["pvt_fast", "pvt_fast.*"]), "pvt_fast.kernels"],
     package_dir={"pvt_fast.kernels": "kernels"},
     package_data={"pvt_fast.kernels": ["tuned.json"]},
     ext_modules=[extension],

@@ -54,7 +54,7 @@ void patch_embed(int side, int in_channels, int channels, int kernel, int stride
   const auto op = factories().patch_embed(weights, false);
   const int rows = (side - 1) / stride + 1;
   std::vector<float> out(std::size_t(rows) * rows * channels);
-  counted([&] { op->run(image, stride, out.data()); });
+  counted([&] { op->run(image, out.data()); });
 }
 
 void residual(const pvt::ResidualOp& op, int side, int channels, Draw& draw) {

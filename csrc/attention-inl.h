@@ -27,6 +27,9 @@ class AttentionOp final : public ResidualOp {
     sr_norm_ = PackedNorm(w.sr_norm, channels_, static_cast<const T*>(nullptr));
   }
 
+  int channels() const override { return channels_; }
+  int least_side() const override { return linear_ ? 1 : sr_ratio_; }
+
   void run(const void* x, Map map, const void* residual_scale, void* out) const override {
     const Shape shape(*this, map);
     // images at a time, so that a large batch takes bounded memory

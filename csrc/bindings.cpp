@@ -5,6 +5,7 @@
 #include "forward.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "watch.h"
 
 namespace py = pybind11;
 
@@ -25,10 +26,10 @@ const pvt::Factories& factories(const std::string& isa, bool bf16) {
 }
 
 std::unique_ptr<pvt::PatchEmbed> patch_embed(const std::string& isa, bool bf16, const py::tuple& proj,
-                                             const py::tuple& norm_weights, std::tuple<int, int, int> sizes,
+                                             const py::tuple& norm_weights, std::tuple<int, int, int, int> sizes,
                                              bool channels_last) {
-  const auto [in_channels, channels, kernel] = sizes;
-  const pvt::PatchEmbedWeights w{linear(proj), norm(norm_weights), in_channels, channels, kernel};
+  const auto [in_channels, channels, kernel, stride] = sizes;
+  const pvt::PatchEmbedWeights w{linear(proj), norm(norm_weights), in_channels, channels, kernel, stride};
   return factories(isa, bf16).patch_embed(w, channels_last);
 }
 
@@ -66,23 +67,21 @@ pvt::Image view(Address image, const Size& size, const Strides& strides) {
   return {input(image), batch, height, width, stride_batch, stride_channel, stride_row, stride_column};
 }
 
-void check_accepts(const pvt::PatchEmbed& op, const pvt::Image& image) {
-  if (!op.accepts(image)) throw std::invalid_argument("PatchEmbed: image strides must fit the packed layout");
-}
-
-// What must still be so for a recorded forward to be the model's: values of dicts, and dicts that are empty. A forward
-// leaves nothing of these objects in the inner caches; so all are asked for before the first is looked at. The caller
-// keeps them alive: references from here would be part of cycles that Python's collector cannot see.
+// Facts about Python objects: values of dicts, sizes of dicts, and types. A forward leaves nothing of these objects in
+// the inner caches, so all are asked for before the first is looked at. The caller keeps them alive: references from here
+// would be part of cycles that Python's collector cannot see.
 class Facts {
  public:
   using Entry = std::tuple<py::handle, py::handle, py::handle>;  // dict.get(name) is value
+  using Size = std::tuple<py::handle, py::ssize_t>;              // len(dict) == size
+  using Type = std::tuple<py::handle, py::handle>;               // type(object) is type
 
-  Facts(std::vector<Entry> entries, std::vector<py::handle> empty, std::vector<Address> soon)
-      : entries_(std::move(entries)), empty_(std::move(empty)), soon_(std::move(soon)) {}
+  Facts(std::vector<Entry> entries, std::vector<Size> sizes, std::vector<Type> types)
+      : entries_(std::move(entries)), sizes_(std::move(sizes)), types_(std::move(types)) {}
 
   bool hold() const {
-    for (const Address address : soon_) __builtin_prefetch(input(address));
-    for (const py::handle& dict : empty_) __builtin_prefetch(dict.ptr());
+    for (const auto& [object, type] : types_) __builtin_prefetch(object.ptr());
+    for (const auto& [dict, size] : sizes_) __builtin_prefetch(dict.ptr());
     for (const auto& [dict, name, value] : entries_) {
       __builtin_prefetch(dict.ptr());
       __builtin_prefetch(name.ptr());
@@ -91,8 +90,10 @@ class Facts {
       const char* keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dict.ptr())->ma_keys);
       for (int line = 0; line < 4; ++line) __builtin_prefetch(keys + 64 * line);
     }
-    for (const py::handle& dict : empty_)
-      if (PyDict_Size(dict.ptr()) != 0) return false;
+    for (const auto& [object, type] : types_)
+      if (reinterpret_cast<const PyObject*>(Py_TYPE(object.ptr())) != type.ptr()) return false;
+    for (const auto& [dict, size] : sizes_)
+      if (PyDict_Size(dict.ptr()) != size) return false;
     for (const auto& [dict, name, value] : entries_) {
       const PyObject* found = PyDict_GetItemWithError(dict.ptr(), name.ptr());
       if ((found != nullptr ? found : Py_None) != value.ptr()) return false;
@@ -102,21 +103,22 @@ class Facts {
 
  private:
   std::vector<Entry> entries_;
-  std::vector<py::handle> empty_;
-  std::vector<Address> soon_;
+  std::vector<Size> sizes_;
+  std::vector<Type> types_;
 };
 
-// A stage: (embed, (kernel, stride, channels), blocks, norm).
-using StageTuple = std::tuple<const pvt::PatchEmbed*, std::tuple<int, int, int>, std::vector<const pvt::ResidualOp*>,
-                              const pvt::LayerNorm*>;
-
-std::unique_ptr<pvt::Forward> forward(const std::vector<StageTuple>& stages, const pvt::Head& head, bool bf16) {
-  std::vector<pvt::Stage> all;
-  for (const auto& [embed, sizes, blocks, stage_norm] : stages) {
-    const auto [kernel, stride, channels] = sizes;
-    all.push_back({embed, kernel, stride, channels, blocks, stage_norm});
+std::unique_ptr<pvt::Watch> watch(const std::vector<std::pair<Address, std::size_t>>& regions) {
+  std::vector<pvt::Watch::Region> all;
+  for (const auto& [address, bytes] : regions) {
+    if (address == 0 && bytes != 0) throw std::invalid_argument("Watch: regions must have addresses, got a null one");
+    all.push_back({static_cast<const unsigned char*>(input(address)), bytes});
   }
-  return std::make_unique<pvt::Forward>(std::move(all), head, bf16 ? 2 : 4);
+  return std::make_unique<pvt::Watch>(std::move(all));
+}
+
+// Memory that another object describes: refused before it is read where that cannot be so.
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
 }
 
 }  // namespace
@@ -129,16 +131,18 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<pvt::PatchEmbed>(m, "PatchEmbed")
       .def(py::init(&patch_embed))
-      .def("run", [](const pvt::PatchEmbed& op, Address image, const Size& size, const Strides& strides, int stride,
-                     Address out) {
+      .def("run", [](const pvt::PatchEmbed& op, Address image, const Size& size, const Strides& strides, Address out) {
         const pvt::Image from = view(image, size, strides);
-        check_accepts(op, from);
+        require(op.accepts(from), "PatchEmbed: image strides must fit the packed layout");
+        require(from.batch == 0 || (image != 0 && out != 0), "PatchEmbed: image and out must have addresses");
         py::gil_scoped_release release;
-        op.run(from, stride, output(out));
+        op.run(from, output(out));
       });
   py::class_<pvt::ResidualOp>(m, "ResidualOp")
       .def("run", [](const pvt::ResidualOp& op, Address x, std::int64_t batch, int height, int width,
                      Address residual_scale, Address out) {
+        require(std::min(height, width) >= op.least_side(), "ResidualOp: map must be at least sr_ratio each way");
+        require(batch == 0 || (x != 0 && out != 0), "ResidualOp: x and out must have addresses");
         py::gil_scoped_release release;
         op.run(input(x), {batch, height, width}, input(residual_scale), output(out));
       });
@@ -161,14 +165,25 @@ PYBIND11_MODULE(_C, m) {
         op.run(input(x), batch, tokens, output(out));
       });
   py::class_<Facts>(m, "Facts")
-      .def(py::init<std::vector<Facts::Entry>, std::vector<py::handle>, std::vector<Address>>(), py::arg("entries"),
-           py::arg("empty"), py::arg("soon"))
-      .def("hold", &Facts::hold, "Is every (dict, name, value) of `entries` so, and every dict of `empty` empty?");
+      .def(py::init<std::vector<Facts::Entry>, std::vector<Facts::Size>, std::vector<Facts::Type>>(), py::arg("entries"),
+           py::arg("sizes"), py::arg("types"))
+      .def("hold", &Facts::hold,
+           "Is every (dict, name, value) of `entries` so, every (dict, size) and every (object, type)?");
+  py::class_<pvt::Watch>(m, "Watch")
+      .def(py::init(&watch))
+      .def_property_readonly_static("PARTS", [](const py::object&) { return pvt::Watch::kParts; })
+      .def("next", &pvt::Watch::next, py::call_guard<py::gil_scoped_release>())
+      .def("first_changed", &pvt::Watch::first_changed, py::call_guard<py::gil_scoped_release>());
   // its ops are the caller's to keep alive
   py::class_<pvt::Forward>(m, "Forward")
-      .def(py::init(&forward))
+      .def(py::init([](const std::vector<pvt::Op>& ops, bool bf16) {
+        return std::make_unique<pvt::Forward>(ops, bf16 ? 2 : 4);
+      }))
+      .def_property_readonly("in_channels", &pvt::Forward::in_channels)
+      .def_property_readonly("classes", &pvt::Forward::classes)
       .def("run", [](const pvt::Forward& op, Address image, const Size& size, const Strides& strides, Address out) {
         const pvt::Image from = view(image, size, strides);
+        require(from.batch == 0 || (image != 0 && out != 0), "Forward: image and out must have addresses");
         py::gil_scoped_release release;
         op.run(from, output(out));
       });

@@ -7,18 +7,25 @@ class PatchEmbedOp final : public PatchEmbed {
       : in_channels_(w.in_channels),
         channels_(w.channels),
         kernel_(w.kernel),
+        stride_(w.stride),
         channels_last_(channels_last),
         proj_(pack_conv<E, T>(w.proj, w.channels, w.in_channels, w.kernel, channels_last, w.in_channels)),
         norm_(w.norm, w.channels, static_cast<const T*>(nullptr)) {}
+
+  int in_channels() const override { return in_channels_; }
+  int channels() const override { return channels_; }
+  Map map(const Image& image) const override {
+    auto size = [this](std::int64_t n) { return int((n + kernel_ / 2 * 2 - kernel_) / stride_ + 1); };
+    return {image.batch, size(image.height), size(image.width)};
+  }
 
   bool accepts(const Image& image) const override {
     return channels_last_ ? image.stride_channel == 1 && image.stride_column == in_channels_ : image.stride_column == 1;
   }
 
-  void run(const Image& image, int stride, void* out) const override {
+  void run(const Image& image, void* out) const override {
     const int pad = kernel_ / 2;
-    const std::int64_t height = (image.height + 2 * pad - kernel_) / stride + 1;
-    const std::int64_t width = (image.width + 2 * pad - kernel_) / stride + 1, tokens = height * width;
+    const std::int64_t width = map(image).width, tokens = map(image).tokens();
     const std::size_t wide = patch_width(), norm_wide = row_width(channels_);
     const std::size_t patches_size = row_room(tokens) * wide;
     const std::size_t weights = proj_.data.size() * sizeof(E);
@@ -32,7 +39,7 @@ class PatchEmbedOp final : public PatchEmbed {
     piece_offsets(image, offsets);
     auto gather_rows = [&](std::int64_t index, int begin, int end, E* patches) {
       for (std::int64_t token = begin; token < end; ++token, patches += wide)
-        gather(image, index, token / width * stride - pad, token % width * stride - pad, offsets, patches);
+        gather(image, index, token / width * stride_ - pad, token % width * stride_ - pad, offsets, patches);
     };
     auto finish_rows = [&](std::int64_t index, int begin, int end, const float* projected) {
       T* to = static_cast<T*>(out) + (index * tokens + begin) * channels_;
@@ -124,7 +131,7 @@ class PatchEmbedOp final : public PatchEmbed {
     }
   }
 
-  int in_channels_, channels_, kernel_;
+  int in_channels_, channels_, kernel_, stride_;
   bool channels_last_;
   PackedMatrix<E> proj_;
   PackedNorm norm_;
@@ -134,6 +141,8 @@ template <class T>
 class LayerNormOp final : public LayerNorm {
  public:
   LayerNormOp(const Norm& norm, int channels) : norm_(norm, channels, static_cast<const T*>(nullptr)) {}
+
+  int channels() const override { return norm_.channels; }
 
   void run(const void* x, std::int64_t rows, void* out) const override {
     const Split split = split_light(1, rows, norm_.channels);
@@ -156,6 +165,9 @@ class HeadOp final : public Head {
       : channels_(channels), classes_(classifier.weight == nullptr ? 0 : classes) {
     if (classes_) classifier_ = pack_linear<E, T>(classifier, classes, channels);
   }
+
+  int channels() const override { return channels_; }
+  int classes() const override { return classes_ ? classes_ : channels_; }
 
   void run(const void* x, std::int64_t batch, std::int64_t tokens, void* out) const override {
     const std::size_t wide = row_width(channels_);

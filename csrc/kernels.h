@@ -30,7 +30,7 @@ struct Linear {
 struct PatchEmbedWeights {
   Linear proj;  // (channels, in_channels, kernel, kernel)
   Norm norm;
-  int in_channels, channels, kernel;
+  int in_channels, channels, kernel, stride;
 };
 
 struct AttentionWeights {
@@ -67,26 +67,34 @@ struct Map {
 
 struct PatchEmbed {
   virtual ~PatchEmbed() = default;
+  virtual int in_channels() const = 0;
+  virtual int channels() const = 0;
+  virtual Map map(const Image& image) const = 0;  // of the tokens it makes
   // The image's channels must be dense in its innermost one or two dimensions: `accepts` tells.
   virtual bool accepts(const Image& image) const = 0;
-  virtual void run(const Image& image, int stride, void* out) const = 0;
+  virtual void run(const Image& image, void* out) const = 0;
 };
 
 // x + residual_scale * op(x); residual_scale is (batch) or null for 1. `out` may not overlap `x`.
 struct ResidualOp {
   virtual ~ResidualOp() = default;
+  virtual int channels() const = 0;
+  virtual int least_side() const = 0;  // the fewest rows and columns of a map that it takes
   virtual void run(const void* x, Map map, const void* residual_scale, void* out) const = 0;
 };
 
 // LayerNorm of rows.
 struct LayerNorm {
   virtual ~LayerNorm() = default;
+  virtual int channels() const = 0;
   virtual void run(const void* x, std::int64_t rows, void* out) const = 0;
 };
 
-// Mean over tokens, then the classifier.
+// Mean over tokens, then the classifier, if there is one: else `classes` is `channels`.
 struct Head {
   virtual ~Head() = default;
+  virtual int channels() const = 0;
+  virtual int classes() const = 0;
   virtual void run(const void* x, std::int64_t batch, std::int64_t tokens, void* out) const = 0;
 };
 

@@ -29,6 +29,9 @@ class MlpOp final : public ResidualOp {
     }
   }
 
+  int channels() const override { return channels_; }
+  int least_side() const override { return 1; }
+
   void run(const void* x, Map map, const void* residual_scale, void* out) const override {
     const Call call{static_cast<const T*>(x), static_cast<T*>(out), static_cast<const T*>(residual_scale), map};
     const std::int64_t threads = max_threads();

@@ -336,7 +336,7 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
     if out.numel() == 0:
         return out
     weights = (w.norm.weight, w.norm.bias, w.fc1.weight, w.fc1.bias, w.dwconv.weight, w.dwconv.bias, w.fc2.weight)
-    pack = packed_apart(w.cache, weights, lambda: _pack(w))
+    pack = packed_apart("mlp", weights, lambda: _pack(w))
     chip = chip_of(x.device)
     padded_height = -(-hw[0] // config.DWCONV_ROWS) * config.DWCONV_ROWS + 2
     hidden = _hidden_map(x, hw, w, spec, pack, padded_height, chip)

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pvt_fast.prepack import PackCache, packed
+from pvt_fast.ops.packing import packed
 
 T = TypeVar("T")
 
@@ -184,11 +184,11 @@ def apart(build: Callable[[], T], device: torch.device) -> T:
         return pool.submit(run).result()
 
 
-def packed_apart(cache: PackCache | None, tensors: tuple[Tensor | None, ...], build: Callable[[], T]) -> T:
-    """The packed form of `tensors` from the cache, or from `build()`, made `apart`. The first tensor is never None."""
+def packed_apart(kind: str, tensors: tuple[Tensor | None, ...], build: Callable[[], T]) -> T:
+    """The packed form of `tensors`, kept or from `build()`, made `apart`. The first tensor is never None."""
     assert tensors[0] is not None
     device = tensors[0].device
-    return packed(cache, "triton", tensors, lambda: apart(build, device))
+    return packed(f"triton {kind}", None, tensors, lambda: apart(build, device))
 
 
 def inputs_last(weight: Tensor) -> Tensor:

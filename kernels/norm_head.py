@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pvt_fast.ops import Linear, Norm
+from pvt_fast.ops import Linear, Norm, check_head, check_layer_norm
 
 from . import config
 from .launch import launch
@@ -46,6 +46,7 @@ def token_mean_kernel(x_ptr, out_ptr, tokens, C: tl.constexpr, BLOCK_T: tl.const
 
 def layer_norm(x: Tensor, w: Norm) -> Tensor:
     """See `pvt_fast.ops`."""
+    check_layer_norm(x, w)
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():

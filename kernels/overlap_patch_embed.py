@@ -174,7 +174,7 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
     default = config.patch_embed(in_channels, channels, image.dtype, chip)
     weight = w.proj.weight
     if default["PER_TAP"]:
-        weight = packed_apart(w.cache, (weight,), lambda: inputs_last(w.proj.weight))
+        weight = packed_apart("patch_embed", (weight,), lambda: inputs_last(w.proj.weight))
     starts = patch_embed_kernel if default["PER_TAP"] else pixel_embed_kernel
     pointers = (image, weight.contiguous(), w.proj.bias, w.norm.weight, w.norm.bias)
     summed = not default["WHOLE_ROWS"]

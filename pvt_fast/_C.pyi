@@ -14,7 +14,7 @@ class PatchEmbed:
         bf16: bool,
         proj: _Linear,
         norm: _Norm,
-        sizes: tuple[int, int, int],  # in_channels, channels, kernel
+        sizes: tuple[int, int, int, int],  # in_channels, channels, kernel, stride
         channels_last: bool,
     ) -> None: ...
     def run(
@@ -22,7 +22,6 @@ class PatchEmbed:
         image: int,
         size: tuple[int, int, int],  # batch, height, width
         strides: tuple[int, ...],  # in elements: batch, channel, row, column
-        stride: int,
         out: int,
     ) -> None: ...
 
@@ -44,16 +43,19 @@ class Facts:
     def __init__(
         self,
         entries: list[tuple[dict, str, object]],
-        empty: list[dict],
-        soon: list[int],  # addresses of cache lines that will be read after `hold`
+        sizes: list[tuple[dict, int]],
+        types: list[tuple[object, type]],
     ) -> None: ...
     def hold(self) -> bool: ...
 
+class Watch:
+    PARTS: int
+    def __init__(self, regions: list[tuple[int, int]]) -> None: ...  # addresses and bytes
+    def next(self) -> bool: ...
+    def first_changed(self) -> int: ...
+
 class Forward:
-    def __init__(
-        self,
-        stages: list[tuple[PatchEmbed, tuple[int, int, int], list[ResidualOp], LayerNorm]],  # kernel, stride, channels
-        head: Head,
-        bf16: bool,
-    ) -> None: ...
+    in_channels: int
+    classes: int
+    def __init__(self, ops: list[PatchEmbed | ResidualOp | LayerNorm | Head], bf16: bool) -> None: ...
     def run(self, image: int, size: tuple[int, int, int], strides: tuple[int, ...], out: int) -> None: ...

@@ -11,13 +11,18 @@ from .accelerate import (
     AcceleratedBlock,
     AccelerationError,
     AccelerationReport,
+    Explanation,
+    Piece,
     SkippedBlock,
     accelerate_,
     accelerated,
+    explain,
+    refresh,
     restore_,
 )
 from .dispatch import BackendStatus, BackendUnavailable, backends, use_backend
 from .model import PVT_V2
+from .ops.packing import UnannouncedChange, checked_weights
 from .variants import (
     create_model,
     list_models,
@@ -38,13 +43,18 @@ __all__ = [
     "AccelerationReport",
     "BackendStatus",
     "BackendUnavailable",
+    "Explanation",
     "LoadReport",
+    "Piece",
     "SkippedBlock",
+    "UnannouncedChange",
     "__version__",
     "accelerate_",
     "accelerated",
     "backends",
+    "checked_weights",
     "create_model",
+    "explain",
     "export_weights",
     "list_models",
     "load_weights",
@@ -55,6 +65,7 @@ __all__ = [
     "pvt_v2_b3",
     "pvt_v2_b4",
     "pvt_v2_b5",
+    "refresh",
     "restore_",
     "use_backend",
 ]

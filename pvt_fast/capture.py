@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .prepack import PackCache
+from .ops.packing import collected
 
 if TYPE_CHECKING:
     from .model import PVT_V2
@@ -37,10 +36,10 @@ class CapturedModel:
                 for _ in range(_WARMUP_FORWARDS):
                     model(self._image)
             torch.cuda.current_stream().wait_stream(stream)
-            with torch.cuda.graph(self._graph, stream=stream):
+            with collected() as records, torch.cuda.graph(self._graph, stream=stream):
                 self._logits = model(self._image)
         # the graph knows addresses only: what lies there has to live as long
-        self._kept = [model, *(p.detach() for p in model.parameters()), *(c.packed for c in _caches(model))]
+        self._kept = [model, *(p.detach() for p in model.parameters()), *(record.form for record in records)]
 
     def __call__(self, image: Tensor) -> Tensor:
         """Logits (B, num_classes) of an image of the example's shape, dtype and device, in any memory layout."""
@@ -48,13 +47,6 @@ class CapturedModel:
         self._image.copy_(image.detach(), non_blocking=True)
         self._graph.replay()
         return self._logits
-
-
-def _caches(model: PVT_V2) -> Iterator[PackCache]:
-    """The packed weights of all layers."""
-    for module in model.modules():
-        for value in vars(module).values():
-            yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, PackCache))
 
 
 def check_like(op: str, image: Tensor, example: Tensor) -> None:

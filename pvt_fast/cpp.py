@@ -4,7 +4,7 @@ float16 is computed in float32: an op converts its activations on entry and its 
 for the float32 kernels.
 
 The instruction set is chosen once, at import: the best that this CPU runs, capped by the environment variable
-PVT_FAST_ISA. Weights are packed for it at first use and kept until they change (see `prepack`).
+PVT_FAST_ISA. Weights are packed for it at first use and kept until they change (see `ops.packing`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import _C, program
+from . import _C
 from .dispatch import BackendMisconfigured, BackendUnavailable, Facts
 from .ops import (
     HW,
@@ -31,13 +31,12 @@ from .ops import (
     Norm,
     PatchEmbedWeights,
     check_attention,
+    check_head,
+    check_layer_norm,
     check_mlp,
     check_patch_embed,
 )
-from .prepack import packed
-
-if TYPE_CHECKING:
-    from .model import PVT_V2
+from .ops.packing import packed
 
 logger = logging.getLogger("pvt_fast")
 
@@ -107,13 +106,14 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
 
     def build() -> Any:
         with _Addresses() as at:
-            sizes = (in_channels, channels, kernel)
+            sizes = (in_channels, channels, kernel, stride)
             return _C.PatchEmbed(_isa, at.bf16(image), at.linear(w.proj), at.norm(w.norm), sizes, channels_last)
 
     tensors = (*w.proj[:2], *w.norm[:2])
-    op = packed(w.cache, ("cpp", _isa, w.norm.eps, channels_last), tensors, build)
-    out = torch.empty((image.shape[0], hw[0] * hw[1], channels), dtype=image.dtype)
-    op.run(image.data_ptr(), (image.shape[0], *image.shape[2:]), strides, stride, out.data_ptr())
+    kind = "patch_embed channels_last" if channels_last else "patch_embed"
+    op = packed(kind, (_isa, w.norm.eps, stride), tensors, build)
+    out = torch.empty((image.shape[0], hw[0] * hw[1], channels), dtype=image.dtype, device=image.device)
+    op.run(image.data_ptr(), (image.shape[0], *image.shape[2:]), strides, out.data_ptr())
     return out.to(dtype), hw
 
 
@@ -144,7 +144,7 @@ def sr_attention(
     sr = () if w.sr is None or w.sr_norm is None else (*w.sr[:2], *w.sr_norm[:2])
     tensors = (*w.norm[:2], *w.q[:2], *w.kv[:2], *w.proj[:2], *sr)
     eps = (w.norm.eps, None if w.sr_norm is None else w.sr_norm.eps)
-    op = packed(w.cache, ("cpp", _isa, eps, spec), tensors, build)
+    op = packed("attention", (_isa, eps, spec), tensors, build)
     return _run_residual(op, x, hw, residual_scale)
 
 
@@ -167,19 +167,20 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
             return _C.mlp(_isa, at.bf16(x), weights)
 
     tensors = (*w.norm[:2], *w.fc1[:2], *w.dwconv[:2], *w.fc2[:2])
-    op = packed(w.cache, ("cpp", _isa, w.norm.eps, spec), tensors, build)
+    op = packed("mlp", (_isa, w.norm.eps, spec), tensors, build)
     return _run_residual(op, x, hw, residual_scale)
 
 
 def layer_norm(x: Tensor, w: Norm) -> Tensor:
     """LayerNorm over the last dimension; see `reference.layer_norm`."""
+    check_layer_norm(x, w)
     dtype, x = x.dtype, _widened(x).contiguous()
 
     def build() -> Any:
         with _Addresses() as at:
             return _C.LayerNorm(_isa, at.bf16(x), at.norm(w), x.shape[-1])
 
-    op = packed(w.cache, ("cpp", _isa, w.eps), w[:2], build)
+    op = packed("layer_norm", (_isa, w.eps), w[:2], build)
     out = torch.empty_like(x)
     op.run(x.data_ptr(), x.numel() // x.shape[-1], out.data_ptr())
     return out.to(dtype)
@@ -187,6 +188,7 @@ def layer_norm(x: Tensor, w: Norm) -> Tensor:
 
 def head(x: Tensor, w: Linear | None) -> Tensor:
     """Mean over tokens, then the classifier; see `reference.head`."""
+    check_head(x, w)
     dtype, x = x.dtype, _widened(x).contiguous()
     batch, tokens, channels = x.shape
     classes = channels if w is None else w.weight.shape[0]
@@ -195,24 +197,10 @@ def head(x: Tensor, w: Linear | None) -> Tensor:
         with _Addresses() as at:
             return _C.Head(_isa, at.bf16(x), (0, 0) if w is None else at.linear(w), channels, classes)
 
-    op = build() if w is None else packed(w.cache, ("cpp", _isa), w[:2], build)
-    out = torch.empty((batch, classes), dtype=x.dtype)
+    op = build() if w is None else packed("head", _isa, w[:2], build)
+    out = torch.empty((batch, classes), dtype=x.dtype, device=x.device)
     op.run(x.data_ptr(), batch, tokens, out.data_ptr())
     return out.to(dtype)
-
-
-def run_model(model: PVT_V2, image: Tensor) -> Tensor | None:
-    """The logits of a model by the `Program` recorded for it; None where there is none that stands."""
-    recorded = model._program.packed
-    if recorded is None or not program.fits(model, image) or not recorded.stands(_isa, image):
-        return None
-    return recorded.run(image)
-
-
-def record_model(model: PVT_V2, image: Tensor) -> None:
-    """After a forward op by op on `image`: record it for `run_model`, if it can be."""
-    if program.fits(model, image):
-        model._program.packed = program.record(model, _isa, image)
 
 
 def _run_residual(op: Any, x: Tensor, hw: HW, residual_scale: Tensor | None) -> Tensor:
@@ -266,5 +254,7 @@ class _Addresses:
     def _of(self, tensor: Tensor | None) -> int:
         if tensor is None:
             return 0
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
+            raise TypeError(f"cpp: weights must be plain tensors on the CPU, got a {type(tensor).__name__}")
         self._alive.append(_widened(tensor.detach()).contiguous())
         return self._alive[-1].data_ptr()

@@ -1,57 +1,75 @@
-"""The layers of PVT v2: their parameters and their order. The arithmetic is the backend's (see `ops`).
+"""The layers of PVT v2 as plain torch modules: every forward calls its children in the official order.
 
-Module and parameter names are those of the official repository, so that its checkpoints load as they are.
+Module and parameter names are those of the official repository, so that its checkpoints load as they are. Where nothing
+disturbs a layer's modules, the ops of the contract stand in for them (`accelerate.fused`): first thing in a forward.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from .config import INNER_NORM_EPS
-from .ops import (
-    HW,
-    AttentionSpec,
-    AttentionWeights,
-    Backend,
-    Linear,
-    MlpSpec,
-    MlpWeights,
-    Norm,
-    PatchEmbedWeights,
-)
-from .prepack import PackCache
-
-
-def norm_weights(norm: nn.LayerNorm, cache: PackCache | None = None) -> Norm:
-    return Norm(_tensor(norm, "weight"), _tensor(norm, "bias"), norm.eps, cache)
-
-
-def linear_weights(layer: nn.Linear | nn.Conv2d, cache: PackCache | None = None) -> Linear:
-    return Linear(_tensor(layer, "weight"), _tensor(layer, "bias"), cache)
-
-
-def _tensor(module: nn.Module, name: str) -> Any:
-    """`getattr(module, name)`, at a tenth of its price where it is a plain parameter: a forward asks for hundreds."""
-    tensor = module._parameters.get(name)
-    return getattr(module, name) if tensor is None else tensor
+from .accelerate.block_names import Layout, Refusal
+from .accelerate.fused import Fused, FusedBlock, FusedEmbed, FusedHead, FusedNorm, Settings, StandIn
+from .accelerate.peers import PVT_FAST
+from .accelerate.read import read_attention, read_embed, read_head, read_mlp, read_norm, roots
+from .config import INNER_NORM_EPS, LINEAR_POOL_SIZE
+from .ops import to_tokens
+from .reference import convolvable, pool
 
 
 class OverlapPatchEmbed(nn.Module):
     """Strided convolution whose kernel is larger than its stride, then LayerNorm: a map becomes tokens."""
 
-    def __init__(self, in_channels: int, dim: int, kernel_size: int, stride: int) -> None:
+    def __init__(
+        self, in_channels: int, dim: int, kernel_size: int, stride: int, settings: Settings | None = None
+    ) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, kernel_size, stride, padding=kernel_size // 2)
         self.norm = nn.LayerNorm(dim, eps=INNER_NORM_EPS)
-        self._cache = PackCache()
+        self._fused = StandIn(_read_embed, settings or Settings())
 
-    def forward(self, image: Tensor, ops: Backend) -> tuple[Tensor, HW]:
-        """image (B, Cin, H, W) -> tokens (B, H' * W', dim) and (H', W')."""
-        weights = PatchEmbedWeights(linear_weights(self.proj), norm_weights(self.norm), self._cache)
-        return ops.overlap_patch_embed(image, weights, self.proj.stride[0])
+    def forward(self, image: Tensor) -> tuple[Tensor, int, int]:
+        """image (B, Cin, H, W) -> tokens (B, H' * W', dim), H', W'."""
+        fused = self._fused.run(self, image)
+        if fused is not None:
+            return fused
+        x = self.proj(convolvable(image))
+        height, width = x.shape[2], x.shape[3]
+        return self.norm(to_tokens(x)), height, width
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._fused = StandIn(_read_embed, self._fused.settings)
+        self._fused.current(self)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training each sample becomes 0 with probability `drop_prob`, else x / (1 - drop_prob)."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0.0:
+            return x
+        keep = 1.0 - self.drop_prob
+        scale = torch.empty(x.shape[0], dtype=x.dtype, device=x.device).bernoulli_(keep).div_(keep)
+        return x * scale.view(-1, *[1] * (x.dim() - 1))
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob}"
+
+
+class Pool(nn.AdaptiveAvgPool2d):
+    """Adaptive average pooling to 7x7, in a form that exporters take at any size."""
+
+    def __init__(self) -> None:
+        super().__init__(LINEAR_POOL_SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return pool(x)
 
 
 class SpatialReductionAttention(nn.Module):
@@ -67,44 +85,56 @@ class SpatialReductionAttention(nn.Module):
         scale: float,
         rates: tuple[float, float],
     ) -> None:
+        """rates: dropout of the attention probabilities, and after the projection."""
         super().__init__()
-        self.spec = AttentionSpec(num_heads, scale, linear)
-        self.drop_rates = rates  # (attention probabilities, projection)
+        self.num_heads = num_heads
+        self.scale = scale
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(rates[0])
         self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(rates[1])
+        self.pool: nn.Module | None = Pool() if linear else None
+        self.act: nn.Module | None = nn.GELU() if linear else None
         if linear or sr_ratio > 1:
             kernel = 1 if linear else sr_ratio
-            self.sr: nn.Conv2d | None = nn.Conv2d(dim, dim, kernel, stride=kernel)
-            self.norm: nn.LayerNorm | None = nn.LayerNorm(dim, eps=INNER_NORM_EPS)
+            self.sr: nn.Module | None = nn.Conv2d(dim, dim, kernel, stride=kernel)
+            self.norm: nn.Module | None = nn.LayerNorm(dim, eps=INNER_NORM_EPS)
         else:
             self.sr = None
             self.norm = None
-        self._cache = PackCache()
 
-    def forward(self, x: Tensor, hw: HW, norm: nn.LayerNorm, ops: Backend, residual_scale: Tensor | None) -> Tensor:
-        """x + residual_scale * attention(norm(x)), x (B, N, dim)."""
-        weights = AttentionWeights(
-            norm_weights(norm),
-            linear_weights(self.q),
-            linear_weights(self.kv),
-            None if self.sr is None else linear_weights(self.sr),
-            None if self.norm is None else norm_weights(self.norm),
-            linear_weights(self.proj),
-            self._cache,
-        )
-        spec = self.spec
-        if self.training and any(self.drop_rates):
-            spec = spec._replace(attn_drop=self.drop_rates[0], proj_drop=self.drop_rates[1])
-        return ops.sr_attention(x, hw, weights, spec, residual_scale)
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """x (B, H * W, dim) -> (B, H * W, dim)."""
+        batch, tokens, channels = x.shape[0], x.shape[1], x.shape[2]
+        heads = self.num_heads
+        q = self.q(x).reshape(batch, tokens, heads, channels // heads).transpose(1, 2)
+        reduced = x if self.sr is None or self.norm is None else self._reduce(x, height, width)
+        kv = self.kv(reduced).reshape(batch, -1, 2, heads, channels // heads).permute(2, 0, 3, 1, 4)
+        k, v = kv[0], kv[1]  # (B, heads, M, head_dim)
+        attention = self.attn_drop(((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1))
+        z = (attention @ v).transpose(1, 2).reshape(batch, tokens, channels)
+        return self.proj_drop(self.proj(z))
+
+    def _reduce(self, x: Tensor, height: int, width: int) -> Tensor:
+        """The reduced map's tokens (B, M, dim) that keys and values are made of."""
+        y = map_of(x, height, width)
+        if self.pool is not None:
+            y = self.pool(y)
+        y = self.norm(to_tokens(self.sr(convolvable(y))))  # type: ignore[misc]
+        return y if self.act is None else self.act(y)
 
 
 class DWConv(nn.Module):
-    """Holds the depthwise 3x3 convolution under the official key `dwconv.dwconv`."""
+    """The depthwise 3x3 convolution, on tokens, under the official key `dwconv.dwconv`."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """x (B, H * W, dim) -> (B, H * W, dim)."""
+        return to_tokens(self.dwconv(convolvable(map_of(x, height, width))))
 
 
 class DWConvMLP(nn.Module):
@@ -112,26 +142,20 @@ class DWConvMLP(nn.Module):
 
     def __init__(self, dim: int, hidden: int, linear: bool, drop_rate: float) -> None:
         super().__init__()
-        self.spec = MlpSpec(relu=linear)
-        self.drop_rate = drop_rate
         self.fc1 = nn.Linear(dim, hidden)
+        self.relu: nn.Module | None = nn.ReLU() if linear else None
         self.dwconv = DWConv(hidden)
+        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)
-        self._cache = PackCache()
+        self.drop = nn.Dropout(drop_rate)
 
-    def forward(self, x: Tensor, hw: HW, norm: nn.LayerNorm, ops: Backend, residual_scale: Tensor | None) -> Tensor:
-        """x + residual_scale * mlp(norm(x)), x (B, N, dim)."""
-        weights = MlpWeights(
-            norm_weights(norm),
-            linear_weights(self.fc1),
-            linear_weights(self.dwconv.dwconv),
-            linear_weights(self.fc2),
-            self._cache,
-        )
-        spec = self.spec
-        if self.training and self.drop_rate:
-            spec = spec._replace(drop=self.drop_rate)
-        return ops.dwconv_mlp(x, hw, weights, spec, residual_scale)
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """x (B, H * W, dim) -> (B, H * W, dim)."""
+        x = self.fc1(x)
+        if self.relu is not None:
+            x = self.relu(x)
+        x = self.drop(self.act(self.dwconv(x, height, width)))
+        return self.drop(self.fc2(x))
 
 
 class Block(nn.Module):
@@ -143,21 +167,106 @@ class Block(nn.Module):
         mlp: DWConvMLP,
         norms: tuple[nn.LayerNorm, nn.LayerNorm],
         drop_path_rate: float,
+        settings: Settings | None = None,
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = norms
         self.attn = attn
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
         self.mlp = mlp
-        self.drop_path_rate = drop_path_rate
+        self._fused = StandIn(_read_block, settings or Settings())
 
-    def forward(self, x: Tensor, hw: HW, ops: Backend) -> Tensor:
-        """x (B, N, dim) -> (B, N, dim)."""
-        x = self.attn(x, hw, self.norm1, ops, self._residual_scale(x))
-        return self.mlp(x, hw, self.norm2, ops, self._residual_scale(x))
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """x (B, H * W, dim) -> (B, H * W, dim)."""
+        fused = self._fused.run(self, x, height, width)
+        if fused is not None:
+            return fused
+        x = x + self.drop_path(self.attn(self.norm1(x), height, width))
+        return x + self.drop_path(self.mlp(self.norm2(x), height, width))
 
-    def _residual_scale(self, x: Tensor) -> Tensor | None:
-        """Per sample 0 with probability drop_path_rate, else 1 / (1 - drop_path_rate); None when not dropping."""
-        if not self.training or self.drop_path_rate == 0.0:
-            return None
-        keep = 1.0 - self.drop_path_rate
-        return torch.empty(x.shape[0], dtype=x.dtype, device=x.device).bernoulli_(keep).div_(keep)
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._fused = StandIn(_read_block, self._fused.settings)
+        self._fused.current(self)
+
+
+def stage_norm(name: str, settings: Settings) -> StandIn:
+    """For a model's norm `name`, called with the model."""
+    return StandIn(_ReadNorm(name), settings, (name,))
+
+
+def classifier(name: str, settings: Settings) -> StandIn:
+    """For a model's head `name` behind the mean over tokens, called with the model."""
+    return StandIn(_ReadHead(name), settings, (name,))
+
+
+def map_of(x: Tensor, height: int, width: int) -> Tensor:
+    """Tokens (B, N, C) seen as a map (B, C, H, W): `ops.to_map` in operators that all exporters know."""
+    return x.reshape(x.shape[0], height, width, x.shape[2]).permute(0, 3, 1, 2)
+
+
+# -- reading: what the ops may stand in for ---------------------------------------------------------------------------
+
+# Classes whose forwards the ops know. Others, and subclasses with a forward of their own, are called.
+_KNOWN = (
+    nn.Linear,
+    nn.Conv2d,
+    nn.LayerNorm,
+    nn.GELU,
+    nn.ReLU,
+    nn.Dropout,
+    nn.Identity,
+    Pool,
+    DropPath,
+    SpatialReductionAttention,
+    DWConv,
+    DWConvMLP,
+)
+
+
+def _require_known(owner: nn.Module, names: tuple[str, ...]) -> None:
+    for name in names:
+        for path, module in getattr(owner, name).named_modules(prefix=name):
+            if not any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _KNOWN):
+                raise Refusal(f"its {path} is a {type(module).__name__}")
+
+
+def _read_block(block: nn.Module, settings: Settings) -> Fused:
+    layout: Layout = PVT_FAST
+    halves, refusals = {}, {}
+    for name, reader in (("attention", read_attention), ("mlp", read_mlp)):
+        names = getattr(layout, name)
+        try:
+            _require_known(block, roots(block, names))
+            halves[name] = reader(block, names)
+        except Refusal as refusal:
+            refusals[name] = str(refusal)
+    if not halves:
+        raise Refusal("; ".join(f"{name}: {why}" for name, why in refusals.items()))
+    fused = FusedBlock(layout, settings, block, Block.forward, halves)
+    fused.exports, fused.refusals = True, refusals
+    return fused
+
+
+def _read_embed(embed: nn.Module, settings: Settings) -> Fused:
+    _require_known(embed, ("proj", "norm"))
+    return FusedEmbed(settings, embed, *read_embed(embed, "proj", "norm"))
+
+
+class _ReadNorm:
+    """Reads one stage norm of a model; an object that can be pickled."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, model: nn.Module, settings: Settings) -> Fused:
+        _require_known(model, (self.name,))
+        return FusedNorm(settings, model, self.name, read_norm(model, self.name))
+
+
+class _ReadHead(_ReadNorm):
+    """Reads the head of a model."""
+
+    def __call__(self, model: nn.Module, settings: Settings) -> Fused:
+        _require_known(model, (self.name,))
+        return FusedHead(settings, model, self.name, read_head(model, self.name))

@@ -1,13 +1,16 @@
-"""The ops of the contract as registered `torch.library` ops, for torch.compile and torch.export.
+"""The ops of the contract as registered `torch.library` ops: for gradients, torch.compile and torch.export.
 
-Eager code calls a backend's functions directly and never comes here: a registered op costs microseconds a call. When
-a model is traced, `traced(facts, requested)` picks the backend once and answers ops with the contract's signatures:
-the reference itself, so that the compiler sees plain torch and fuses it, or calls of `torch.ops.pvt_fast.*`, opaque
-to the compiler, which hand on to the backend named in their last argument. Without gradients a backend that knows
-whole models is called once for all of a model's ops, by `run_model`.
+They are the one way to gradients, too: whatever needs one calls `torch.ops.pvt_fast.*`, whose backward recomputes the op
+with the reference, so that a training step keeps only each op's arguments alive, not its inner activations. Without
+gradients eager code calls a backend's functions directly: a registered op costs microseconds a call.
 
-The choice is made while tracing and baked into the graph. A change of `model.backend`, or of `use_backend`, retraces a
-compiled model; an exported one keeps its backend.
+`registered(name)` answers the ops of the contract: for "reference" that itself, so that a compiler sees plain torch and
+fuses it, else the registered ones, opaque to the compiler, which hand on to the backend named in their last argument.
+Compiled without gradients, a model on a backend that knows whole models is called once for all of its ops, by
+`run_model`.
+
+The choice of a backend is made while tracing and baked into the graph. A change of `model.backend`, or of `use_backend`,
+retraces a compiled model; an exported one keeps its backend.
 """
 
 from __future__ import annotations
@@ -15,60 +18,21 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary, ref
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import dispatch, ops, reference
-from .autograd import reference_gradients
 from .config import conv_size
 from .ops import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
-from .prepack import PackCache, within_graph
+from .ops.packing import within_graph
 
 if TYPE_CHECKING:
     from .model import PVT_V2
-
-
-class _WeakPackCache(PackCache):
-    """A PackCache that keeps no weight alive: it lives in a table beside them, not in their layer."""
-
-    __slots__ = ("_refs",)
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return tuple(None if item is None else item() for item in self._refs)
-
-    @tensors.setter
-    def tensors(self, tensors: tuple[Tensor | None, ...]) -> None:
-        self._refs = tuple(None if tensor is None else ref(tensor) for tensor in tensors)
-
-
-# A compiled graph passes tensors, not layers: packed weights are found again by the identity of an op's main weight.
-_caches: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-_MAIN_WEIGHT: dict[type, Callable[[Any], Tensor]] = {
-    PatchEmbedWeights: lambda w: w.proj.weight,
-    AttentionWeights: lambda w: w.q.weight,
-    MlpWeights: lambda w: w.fc1.weight,
-    Linear: lambda w: w.weight,
-    Norm: lambda w: w.weight,
-}
-
-
-def _with_cache(argument: Any) -> Any:
-    """Weight tuples with the cache that belongs to their main weight; other arguments as they are."""
-    if type(argument) not in _MAIN_WEIGHT:
-        return argument
-    weight = _MAIN_WEIGHT[type(argument)](argument)
-    if weight not in _caches:
-        _caches[weight] = _WeakPackCache()
-    return argument._replace(cache=_caches[weight])
 
 
 # -- registered ops: each takes flat arguments, which `_arguments` turns into those of the contract ------------------
@@ -85,7 +49,7 @@ def _register(
         module = dispatch.load(backend)
         if isinstance(module, dispatch.BackendUnavailable):
             raise dispatch.BackendUnavailable(f"backend {backend!r} cannot run: {module}")
-        output = getattr(module, name)(*map(_with_cache, arguments(*given)))
+        output = getattr(module, name)(*arguments(*given))
         return _tokens(output).contiguous()  # the fake implementations promise compact strides
 
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -99,12 +63,36 @@ def _register(
         def recompute(*inputs: Any) -> Tensor:
             return _tokens(function(*arguments(*inputs[:-1])))
 
-        return reference_gradients(recompute, flat, ctx.needs_input_grad, grad_output)
+        return _reference_gradients(recompute, flat, ctx.needs_input_grad, grad_output)
 
     op = torch.library.custom_op(f"pvt_fast::{name}", run, mutates_args=(), schema=schema)
     op.register_fake(lambda *flat: fake(*flat[:-1]))
     op.register_autograd(backward, setup_context=setup_context)
     return op
+
+
+def _reference_gradients(
+    recompute: Callable[..., Tensor], arguments: tuple, needed: Sequence[bool], grad_output: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `recompute(*arguments)` by autograd; None for the arguments whose gradient is not needed.
+
+    Where the gradients are to be differentiated in their turn (create_graph=True), they hang on the arguments' graph.
+    """
+    again = torch.is_grad_enabled()
+    leaves = [
+        value
+        if not isinstance(value, Tensor)
+        # a view for each argument: the same tensor may be several
+        else value.view_as(value)
+        if again and value.requires_grad
+        else value.detach().requires_grad_(need)
+        for value, need in zip(arguments, needed, strict=True)
+    ]
+    with torch.enable_grad():
+        output = recompute(*leaves)
+    wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+    grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=again, allow_unused=True))
+    return tuple(next(grads) if need else None for need in needed)
 
 
 def _tokens(output: Tensor | tuple[Tensor, HW]) -> Tensor:
@@ -208,12 +196,12 @@ def number(model: PVT_V2) -> int:
     return given
 
 
-def _run_model(image: Tensor, parameters: list[Tensor], model: int, classes: int, backend: str) -> Tensor:
-    whole, ops = _models[model], dispatch.load(backend)
+def _run_model(image: Tensor, parameters: list[Tensor], model: int, classes: int) -> Tensor:
+    whole = _models[model]
     if not parameters:  # the model's own, whatever they are by now
-        return whole._run_ops(image, ops)  # type: ignore[arg-type]
+        return whole.forward(image)
     with within_graph():
-        return _with_parameters(whole, parameters)._run_ops(image, ops)  # type: ignore[arg-type]
+        return _with_parameters(whole, parameters).forward(image)
 
 
 def _with_parameters(model: PVT_V2, parameters: list[Tensor]) -> PVT_V2:
@@ -225,11 +213,11 @@ def _with_parameters(model: PVT_V2, parameters: list[Tensor]) -> PVT_V2:
 
 
 _library = torch.library.Library("pvt_fast", "FRAGMENT")
-_library.define("run_model(Tensor image, Tensor[] parameters, int model, int classes, str backend) -> Tensor")
+_library.define("run_model(Tensor image, Tensor[] parameters, int model, int classes) -> Tensor")
 _library.impl("run_model", _run_model, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "pvt_fast::run_model",
-    lambda image, parameters, model, classes, backend: image.new_empty((image.shape[0], classes)),
+    lambda image, parameters, model, classes: image.new_empty((image.shape[0], classes)),
     lib=_library,
 )
 
@@ -251,25 +239,34 @@ def _is_all_that_is_traced(model: int) -> bool:
         return False
 
 
-# -- what a traced model calls ---------------------------------------------------------------------------------------
+def _stands_whole(model: int) -> bool:
+    """Do the ops stand in for all of this model now, on a backend that knows whole models?"""
+    return _models[model].stands_whole()
 
 
-class TracedOps:
+def run_whole(model: PVT_V2, image: Tensor) -> Tensor | None:
+    """A traced model's logits by one op; None where gradients, training, export or the model's state forbid it."""
+    if torch.is_grad_enabled() or model.training or torch.compiler.is_exporting():
+        return None
+    if requested(model.backend) == "reference" or not _stands_whole(model._number):
+        return None
+    parameters = [] if _is_all_that_is_traced(model._number) else list(model.parameters())
+    return torch.ops.pvt_fast.run_model(image, parameters, model._number, model.head.weight.shape[0])
+
+
+def requested(own: str) -> str:
+    """The backend asked for, in a form that a compiled graph is guarded by."""
+    return dispatch.traced.default if own == "auto" else own
+
+
+# -- what a model calls that is traced or needs gradients --------------------------------------------------------------
+
+
+class RegisteredOps:
     """The contract over the registered ops, for one backend."""
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-
-    def run_model(self, model: PVT_V2, image: Tensor) -> Tensor | None:
-        """The logits by one op; None where gradients, training or export ask for an op each, or the backend does."""
-        one_by_one = torch.is_grad_enabled() or model.training or torch.compiler.is_exporting()
-        if one_by_one or not isinstance(model.head, torch.nn.Linear) or not _knows_models(self.backend):
-            return None
-        parameters = [] if _is_all_that_is_traced(model._number) else list(model.parameters())
-        return torch.ops.pvt_fast.run_model(image, parameters, model._number, model.config.num_classes, self.backend)
-
-    def record_model(self, model: PVT_V2, image: Tensor) -> None:
-        """Nothing: where there is something to record, `run_model` does it when the graph runs."""
 
     def overlap_patch_embed(self, image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
         hw = ops.check_patch_embed(image, w, stride)
@@ -303,30 +300,16 @@ class TracedOps:
         return _head(x, *((None, None) if w is None else w[:2]), self.backend)
 
 
-_TRACED: dict[str, ModuleType | TracedOps] = {
-    name: reference if name == "reference" else TracedOps(name) for name in dispatch.ORDER
+_REGISTERED: dict[str, ModuleType | RegisteredOps] = {
+    name: reference if name == "reference" else RegisteredOps(name) for name in dispatch.ORDER
 }
 
 
-def traced(facts: dispatch.Facts, requested: str) -> Any:
-    """The ops for these facts, as `dispatch.select` chooses them now, in a form that can be traced.
-
-    ONNX has none of the registered ops: its exporter gets the reference, whatever is requested.
-    """
-    if reference.exporting_to_onnx():
-        return reference
-    return _TRACED[_select_name(*facts, dispatch.traced.default if requested == "auto" else requested)]
-
-
-def _select_name(device: str, dtype: torch.dtype, dropout: bool, autocast: bool, requested: str) -> str:
-    module = dispatch.select(dispatch.Facts(device, dtype, dropout, autocast), requested)
-    return next(name for name, path in dispatch.ORDER.items() if path == module.__name__)
-
-
-def _knows_models(backend: str) -> bool:
-    return hasattr(dispatch.load(backend), "run_model")
+def registered(backend: str) -> Any:
+    """The ops of a backend in a form that can be traced and has gradients."""
+    return _REGISTERED[backend]
 
 
 # What torch.compiler.assume_constant_result does; calling that imports torch._dynamo, seconds in every process.
-for _answer in (_select_name, _knows_models, _is_all_that_is_traced):
+for _answer in (_stands_whole, _is_all_that_is_traced):
     vars(_answer)["_dynamo_marked_constant"] = True

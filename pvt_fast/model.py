@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -12,21 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import autograd, dispatch, library, reference
+from . import dispatch, library
+from .accelerate.fused import Settings, StandIn
 from .capture import CapturedModel
 from .config import PVTConfig
-from .layers import (
-    Block,
-    DWConvMLP,
-    OverlapPatchEmbed,
-    SpatialReductionAttention,
-    linear_weights,
-    norm_weights,
-)
+from .layers import Block, DWConvMLP, OverlapPatchEmbed, SpatialReductionAttention, classifier, map_of, stage_norm
 from .mixin import HubMixin
-from .ops import HW, Backend, to_map, to_tokens
+from .ops import packing, to_tokens
 from .pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
-from .prepack import PackCache
+from .program import Whole
 
 
 class PVT_V2(nn.Module, HubMixin):
@@ -101,11 +94,8 @@ class PVT_V2(nn.Module, HubMixin):
             num_stages,
             linear,
         )
-        self._backend = "auto"
+        self._settings = Settings()
         self._checkpointing = False
-        self._norm_caches = [PackCache() for _ in range(num_stages)]
-        self._head_cache = PackCache()
-        self._program = PackCache()  # of the backend that runs whole models
         self._number = library.number(self)
         total = sum(config.depths)
         rates = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
@@ -117,10 +107,30 @@ class PVT_V2(nn.Module, HubMixin):
         self.num_features = channels
         self.head = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
         self.apply(_init_weights)
+        self._stand_in()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._number = library.number(self)  # a copy is a model of its own
+        self._stand_in()
+
+    def _stand_in(self) -> None:
+        """Let the ops stand in for what can be read now; what is changed later is read again when it is called."""
+        self._fused_norms = [stage_norm(f"norm{n + 1}", self._settings) for n in range(self.config.num_stages)]
+        self._fused_head = classifier("head", self._settings)
+        self._whole = Whole()
+        for owner, fused in self.stand_ins():
+            fused.current(owner)
+
+    def stand_ins(self) -> Iterator[tuple[nn.Module, StandIn]]:
+        """What stands in for this model's modules, in order, each with the module that it is called with."""
+        for stage, norm in enumerate(self._fused_norms):
+            embed = getattr(self, f"patch_embed{stage + 1}")
+            for module in (embed, *getattr(self, f"block{stage + 1}")):
+                if isinstance(fused := vars(module).get("_fused"), StandIn):
+                    yield module, fused
+            yield self, norm
+        yield self, self._fused_head
 
     def _add_stage(self, stage: int, in_channels: int, drop_path_rates: Sequence[float], norm_layer: Callable) -> None:
         config = self.config
@@ -139,10 +149,10 @@ class PVT_V2(nn.Module, HubMixin):
             )
             mlp = DWConvMLP(dim, config.hidden_dims[stage], config.linear, config.drop_rate)
             norms = (_layer_norm(norm_layer, dim), _layer_norm(norm_layer, dim))
-            return Block(attn, mlp, norms, drop_path_rate)
+            return Block(attn, mlp, norms, drop_path_rate, self._settings)
 
         kernel, stride = config.patch(stage)
-        setattr(self, f"patch_embed{stage + 1}", OverlapPatchEmbed(in_channels, dim, kernel, stride))
+        setattr(self, f"patch_embed{stage + 1}", OverlapPatchEmbed(in_channels, dim, kernel, stride, self._settings))
         setattr(self, f"block{stage + 1}", nn.ModuleList(block(rate) for rate in drop_path_rates))
         setattr(self, f"norm{stage + 1}", _layer_norm(norm_layer, dim))
 
@@ -151,55 +161,29 @@ class PVT_V2(nn.Module, HubMixin):
     @property
     def backend(self) -> str:
         """The backend this model asks for: "auto", "reference", "cpp" or "triton"."""
-        return self._backend
+        return self._settings.backend
 
     @backend.setter
     def backend(self, name: str) -> None:
-        self._backend = dispatch._check_name(name, "PVT_V2: backend")
+        self._settings.backend = dispatch._check_name(name, "PVT_V2: backend")
 
-    def _ops(self, x: Tensor) -> Backend:
+    def facts(self, x: Tensor) -> dispatch.Facts:
+        """What a backend has to support to run this model on x."""
         config = self.config
-        facts = dispatch.Facts(
+        return dispatch.Facts(
             x.device.type,
             x.dtype,
             dropout=self.training and (config.drop_rate > 0 or config.attn_drop_rate > 0),
             autocast=torch.is_autocast_enabled(x.device.type),
         )
-        if torch.jit.is_tracing():  # kernels would leave nothing in the recording
-            return reference  # type: ignore[return-value]
-        if torch.compiler.is_compiling():
-            return library.traced(facts, self._backend)
-        module = dispatch.select(facts, self._backend)
-        needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters()))
-        return autograd.differentiable(module) if needs_grad else module  # type: ignore[return-value]
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
     def forward(self, image: Tensor) -> Tensor:
         """image (B, in_channels, H, W) -> logits (B, num_classes)."""
-        if torch.jit.is_tracing():
-            return self._forward_for_torchscript(image)
-        return self._forward(image)
-
-    def _forward(self, image: Tensor) -> Tensor:
-        return self._run_ops(*self._prepare(image))
-
-    def _run_ops(self, image: Tensor, ops: Backend) -> Tensor:
-        """`forward` on given ops, for an image that is normalised and checked."""
-        run_model = getattr(ops, "run_model", None)
-        logits = None if run_model is None else run_model(self, image)
-        if logits is None:
-            x, _ = self._run_stages(image, ops)
-            logits = ops.head(x, self._head_weights())
-            if run_model is not None:
-                ops.record_model(self, image)  # type: ignore[attr-defined]
-        return logits
-
-    def _forward_for_torchscript(self, image: Tensor) -> Tensor:
-        with warnings.catch_warnings():
-            # The checks of shapes are Python's: they hold for the traced image, and no result hangs on them.
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
-            return self._forward(image)
+        image = self._prepare(image)
+        logits = self._whole.run(self, image)
+        return self.forward_head(self.forward_features(image)) if logits is None else logits
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What torch.jit.script asks for first."""
@@ -209,12 +193,18 @@ class PVT_V2(nn.Module, HubMixin):
 
     def forward_features(self, image: Tensor) -> Tensor:
         """image (B, in_channels, H, W) -> the last stage's map after its norm, (B, C, H / 32, W / 32)."""
-        x, hw = self._run_stages(*self._prepare(image))
-        return to_map(x, hw)
+        x = self._prepare(image)
+        for stage in range(self.config.num_stages):
+            _, x = self._stage(stage, x)
+        return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """A map (B, C, H, W) of `forward_features` -> logits, or with `pre_logits` the pooled features (B, C)."""
-        return self._ops(x).head(to_tokens(x), None if pre_logits else self._head_weights())
+        x = to_tokens(x)
+        if not pre_logits and (logits := self._fused_head.run(self, x)) is not None:
+            return logits
+        x = x.mean(dim=1)
+        return x if pre_logits else self.head(x)
 
     def forward_intermediates(
         self,
@@ -229,26 +219,37 @@ class PVT_V2(nn.Module, HubMixin):
         norm: maps after their stage's norm, as detection and segmentation heads take them; else before it.
         """
         chosen = _stage_indices(indices, self.config.num_stages)
-        image, ops = self._prepare(image)
-        maps: dict[int, Tensor] = {}
-        last = max(chosen) if intermediates_only else self.config.num_stages - 1
+        x, intermediates = self._prepare(image), []
+        for stage in range(max(chosen) + 1 if intermediates_only else self.config.num_stages):
+            before, x = self._stage(stage, x)
+            if stage in chosen:  # in stage order, each once, as timm
+                intermediates.append(x if norm else before)
+        return intermediates if intermediates_only else (x, intermediates)
 
-        def keep(stage: int, before: Tensor, after: Tensor, hw: HW) -> bool:
-            if stage in chosen:
-                maps[stage] = to_map(after if norm else before, hw)
-            return stage < last
+    def _stage(self, stage: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A map (B, C, H, W) -> the stage's map before its norm and after it."""
+        x, height, width = getattr(self, f"patch_embed{stage + 1}")(x)
+        checkpointing = self._checkpointing and torch.is_grad_enabled()
+        for block in getattr(self, f"block{stage + 1}"):
+            if checkpointing:
+                x = checkpoint(block, x, height, width, use_reentrant=False)
+            else:
+                x = block(x, height, width)
+        normed = self._fused_norms[stage].run(self, x)
+        if normed is None:
+            normed = getattr(self, f"norm{stage + 1}")(x)
+        return map_of(x, height, width), map_of(normed, height, width)
 
-        x, hw = self._run_stages(image, ops, keep)
-        intermediates = list(maps.values())  # in stage order, each once, as timm
-        return intermediates if intermediates_only else (to_map(x, hw), intermediates)
-
-    def _prepare(self, image: Tensor) -> tuple[Tensor, Backend]:
-        """The image checked, and normalised if it is pixels; the ops for it."""
+    def _prepare(self, image: Tensor) -> Tensor:
+        """The image checked, and normalised if it is pixels."""
+        if not isinstance(image, Tensor):  # a stand-in of torch.fx
+            return image
         if image.dim() != 4 or image.shape[1] != self.config.in_channels:
             raise ValueError(
                 f"PVT_V2: image must have shape (B, {self.config.in_channels}, H, W), got {tuple(image.shape)}"
             )
-        self.config.map_sizes(image.shape[2], image.shape[3])
+        if not torch.jit.is_tracing():  # there sizes are recorded as they are computed, not compared
+            self.config.map_sizes(image.shape[2], image.shape[3])
         if image.dtype == torch.uint8:
             if self.config.in_channels != len(IMAGENET_MEAN):
                 raise TypeError(
@@ -256,26 +257,44 @@ class PVT_V2(nn.Module, HubMixin):
                     f"got {image.dtype} with in_channels {self.config.in_channels}"
                 )
             image = normalise(image, IMAGENET_MEAN, IMAGENET_STD).to(next(self.parameters()).dtype)
-        return image, self._ops(image)
+        first = self.patch_embed1.proj
+        weight = first._parameters.get("weight") if type(first) is nn.Conv2d else None
+        if weight is not None and weight.dtype != image.dtype and not torch.is_autocast_enabled(image.device.type):
+            raise TypeError(
+                f"PVT_V2: image must have the dtype of patch_embed1.proj.weight, {weight.dtype}, got {image.dtype}"
+            )
+        return image
 
-    def _run_stages(
-        self, image: Tensor, ops: Backend, keep: Callable[[int, Tensor, Tensor, HW], bool] | None = None
-    ) -> tuple[Tensor, HW]:
-        """All stages; `keep(stage, before_norm, after_norm, hw)` sees each one's tokens and says whether to go on."""
-        checkpointing = self._checkpointing and torch.is_grad_enabled()
-        for stage in range(self.config.num_stages):
-            x, hw = getattr(self, f"patch_embed{stage + 1}")(image, ops)
-            for block in getattr(self, f"block{stage + 1}"):
-                x = checkpoint(block, x, hw, ops, use_reentrant=False) if checkpointing else block(x, hw, ops)
-            norm = getattr(self, f"norm{stage + 1}")
-            normed = ops.layer_norm(x, norm_weights(norm, self._norm_caches[stage]))
-            if keep is not None and not keep(stage, x, normed, hw):
-                break
-            image = to_map(normed, hw)
-        return normed, hw
+    # -- the whole forward at once: what `program` and `library` ask ------------------------------------------------
 
-    def _head_weights(self) -> Any:
-        return linear_weights(self.head, self._head_cache) if isinstance(self.head, nn.Linear) else None
+    def forward_settings(self) -> tuple:
+        """What the forward reads that is no module."""
+        return (self.config,)
+
+    def is_as_published(self) -> bool:
+        """Is all that the forward calls this class's, and of the classes that it is made of?"""
+        own = all(
+            getattr(type(self), name) is getattr(PVT_V2, name) and name not in vars(self)
+            for name in ("forward", "forward_features", "forward_head", "_stage", "_prepare")
+        )
+        return own and all(
+            type(module).forward in _FORWARDS and "forward" not in vars(module)
+            for child in self.children()
+            for module in (child, *(child.children() if isinstance(child, nn.ModuleList) else ()))
+        )
+
+    def stands_whole(self) -> bool:
+        """Do the ops stand in for every module now, on a backend that knows whole models?"""
+        like = next(self.parameters())
+        if dispatch.select(self.facts(like), self.backend).__name__ != dispatch.ORDER["cpp"]:
+            return False
+        count = 1 + sum(2 + len(getattr(self, f"block{n + 1}")) for n in range(self.config.num_stages))
+        pieces = [(owner, stand_in.current(owner)) for owner, stand_in in self.stand_ins()]
+        return (
+            self.is_as_published()
+            and len(pieces) == count
+            and all(fused is not None and fused.whole and not fused.obstacle(owner, like) for owner, fused in pieces)
+        )
 
     # -- what users of timm expect ---------------------------------------------------------------------------------
 
@@ -311,6 +330,11 @@ class PVT_V2(nn.Module, HubMixin):
         what it shares. Raises ValueError for an example that is not on a CUDA device, or a model in training mode.
         """
         return CapturedModel(self, example)
+
+    def train(self, mode: bool = True) -> PVT_V2:
+        """As `nn.Module.train`; packed weights are compared with the parameters at their next use."""
+        packing.doubt()
+        return super().train(mode)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training keep only each block's input, and recompute the block in the backward."""
@@ -351,7 +375,10 @@ class PVT_V2(nn.Module, HubMixin):
     def extra_repr(self) -> str:
         """The configuration."""
         fields = {name: getattr(self.config, name) for name in self.config.__dataclass_fields__}
-        return ", ".join(f"{name}={value}" for name, value in fields.items()) + f", backend={self._backend!r}"
+        return ", ".join(f"{name}={value}" for name, value in fields.items()) + f", backend={self.backend!r}"
+
+
+_FORWARDS = {module.forward for module in (OverlapPatchEmbed, Block, nn.ModuleList, nn.LayerNorm, nn.Linear)}
 
 
 def _layer_norm(norm_layer: Callable, dim: int) -> nn.LayerNorm:

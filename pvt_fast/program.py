@@ -1,9 +1,9 @@
 """A model's whole forward as one call into C++.
 
 For a small model on one image, Python's part of running it op by op is a tenth of the time and more. A `Program` is
-recorded after such a forward, from the packed weights that it left in the layers' caches. It stands while nothing that
-the forward read has changed: modules, parameters (the object, its address, its version), settings, hooks; `stands`
-looks at all of them, in a fraction of the time that the ops' Python takes.
+recorded after such a forward, from the packed weights that it used, in their order. It holds while nothing that the
+forward read has changed: modules, their classes, hooks and settings, parameters and their values; it looks at all of
+them in a fraction of the time that the ops' Python takes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
-from . import _C
-from .layers import Block, DWConvMLP, OverlapPatchEmbed, SpatialReductionAttention
-from .prepack import PackCache, stamp, unchanged, usable
+from . import _C, dispatch, library
+from .accelerate.guard import Guard, ambient, edges, facts
+from .ops import packing
 
 if TYPE_CHECKING:
     from .model import PVT_V2
@@ -24,44 +23,75 @@ if TYPE_CHECKING:
 # Of the first stage's map. Above it Python's part is nothing, and the maps' memory better goes back after the call.
 _MOST_BYTES = 32 << 20
 
-_LAYERS = (OverlapPatchEmbed, Block, SpatialReductionAttention, DWConvMLP)
-_GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+
+class Whole:
+    """A model's `Program`, recorded when it can be. Copies and pickles have none."""
+
+    def __init__(self) -> None:
+        self.program: Program | None = None
+
+    def run(self, model: PVT_V2, image: Any) -> Tensor | None:
+        """image (B, Cin, H, W) -> logits (B, num_classes); None where the model's own forward must run.
+
+        Raises BackendUnavailable where the model asks for a backend that cannot run.
+        """
+        if torch.compiler.is_compiling():
+            return library.run_whole(model, image)
+        if type(image) is not Tensor:
+            return None
+        cpp = dispatch.select(model.facts(image), model.backend)
+        if cpp.__name__ != dispatch.ORDER["cpp"] or model.training or ambient() is not None or _needs_gradients(model, image):
+            return None
+        program = self.program
+        if program is not None and program.holds(model, image, cpp.isa()):
+            return program.run(image)
+        if not fits(model, image):
+            return None
+        with packing.collected() as records:
+            logits = model.forward_head(model.forward_features(image))
+        self.program = record(model, image, cpp.isa(), records)
+        return logits
+
+    def __deepcopy__(self, memo: dict) -> Whole:
+        return Whole()
+
+    def __reduce__(self) -> tuple:
+        return Whole, ()
 
 
 class Program:
     """What `record` saw: the packed ops, and all that must still be so for them to be the model's forward."""
 
-    def __init__(self, model: PVT_V2, isa: str, image: Tensor, caches: list[PackCache], forward: Any) -> None:
+    def __init__(self, model: PVT_V2, image: Tensor, isa: str, guard: Guard, ops: list[Any]) -> None:
         self.isa, self.dtype, self.layout = isa, image.dtype, _layout(image)
-        self.classes = model.config.num_classes
-        self.ops = [cache.packed for cache in caches]  # alive while `forward` is
-        self.of_graph = any(cache.of_graph for cache in caches)
-        self.forward = forward
-        modules = list(model.modules())
-        entries = [vars(module)[kind] for module in modules for kind in ("_modules", "_parameters")]
-        facts = [(entry, name, value) for entry in entries for name, value in entry.items()]
-        for module in modules:
-            names = [name for name in ("eps", "spec", "training") if name in vars(module)]
-            facts += [(vars(module), name, vars(module)[name]) for name in names]
-        layers = [vars(module) for module in modules if isinstance(module, _LAYERS)]
-        facts += [(layer, "forward", None) for layer in layers]  # no layer has one of its own
-        hooks = [layer[kind] for layer in layers for kind in ("_forward_hooks", "_forward_pre_hooks")]
-        self.tensors = tuple(model.parameters())
-        self.stamps = tuple(stamp(tensor) for tensor in self.tensors)
-        self.storages = [tensor.detach() for tensor in self.tensors]  # see PackCache
-        self.kept = (facts, hooks)  # alive while `self.facts` is
-        self.facts = _C.Facts(facts, [*hooks, *_GLOBAL_HOOKS], _lines(self.tensors))
+        self.ops = ops  # alive while `forward` is
+        self.forward = _C.Forward(ops, image.dtype == torch.bfloat16)
+        self.settings = model.forward_settings()
+        self.guard = guard
+        modules = [child for _, _, child in guard.edges]
+        self.parameters = tuple(model.parameters())
+        read = [(module._parameters, name, tensor) for module in modules for name, tensor in module._parameters.items()]
+        read += [(vars(module), "training", False) for module in modules]
+        self.facts, self.kept = facts(model, guard.edges, guard.types, read)
+        self.sources = packing.Sources(self.parameters)
 
-    def stands(self, isa: str, image: Tensor) -> bool:
+    def holds(self, model: PVT_V2, image: Tensor, isa: str) -> bool:
         """Would running op by op do the same?"""
-        if isa != self.isa or image.dtype != self.dtype or _layout(image) != self.layout:
+        if image.dtype != self.dtype or isa != self.isa or _layout(image) != self.layout:
             return False
-        return usable(self.of_graph) and self.facts.hold() and unchanged(self.tensors, self.tensors, self.stamps)
+        if model.forward_settings() != self.settings or image.shape[1] != self.forward.in_channels:
+            return False
+        if model._modules is not self.kept[0] or not self.guard.classes_hold() or not self.facts.hold():
+            return False
+        if self.sources.hold(self.parameters):
+            return True
+        packing.doubt()  # of which op's weights it is that have changed
+        return False
 
     def run(self, image: Tensor) -> Tensor:
         """image (B, Cin, H, W) -> logits (B, num_classes)."""
         batch, _, height, width = image.shape
-        out = torch.empty((batch, self.classes), dtype=image.dtype)
+        out = torch.empty((batch, self.forward.classes), dtype=image.dtype, device=image.device)
         self.forward.run(image.data_ptr(), (batch, height, width), image.stride(), out.data_ptr())
         return out
 
@@ -73,44 +103,25 @@ def fits(model: PVT_V2, image: Tensor) -> bool:
     return small and image.dtype in (torch.float32, torch.bfloat16) and _layout(image) is not None
 
 
-def record(model: PVT_V2, isa: str, image: Tensor) -> Program | None:
+def record(model: PVT_V2, image: Tensor, isa: str, records: list[packing.Record]) -> Program | None:
     """The forward that has just run op by op on `image`, or None where it is more than its packed ops."""
-    if model.training or not isinstance(model.head, nn.Linear):
+    guard = Guard(edges((name, child) for name, child in model._modules.items() if child is not None))
+    if not model.is_as_published() or guard.disturbed() is not None:
         return None
-    layers = [layer for layer in model.modules() if isinstance(layer, _LAYERS)]
-    if any(type(layer) not in _LAYERS or "forward" in vars(layer) for layer in layers):
+    if len(records) != sum(2 + 2 * len(getattr(model, f"block{n + 1}")) for n in range(model.config.num_stages)) + 1:
         return None
-    if any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers):
-        return None
-    config, stages, caches = model.config, [], []
-    for stage in range(config.num_stages):
-        embed = getattr(model, f"patch_embed{stage + 1}")
-        blocks = [cache for block in getattr(model, f"block{stage + 1}") for cache in _caches(block)]
-        norm = model._norm_caches[stage]
-        sizes = (*config.patch(stage), config.embed_dims[stage])
-        caches += [embed._cache, *blocks, norm]
-        stages.append((embed._cache.packed, sizes, [cache.packed for cache in blocks], norm.packed))
-    caches.append(model._head_cache)
     # weights that are computed at each forward (parametrizations, say) are packed at each forward
-    parameters = {id(parameter) for parameter in model.parameters()}
-    tensors = [tensor for cache in caches for tensor in cache.tensors if tensor is not None]
-    if any(id(tensor) not in parameters for tensor in tensors):
+    own = {id(parameter) for parameter in model.parameters()}
+    if any(not own.issuperset(used.ids) for used in records):
         return None
-    if any(cache.packed is None or cache.key[:2] != ("cpp", isa) for cache in caches):
-        return None
-    forward = _C.Forward(stages, model._head_cache.packed, image.dtype == torch.bfloat16)
-    program = Program(model, isa, image, caches, forward)
-    return program if program.stands(isa, image) else None
+    program = Program(model, image, isa, guard, [used.form for used in records])
+    return program if program.holds(model, image, isa) else None
 
 
-def _lines(tensors: tuple[Tensor, ...]) -> list[int]:
-    """Addresses of the cache lines that `unchanged` reads: of each tensor its object, its C++ part and its storage."""
-    regions = [((id(t), 64), (t._cdata, 256), (t.untyped_storage()._cdata, 128)) for t in tensors]
-    return [start + at for regions_of in regions for start, size in regions_of for at in range(0, size, 64)]
-
-
-def _caches(block: Block) -> tuple:
-    return block.attn._cache, block.mlp._cache
+def _needs_gradients(model: nn.Module, image: Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return image.requires_grad or any(parameter.requires_grad for parameter in model.parameters())
 
 
 def _layout(image: Tensor) -> str | None:

@@ -21,6 +21,8 @@ from .ops import (
     Norm,
     PatchEmbedWeights,
     check_attention,
+    check_head,
+    check_layer_norm,
     check_mlp,
     check_patch_embed,
     to_map,
@@ -53,7 +55,7 @@ def sr_attention(
     if w.sr is not None and w.sr_norm is not None:
         y_map = to_map(y, hw)
         if spec.linear:
-            y_map = _pool(y_map)
+            y_map = pool(y_map)
         # stride R without padding: rows and columns past the last full R x R patch reach no key
         reduced = to_tokens(_conv2d(y_map, w.sr, stride=w.sr.weight.shape[2]))
         reduced = layer_norm(reduced, w.sr_norm)
@@ -84,20 +86,25 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
 
 def layer_norm(x: Tensor, w: Norm) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension."""
+    check_layer_norm(x, w)
     return F.layer_norm(x, w.weight.shape, w.weight, w.bias, w.eps)
 
 
 def head(x: Tensor, w: Linear | None) -> Tensor:
     """Mean over the tokens (B, N, C) -> (B, C), then the classifier (B, num_classes) unless `w` is None."""
+    check_head(x, w)
     mean = x.mean(dim=1)
     return mean if w is None else F.linear(mean, w.weight, w.bias)
 
 
 def _conv2d(image: Tensor, conv: Linear, **options: int) -> Tensor:
-    if _sizes_are_symbols(image):
-        # inductor (torch 2.13) fails on a convolution of a channels-last view whose sizes are symbols
-        image = image.contiguous()
-    return F.conv2d(image, _kernel(conv), conv.bias, **options)
+    return F.conv2d(convolvable(image), _kernel(conv), conv.bias, **options)
+
+
+def convolvable(image: Tensor) -> Tensor:
+    """The same map in a form that compilers can convolve."""
+    # inductor (torch 2.13) fails on a convolution of a channels-last view whose sizes are symbols
+    return image.contiguous() if _sizes_are_symbols(image) else image
 
 
 def _sizes_are_symbols(image: Tensor) -> bool:
@@ -131,7 +138,7 @@ def exporting_to_onnx() -> bool:
     return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
-def _pool(y_map: Tensor) -> Tensor:
+def pool(y_map: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, C, 7, 7): means of adaptive bins, which overlap where 7 does not divide the size."""
     if not exporting_to_onnx() and not _sizes_are_symbols(y_map):
         return F.adaptive_avg_pool2d(y_map, LINEAR_POOL_SIZE)

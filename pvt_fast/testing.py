@@ -17,7 +17,6 @@ from torch import Tensor
 from . import reference
 from .config import LINEAR_POOL_SIZE, PVTConfig, conv_size
 from .ops import AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
-from .prepack import PackCache
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class PatchEmbedCase:
         draw = _Draw(str(self), dtype, device)
         image = draw.strided((self.batch, self.in_channels, *self.hw), self.layout)
         proj = draw.linear(self.channels, self.in_channels, self.kernel, self.kernel)
-        return image, PatchEmbedWeights(proj, draw.norm(self.channels, 1e-5), PackCache()), self.stride
+        return image, PatchEmbedWeights(proj, draw.norm(self.channels, 1e-5)), self.stride
 
     def gemm_flops(self) -> int:
         tokens = math.prod(conv_size(size, self.kernel, self.stride) for size in self.hw)
@@ -84,7 +83,6 @@ class AttentionCase:
             draw.linear(c, c, kernel, kernel) if reduced else None,
             draw.norm(c, 1e-5) if reduced else None,
             draw.linear(c, c),
-            PackCache(),
         )
         # a scale that spreads the softmax, so that a wrong score shows
         spec = AttentionSpec(self.heads, 2.0 * (c // self.heads) ** -0.5, self.linear)
@@ -125,7 +123,6 @@ class MlpCase:
             draw.linear(self.hidden, self.channels),
             draw.linear(self.hidden, 1, 3, 3),
             draw.linear(self.channels, self.hidden),
-            PackCache(),
         )
         scale = draw.residual_scale(self.batch) if self.scale_residual else None
         return x, self.hw, weights, MlpSpec(self.relu), scale

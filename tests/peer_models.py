@@ -12,7 +12,7 @@ import transformers
 import vendored
 from torch import Tensor, nn
 
-from pvt_fast.accelerate import _Accelerated
+from pvt_fast.accelerate.api import _Accelerated
 
 IMAGE = (2, 3, 70, 101)  # not square, and with rows that the reducing convolutions drop
 

@@ -205,7 +205,7 @@ def test_create_model():
     assert model.head.out_features == 3
     assert model.patch_embed1.proj.in_channels == 1
     assert model.config.depths == (1, 1, 1, 1)
-    assert model.block4[0].drop_path_rate == pytest.approx(0.2)
+    assert model.block4[0].drop_path.drop_prob == pytest.approx(0.2)
     with pytest.raises(ValueError, match=r"create_model: name must be one of pvt_v2_b0, .*; got 'pvt_v2_b9'"):
         pvt_fast.create_model("pvt_v2_b9")
     assert "depths (2, 2, 2, 2)" in pvt_fast.pvt_v2_b0.__doc__
@@ -276,7 +276,7 @@ def test_widths_heads_depths_and_ratios_shape_the_model():
     ]
     assert [len(model.get_submodule(f"block{stage}")) for stage in range(1, 5)] == [1, 2, 1, 1]
     assert [model.get_submodule(f"block{stage}")[0].mlp.fc1.out_features for stage in range(1, 5)] == [16, 32, 64, 72]
-    assert [model.get_submodule(f"block{stage}")[0].attn.spec.num_heads for stage in range(1, 5)] == [1, 2, 2, 3]
+    assert [model.get_submodule(f"block{stage}")[0].attn.num_heads for stage in range(1, 5)] == [1, 2, 2, 3]
     assert model.block1[0].attn.sr.kernel_size == (4, 4)
     assert model.block2[0].attn.sr.stride == (2, 2)
     assert model.block3[0].attn.sr is None
@@ -297,8 +297,8 @@ def test_default_scale():
     base, image = copy.deepcopy(randomised("sr", torch.float32)), image_of(1, (32, 32))
     assert not outputs_differ(base, tiny(qk_scale=0).eval(), image)
     assert not outputs_differ(base, tiny(qk_scale=None).eval(), image)
-    assert base.block2[0].attn.spec.scale == 8**-0.5
-    assert tiny(qk_scale=0.3).block2[0].attn.spec.scale == 0.3
+    assert base.block2[0].attn.scale == 8**-0.5
+    assert tiny(qk_scale=0.3).block2[0].attn.scale == 0.3
 
 
 def test_qkv_bias():
@@ -309,8 +309,8 @@ def test_qkv_bias():
 def test_linear_ignores_sr_ratios_pools_and_rectifies():
     model = tiny(linear=True)
     assert [model.get_submodule(f"block{stage}")[0].attn.sr.kernel_size for stage in range(1, 5)] == [(1, 1)] * 4
-    assert model.block1[0].mlp.spec.relu
-    assert not tiny().block1[0].mlp.spec.relu
+    assert isinstance(model.block1[0].mlp.relu, nn.ReLU)
+    assert tiny().block1[0].mlp.relu is None
     assert not outputs_differ(model.eval(), tiny(linear=True, sr_ratios=(8, 8, 8, 8)).eval(), image_of(1, (32, 32)))
     assert model(image_of(1, (4, 3))).shape == (1, 40)
 
@@ -338,37 +338,39 @@ def test_rates_act_in_training_only(rate):
     [({"drop_rate": 0.2}, (0.0, 0.2), 0.2), ({"attn_drop_rate": 0.3}, (0.3, 0.0), 0.0)],
     ids=["drop_rate", "attn_drop_rate"],
 )
-def test_where_dropout_acts(rates, attention, mlp, monkeypatch):
-    """drop_rate: after GELU, fc2 and proj; attn_drop_rate: on the probabilities. By the specs a backend sees."""
+def test_where_dropout_acts(rates, attention, mlp):
+    """drop_rate: after GELU, fc2 and proj; attn_drop_rate: on the probabilities."""
     seen = []
-    for op in ("sr_attention", "dwconv_mlp"):
-        original = getattr(pvt_fast.reference, op)
-        monkeypatch.setattr(
-            pvt_fast.reference, op, lambda *args, original=original: seen.append(args[3]) or original(*args)
-        )
     model = tiny(**rates).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p:
+            module.register_forward_hook(lambda module, args, output: seen.append((module.p, bool((output == 0).any()))))
+    block = model.block1[0]
+    assert (block.attn.attn_drop.p, block.attn.proj_drop.p) == attention
+    assert block.mlp.drop.p == mlp
     model(image_of(1, (32, 32)))
-    assert {spec[3:] for spec in seen[::2]} == {attention}
-    assert {spec.drop for spec in seen[1::2]} == {mlp}
+    assert seen == [(max(*attention, mlp), True)] * len(seen)
+    assert len(seen) == 5 * ((attention[0] > 0) + (attention[1] > 0) + 2 * (mlp > 0))
     seen.clear()
     model.eval()(image_of(1, (32, 32)))
-    assert {spec[3:] for spec in seen[::2]} == {(0.0, 0.0)}
-    assert {spec.drop for spec in seen[1::2]} == {0.0}
+    assert not any(dropped for _, dropped in seen)
 
 
 def test_stochastic_depth_rises_linearly_and_keeps_the_mean():
     model = tiny(drop_path_rate=0.4, depths=(2, 1, 1, 1)).train()
     blocks = [module for module in model.modules() if isinstance(module, Block)]
-    assert [block.drop_path_rate for block in blocks] == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
-    x = torch.zeros(20_000, 1, 48)
-    assert blocks[0]._residual_scale(x) is None
-    scale = blocks[-1]._residual_scale(x)
+    rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    x = torch.ones(20_000, 1, 48)
+    assert isinstance(blocks[0].drop_path, nn.Identity)
+    scale = blocks[-1].drop_path(x)
     assert scale.unique().tolist() == pytest.approx([0, 1 / 0.6])
+    assert torch.equal(scale, scale[:, :, :1].expand_as(scale))  # whole samples
     # the mean of 20,000 draws of variance rate / (1 - rate) is within 5 standard deviations of 1
-    assert abs(float(scale.mean()) - 1) < 5 * math.sqrt(0.4 / 0.6 / 20_000)
-    assert blocks[-1].eval()._residual_scale(x) is None
-    assert tiny(drop_path_rate=0.5, depths=(1,), num_stages=1, embed_dims=(8,), num_heads=(1,), mlp_ratios=(1,),
-                sr_ratios=(1,)).block1[0].drop_path_rate == 0.0  # fmt: skip
+    assert abs(float(scale[:, 0, 0].mean()) - 1) < 5 * math.sqrt(0.4 / 0.6 / 20_000)
+    assert torch.equal(blocks[-1].eval().drop_path(x), x)
+    assert isinstance(tiny(drop_path_rate=0.5, depths=(1,), num_stages=1, embed_dims=(8,), num_heads=(1,),
+                           mlp_ratios=(1,), sr_ratios=(1,)).block1[0].drop_path, nn.Identity)  # fmt: skip
 
 
 def test_initialisation():
@@ -595,7 +597,7 @@ def test_the_image_must_survive_the_stages():
         ValueError, match="image must be large enough for stage 1, whose map must be at least 4x4; got a"
     ):
         model(image_of(1, (12, 32)))
-    with pytest.raises(TypeError, match="overlap_patch_embed: image must have the weights' dtype"):
+    with pytest.raises(TypeError, match="PVT_V2: image must have the dtype of patch_embed1.proj.weight"):
         model(image_of(1, (32, 32)).double())
 
 

@@ -109,7 +109,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = [line.split()[0] for line in listing.splitlines()[1:]]
     assert {name.split("/")[0] for name in names} == {"pvt_fast", names[-1].split("/")[0]}
     assert names[-1].split("/")[0].endswith(".dist-info")
-    assert {"pvt_fast/kernels/__init__.py", "pvt_fast/kernels/tuned.json", "pvt_fast/adapters/peers.py"} <= set(names)
+    assert {"pvt_fast/kernels/__init__.py", "pvt_fast/kernels/tuned.json", "pvt_fast/accelerate/peers.py"} <= set(names)
     assert [name for name in names if re.fullmatch(r"pvt_fast/_C\..*(so|pyd)", name)]
 
 

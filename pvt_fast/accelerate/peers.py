@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 from dataclasses import replace
 
-from .layout import MAP, PAIR, SIZES, AttentionNames, Layout, MlpNames
+from .block_names import MAP, PAIR, SIZES, AttentionNames, Layout, MlpNames
 
 # The official repository's names (whai362/PVT, NVlabs/SegFormer and the files copied from them), which timm and
 # segmentation_models_pytorch took over.
@@ -138,9 +138,13 @@ LAYOUTS = (
 )
 
 
+# our own model: the official layout, but read and not tried out
+PVT_FAST = Layout("pvt_fast", SIZES, _OFFICIAL_ATTENTION, _OFFICIAL_MLP)
+
+
 def named(name: str) -> Layout:
     """The layout of that name."""
-    return next(layout for layout in LAYOUTS if layout.name == name)
+    return next(layout for layout in (*LAYOUTS, PVT_FAST) if layout.name == name)
 
 
 # a copy or a pickle of an accelerated block refers to the table

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import reference
 from ..ops import to_map
 from .fused import FusedBlock
-from .layout import MAP, PAIR, Refusal
+from .block_names import MAP, PAIR, Refusal
 
 # Relative to what the block adds to its input. Some peers compute the softmax in float32; a different meaning is orders
 # of magnitude away.
@@ -73,7 +72,7 @@ def verify(block: nn.Module, forward: Any, fused: FusedBlock) -> bool:
     size: tuple = {MAP: (), PAIR: (hw,)}.get(fused.layout.call, hw)
     try:
         own = forward(block, x, *size)
-        ours = fused.compute(block, reference, tokens, hw, fresh=True)
+        ours = fused.compute(block, "reference", tokens, hw)
     except Exception as error:
         raise Refusal(f"it cannot be tried out: {type(error).__name__}: {error}") from error
     returns_tuple = isinstance(own, tuple)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import LINEAR_POOL_SIZE
 from .halves import AttentionHalf, MlpHalf, Part
-from .layout import AttentionNames, MlpNames, Refusal, at, first
+from .block_names import AttentionNames, MlpNames, Refusal, at, first
 
 Dropout = nn.modules.dropout._DropoutNd
 
@@ -78,6 +78,26 @@ def read_mlp(block: nn.Module, names: MlpNames) -> MlpHalf:
     half = MlpHalf(norm, fc1, dwconv, fc2, relu is not None)
     _refuse_the_unknown(block, names, half.parts, [at(block, names.act), relu])
     return half
+
+
+def read_embed(embed: nn.Module, proj: str, norm: str) -> tuple[Part, Part]:
+    """The convolution and the norm of a patch embed. Raises Refusal."""
+    conv, after = _part(at(embed, proj), proj, (nn.Conv2d,), (None,) * 4), read_norm(embed, norm)
+    channels, _, *kernel = conv.shapes[0]
+    if kernel[0] != kernel[1] or channels != after.shapes[0][0]:
+        raise Refusal(f"{proj} must have a square kernel and {norm}'s channels, got {conv.module}")
+    _require_conv(conv.module, proj, stride=_pair(conv.module.stride)[0], padding=kernel[0] // 2, groups=1)
+    return conv, after
+
+
+def read_norm(owner: nn.Module, path: str) -> Part:
+    """A LayerNorm. Raises Refusal."""
+    return _norm(owner, path)
+
+
+def read_head(owner: nn.Module, path: str) -> Part:
+    """A linear. Raises Refusal."""
+    return _part(at(owner, path), path, (nn.Linear,), (None, None))
 
 
 def dropouts(block: nn.Module, names: AttentionNames | MlpNames) -> list[tuple[nn.Module, str]]:
@@ -205,6 +225,9 @@ def _attribute(block: nn.Module, path: str, kind: type) -> tuple[nn.Module, str]
 
 def _require_like(act: Any, expected: Callable, where: str, what: str) -> None:
     """`act`, a module or a function, must do what `expected` does: tried out, as peers have classes of their own."""
+    known = {F.gelu: nn.GELU, F.relu: nn.ReLU}[expected]  # nothing to try out
+    if act is expected or (type(act) is known and getattr(act, "approximate", "none") == "none"):
+        return
     grid = torch.linspace(-6, 6, 193, dtype=torch.float64, device="cpu")
     state = isinstance(act, nn.Module) and any(True for _ in (*act.parameters(), *act.buffers()))
     if not callable(act) or state:

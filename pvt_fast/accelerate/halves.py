@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm
-from ..prepack import PackCache, packed
+from ..ops.packing import packed
 
 
 class Part(NamedTuple):
@@ -37,16 +37,15 @@ class Part(NamedTuple):
 
 
 class Derived:
-    """A form of parameters that is kept until they change; copies are empty."""
+    """A form of parameters that is kept until they change."""
 
     def __init__(self, build: Callable[..., tuple]) -> None:
         self.build = build
-        self.cache = PackCache()
 
     def __call__(self, fresh: bool, *tensors: Any) -> tuple:
         if fresh:
             return self.build(*tensors)
-        return packed(self.cache, "derived", tensors, lambda: self.build(*tensors))
+        return packed("derived", self.build.__name__, tensors, lambda: self.build(*tensors))
 
 
 def join(key: Tensor, value: Tensor, key_bias: Tensor | None, value_bias: Tensor | None) -> tuple:
@@ -88,7 +87,6 @@ class AttentionHalf:
         self.parts = tuple(part for part in (norm, *qkv, proj, sr, sr_norm) if part is not None)
         # in the order of `qkv`: one part is an nn.MultiheadAttention's, two are q and kv, three are q, k and v
         self.derived = {1: Derived(split), 2: None, 3: Derived(join)}[len(qkv)]
-        self.cache = PackCache()
 
     def weights(self, fresh: bool) -> AttentionWeights:
         tensors = [part.tensors() for part in self.qkv]
@@ -100,13 +98,12 @@ class AttentionHalf:
         else:
             (q, q_bias), (kv, kv_bias) = tensors
         return AttentionWeights(
-            _norm(self.norm),
+            norm_of(self.norm),
             Linear(q, q_bias),
             Linear(kv, kv_bias),
-            None if self.sr is None else Linear(*self.sr.tensors()),
-            None if self.sr_norm is None else _norm(self.sr_norm),
-            Linear(*self.proj.tensors()),
-            None if fresh and self.derived else self.cache,  # derived weights are other tensors at each call
+            None if self.sr is None else linear_of(self.sr),
+            None if self.sr_norm is None else norm_of(self.sr_norm),
+            linear_of(self.proj),
         )
 
     def spec(self) -> AttentionSpec:
@@ -132,15 +129,12 @@ class MlpHalf:
         self.norm, self.fc1, self.dwconv, self.fc2, self.relu = norm, fc1, dwconv, fc2, relu
         self.parts = (norm, fc1, dwconv, fc2)
         self.derived = Derived(matrices) if len(fc1.shapes[0]) == 4 else None
-        self.cache = PackCache()
 
     def weights(self, fresh: bool) -> MlpWeights:
         (fc1, fc1_bias), (fc2, fc2_bias) = self.fc1.tensors(), self.fc2.tensors()
         if self.derived:
             fc1, fc2 = self.derived(fresh, fc1, fc2)
-        cache = None if fresh and self.derived else self.cache
-        dwconv = Linear(*self.dwconv.tensors())
-        return MlpWeights(_norm(self.norm), Linear(fc1, fc1_bias), dwconv, Linear(fc2, fc2_bias), cache)
+        return MlpWeights(norm_of(self.norm), Linear(fc1, fc1_bias), linear_of(self.dwconv), Linear(fc2, fc2_bias))
 
     def run(self, ops: Any, x: Tensor, hw: HW, residual_scale: Tensor | None, fresh: bool) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
@@ -151,6 +145,12 @@ class MlpHalf:
         return 1
 
 
-def _norm(part: Part) -> Norm:
+def norm_of(part: Part) -> Norm:
+    """A LayerNorm's weights as the contract has them."""
     weight, bias = part.tensors()
-    return Norm(weight, bias, part.module.eps)  # type: ignore[arg-type]  # a LayerNorm's
+    return Norm(weight, bias, part.module.eps)  # type: ignore[arg-type]
+
+
+def linear_of(part: Part) -> Linear:
+    """A linear's or convolution's weights as the contract has them."""
+    return Linear(*part.tensors())

@@ -1,8 +1,4 @@
-"""Blocks of other implementations, recognised by their structure and run on the ops of the contract.
-
-`layout` says how a block is laid out, `peers` is the table of layouts, `read` turns a block into the `halves` that call
-the ops, `verify` tries them out, and `fused` is the forward that stands in for the block's own.
-"""
+"""Blocks of other implementations, recognised by their structure: which layout, and what of it can run on the ops."""
 
 from __future__ import annotations
 
@@ -11,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .fused import FusedBlock
-from .layout import Layout, Refusal
+from .fused import FusedBlock, Settings
+from .block_names import Layout, Refusal
 from .peers import LAYOUTS
 from .read import read_attention, read_mlp
 from .verify import kind, twin, verify
@@ -36,7 +32,12 @@ def recognise(block: nn.Module, forward: Any) -> Layout | None:
 
 
 def adapt(
-    block: nn.Module, forward: Any, layout: Layout, backend: str, halves: tuple[str, ...], tried: dict[Any, Verdict]
+    block: nn.Module,
+    forward: Any,
+    layout: Layout,
+    settings: Settings,
+    halves: tuple[str, ...],
+    tried: dict[Any, Verdict],
 ) -> Outcome:
     """Read `halves` of a block and try them out; the block stays as it is. `tried` keeps verdicts on kinds of block."""
     found, refusals = _read(block, layout, halves)
@@ -50,7 +51,8 @@ def adapt(
     sound = {name: half for name, half in found.items() if name in verdict.sound}
     if not sound:
         return Outcome(None, refusals)
-    fused = FusedBlock(layout, backend, block, forward, sound)
+    fused = FusedBlock(layout, settings, block, forward, sound)
+    fused.refusals = refusals
     fused.returns_tuple = verdict.returns_tuple
     return Outcome(fused, refusals)
 
@@ -83,7 +85,7 @@ def _try_out(block: nn.Module, forward: Any, layout: Layout, halves: tuple[str, 
     def trial(names: tuple[str, ...]) -> str | bool:
         """Whether the forward returns a tuple; or why it cannot be replaced."""
         try:
-            fused = FusedBlock(layout, "reference", copied, forward, _read(copied, layout, names)[0])
+            fused = FusedBlock(layout, Settings("reference"), copied, forward, _read(copied, layout, names)[0])
             return verify(copied, forward, fused)
         except Refusal as refusal:
             return str(refusal)

@@ -6,7 +6,7 @@
 
 A block is replaced in nothing but its class, by a subclass of it with another forward, as torch's parametrizations and
 `fully_shard` do: parameters, state_dict keys, hooks on the block, optimizers and `isinstance` know no difference.
-Copies and pickles are accelerated too. Where a call cannot run on the ops (see `adapters.fused`) the block's own
+Copies and pickles are accelerated too. Where a call cannot run on the ops (see `fused`) the block's own
 forward runs.
 """
 
@@ -20,11 +20,12 @@ from typing import Any
 
 from torch import nn
 
-from . import adapters, dispatch
-from .adapters import HALVES, FusedBlock
-from .layers import Block
+from .. import dispatch
+from ..ops import packing
+from .fused import FusedBlock, Settings, StandIn
+from .recognise import HALVES, LAYOUTS, Outcome, adapt, recognise
 
-_STATE = "_pvt_fast"
+STATE = "_pvt_fast"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class AccelerationReport:
 
     def __str__(self) -> str:
         if not self.accelerated and not self.skipped:
-            known = ", ".join(layout.name for layout in adapters.LAYOUTS)
+            known = ", ".join(layout.name for layout in LAYOUTS)
             return f"no block of a known layout was found ({known})"
         lines = [f"{len(self.accelerated)} blocks accelerated, {len(self.skipped)} times not"]
         for block in self.accelerated:
@@ -106,15 +107,16 @@ def accelerate_(
     halves = tuple(name for name, wanted in zip(HALVES, (attention, mlp), strict=True) if wanted)
     if not halves:
         raise ValueError("accelerate_: attention or mlp must be True, got False for both")
+    settings = Settings(backend)
     ready: list[tuple[nn.Module, FusedBlock]] = []
     accelerated, skipped, failed = [], [], False
     tried: dict[Any, Any] = {}
     for path, block in model.named_modules():
         base = _own_class(block)
-        layout = adapters.recognise(block, base.forward)
+        layout = recognise(block, base.forward)
         if layout is None:
             continue
-        if isinstance(block, Block):
+        if isinstance(vars(block).get("_fused"), StandIn):
             skipped.append(SkippedBlock(path, "pvt_fast", "it runs on the ops by itself"))
             continue
         if filter_fn is not None and not filter_fn(path, block):
@@ -122,14 +124,14 @@ def accelerate_(
             continue
         taken = _taken(block)
         if taken:
-            outcome = adapters.Outcome(None, dict.fromkeys(halves, taken))
+            outcome = Outcome(None, dict.fromkeys(halves, taken))
         else:
-            outcome = adapters.adapt(block, base.forward, layout, backend, halves, tried)
+            outcome = adapt(block, base.forward, layout, settings, halves, tried)
         failed = failed or bool(outcome.refusals)
         skipped += [SkippedBlock(path, layout.name, f"{half}: {why}") for half, why in outcome.refusals.items()]
         if outcome.fused is not None:
             ready.append((block, outcome.fused))
-            note = outcome.fused.disturbance(block) or ""
+            note = outcome.fused.guard.disturbed() or ""
             accelerated.append(AcceleratedBlock(path, layout.name, tuple(outcome.fused.halves), note))
     report = AccelerationReport(tuple(accelerated), tuple(skipped))
     if strict and (failed or not accelerated):
@@ -158,7 +160,7 @@ def restore_(model: nn.Module) -> None:
 @contextmanager
 def accelerated(model: nn.Module, **options: Any) -> Iterator[AccelerationReport]:
     """Within the block, `model` is accelerated; `options` are those of `accelerate_`. After it, it is as before."""
-    before = {block: vars(block)[_STATE] for block in model.modules() if isinstance(block, _Accelerated)}
+    before = {block: vars(block)[STATE] for block in model.modules() if isinstance(block, _Accelerated)}
     report = accelerate_(model, **options)
     try:
         yield report
@@ -173,6 +175,10 @@ class _Accelerated(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return _blank, (_own_class(self),), self.__getstate__()
+
+    def train(self, mode: bool = True) -> Any:
+        packing.doubt()
+        return super().train(mode)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """torch.jit.script asks for this: TorchScript compiles a block's own code, so the block is restored."""
@@ -193,7 +199,7 @@ def _subclass(base: type[nn.Module]) -> type[nn.Module]:
 def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = self.__dict__[_STATE].run(self, args, kwargs)
+        result = self.__dict__[STATE].run(self, args, kwargs)
         return base.forward(self, *args, **kwargs) if result is None else result
 
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
@@ -223,9 +229,9 @@ def _taken(block: nn.Module) -> str | None:
 
 def _attach(block: nn.Module, fused: FusedBlock) -> None:
     block.__class__ = _subclass(_own_class(block))
-    vars(block)[_STATE] = fused
+    vars(block)[STATE] = fused
 
 
 def _detach(block: nn.Module) -> None:
     block.__class__ = _own_class(block)
-    del vars(block)[_STATE]
+    del vars(block)[STATE]

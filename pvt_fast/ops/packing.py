@@ -1,0 +1,254 @@
+"""Packed forms of weights: one table, keyed by the weights themselves, and never stale.
+
+A backend asks for the packed form of some weights through `packed`. The guarantee: **a change of a weight that torch
+records, or that changes values all over it, is seen by the next call; any other change, down to one element, within
+`CALLS` calls.** Three things together give it:
+
+- Hints, at every use: each tensor is the same object, at the same address, with the same strides and version. That sees
+  in-place operations, `load_state_dict`, `.to()` and replaced parameters. It misses fused optimizers, writes through
+  `.data`, through NumPy views and by other processes, which leave all of these alone.
+- Comparison of a part, at every use: the values of one part in `CALLS` of every tensor, another part each time, are held
+  against what was packed. On devices other than the CPU, where that would wait for the device, all of them at every
+  `CALLS`-th use instead.
+- Comparison of all values, at the first use after `doubt`: after a step of any of torch's optimizers, after a module of
+  ours switches between training and evaluation, and after a compiled graph that may have changed what it packed.
+
+A step of an optimizer also drops what was packed of parameters that need gradients: in training nothing is packed for
+longer than a step. Records die with their weights; copies and pickles of a model know nothing of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .. import _C
+
+# Within as many uses every value has been compared.
+CALLS: int = _C.Watch.PARTS
+
+Tensors = tuple[Tensor | None, ...]
+
+
+class UnannouncedChange(RuntimeError):
+    """Under `checked_weights`: a weight changed in a way that torch does not record."""
+
+
+class _Watch(Protocol):
+    """Compares the values of some tensors with those that they had when it was made."""
+
+    def next(self) -> bool:
+        """Are the values of the next part the same?"""
+
+    def first_changed(self) -> int:
+        """The index of the first tensor with a changed value, all compared; -1 where there is none."""
+
+
+class Sources:
+    """The tensors that something was made of, and whether they are still what they were."""
+
+    __slots__ = ("_addresses", "_alive", "_calls", "_refs", "_shapes", "_sure", "_versions", "_watch")
+
+    def __init__(self, tensors: Sequence[Tensor], gone: Callable[[Any], None] | None = None, sure: bool = True) -> None:
+        """`gone` is called when one of the tensors dies; not `sure` leaves a comparison of all for the next use."""
+        self._sure = _doubts.count if sure else -1
+        self._calls = itertools.count()
+        self._refs = [ref(tensor, gone) for tensor in tensors]
+        self._addresses = [tensor.data_ptr() for tensor in tensors]
+        # tensors made under torch.inference_mode() count no changes
+        self._versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
+        self._shapes = [_shape(tensor) for tensor in tensors]
+        # A storage that lives on lends no one its address, and can be read.
+        self._alive = [tensor.detach() for tensor in tensors]
+        on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+        self._watch: _Watch = _C.Watch([_span(tensor) for tensor in tensors]) if on_cpu else _Snapshot(self._alive)
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Are `tensors` these, with the values that they had, as far as the module's guarantee goes?"""
+        # a plain loop: it runs for every weight of every forward
+        for tensor, known, address, version in zip(tensors, self._refs, self._addresses, self._versions, strict=True):
+            if tensor is not known() or tensor.data_ptr() != address:
+                return False
+            if version is not None and tensor._version != version:
+                return False
+        return self._same_shapes(tensors) and self._same_values()
+
+    def _same_shapes(self, tensors: Sequence[Tensor]) -> bool:
+        """Of an op's weights all, of a model's a part at a time: asking costs more than addresses and versions do."""
+        count = len(tensors)
+        part = range(count)
+        if count > CALLS:
+            size = -(-count // CALLS)
+            first = next(self._calls) * size % count
+            part = range(first, min(first + size, count))
+        return all(_shape(tensors[i]) == self._shapes[i] for i in part)
+
+    def _same_values(self) -> bool:
+        doubts = _doubts.count
+        if doubts != self._sure:
+            if self._watch.first_changed() >= 0:
+                return False
+            self._sure = doubts
+            return True
+        if _checking.on and (index := self._watch.first_changed()) >= 0:
+            raise UnannouncedChange(
+                f"checked_weights: weights must change in ways that torch records, got other values in the weight of "
+                f"shape {tuple(self._shapes[index][0])} at the same version; call pvt_fast.refresh after such a write"
+            )
+        return self._watch.next()
+
+
+class _Snapshot:
+    """A `_Watch` for devices whose memory the CPU does not read: copies, compared on the device."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._copies = [tensor.clone() for tensor in tensors]
+        self._uses = itertools.count(1)
+
+    def next(self) -> bool:
+        if next(self._uses) % CALLS or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return True
+        return self.first_changed() < 0
+
+    def first_changed(self) -> int:
+        for index, (tensor, copied) in enumerate(zip(self._tensors, self._copies, strict=True)):
+            if tensor.is_meta:  # no values
+                continue
+            # as integers, so that NaN equals itself
+            bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+            if tensor.shape != copied.shape or not torch.equal(tensor.view(bits), copied.view(bits)):
+                return index
+        return -1
+
+
+class Record:
+    """A packed form and the weights that it was made of."""
+
+    __slots__ = ("form", "ids", "key", "sources", "trains")
+
+    def __init__(self, key: Any, tensors: Sequence[Tensor], form: Any, sources: Sources) -> None:
+        self.key, self.form, self.sources = key, form, sources
+        self.ids = [id(tensor) for tensor in tensors]
+        self.trains = any(tensor.requires_grad for tensor in tensors)
+
+
+class _Doubts:
+    """How often packed forms came into doubt: a form that was compared at another count is compared as a whole."""
+
+    count = 0
+
+
+class _Checking:
+    on = os.environ.get("PVT_FAST_CHECK_WEIGHTS", "0") not in ("", "0")
+
+
+class _Thread(threading.local):
+    in_graph = False  # see `within_graph`
+    used: list[Record] | None = None
+
+
+_doubts, _checking, _thread = _Doubts(), _Checking(), _Thread()
+_records: dict[tuple, Record] = {}
+
+
+def packed(kind: str, key: Any, tensors: Tensors, build: Callable[[], Any]) -> Any:
+    """The packed form of `tensors`: what is kept of them while it holds, else what `build()` gives.
+
+    One form is kept of a `kind` of op and its weights; `key` names its layout (ISA, options), and under another key it
+    is built anew.
+    """
+    present = [tensor for tensor in tensors if tensor is not None]
+    place = (kind, *map(id, tensors))
+    record = _records.get(place)
+    if record is None or record.key != key or not record.sources.hold(present):
+        # A change while the form is built is seen at the next use: what is compared with was read before. What is packed
+        # within a graph may be of a weight whose version the graph has raised already and whose values it changes later.
+        sources = Sources(present, lambda _: _records.pop(place, None), sure=not _thread.in_graph)
+        record = Record(key, present, build(), sources)
+        _records[place] = record
+    if _thread.used is not None:
+        _thread.used.append(record)
+    return record.form
+
+
+@contextmanager
+def collected() -> Iterator[list[Record]]:
+    """The records that this thread uses within the block, in order."""
+    before, _thread.used = _thread.used, []
+    try:
+        yield _thread.used
+    finally:
+        _thread.used = before
+
+
+@contextmanager
+def within_graph() -> Iterator[None]:
+    """Within the block this thread runs a part of a compiled graph that may also change weights, after the block."""
+    before, _thread.in_graph = _thread.in_graph, True
+    try:
+        yield
+    finally:
+        _thread.in_graph = before
+
+
+def doubt() -> None:
+    """All values of all packed weights are compared at their next use."""
+    _doubts.count += 1
+
+
+def forget(tensors: Sequence[Tensor]) -> None:
+    """Drop what is packed of any of `tensors`."""
+    doubt()
+    ids = {id(tensor) for tensor in tensors}
+    for place in [place for place in list(_records) if not ids.isdisjoint(place[1:])]:
+        _records.pop(place, None)
+
+
+@contextmanager
+def checked_weights() -> Iterator[None]:
+    """Within the block every forward compares all values of all packed weights with what was packed.
+
+    Raises `UnannouncedChange` at the first forward after a write that torch does not record, which otherwise may take
+    some calls to be seen (README, "Weights that change"). For tests and for finding such writes: it reads all weights at
+    every call. The environment variable PVT_FAST_CHECK_WEIGHTS=1 does the same for a whole process.
+    """
+    before, _checking.on = _checking.on, True
+    try:
+        yield
+    finally:
+        _checking.on = before
+
+
+def _shape(tensor: Tensor) -> tuple:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """(address, bytes) of the memory that holds the values of a strided tensor."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), (last + 1) * tensor.element_size()
+
+
+def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():  # a graph records its changes
+        return
+    doubt()
+    for place, record in list(_records.items()):
+        if record.trains:
+            _records.pop(place, None)
+
+
+# torch's hook for the steps of all optimizers: its fused ones leave the versions of what they change alone
+register_optimizer_step_post_hook(_stepped)
