@@ -16,7 +16,8 @@ const Keys& keys() {
   static const Keys made = [] {
     Keys all{};
     std::uint64_t state = 0x9e3779b97f4a7c15;
-    for (std::uint32_t& key : all) {  // splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators")
+    for (std::uint32_t& key :
+         all) {  // splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators")
       std::uint64_t z = state += 0x9e3779b97f4a7c15;
       z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
       z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
@@ -33,9 +34,9 @@ std::uint32_t word(const unsigned char* at) {
   return value;
 }
 
-// The NH function of UMAC (Black et al., "UMAC: fast and secure message authentication", 1999): two inputs of one length
-// that differ have the same sum with probability 2^-32 over the keys. No multiplication waits for another, so that it
-// takes memory's speed on any instruction set.
+// The NH function of UMAC (Black et al., "UMAC: fast and secure message authentication", 1999): two inputs of one
+// length that differ have the same sum with probability 2^-32 over the keys. No multiplication waits for another, so
+// that it takes memory's speed on any instruction set.
 std::uint64_t block_sum(const unsigned char* data, std::size_t bytes) {
   const Keys& key = keys();
   const std::size_t half = bytes / 8;  // pairs of words

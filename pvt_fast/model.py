@@ -231,10 +231,8 @@ class PVT_V2(nn.Module, HubMixin):
         x, height, width = getattr(self, f"patch_embed{stage + 1}")(x)
         checkpointing = self._checkpointing and torch.is_grad_enabled()
         for block in getattr(self, f"block{stage + 1}"):
-            if checkpointing:
-                x = checkpoint(block, x, height, width, use_reentrant=False)
-            else:
-                x = block(x, height, width)
+            call = (x, height, width)
+            x = checkpoint(block, *call, use_reentrant=False) if checkpointing else block(*call)
         normed = self._fused_norms[stage].run(self, x)
         if normed is None:
             normed = getattr(self, f"norm{stage + 1}")(x)
@@ -253,7 +251,7 @@ class PVT_V2(nn.Module, HubMixin):
                     f"got {image.dtype} with in_channels {self.config.in_channels}"
                 )
             image = normalise(image, IMAGENET_MEAN, IMAGENET_STD).to(next(self.parameters()).dtype)
-        first = self.patch_embed1.proj
+        first = getattr(self.patch_embed1, "proj", None)
         weight = first._parameters.get("weight") if type(first) is nn.Conv2d else None
         if weight is not None and weight.dtype != image.dtype and not torch.is_autocast_enabled(image.device.type):
             raise TypeError(

@@ -72,7 +72,9 @@ class Program:
         self.guard = guard
         modules = [child for _, _, child in guard.edges]
         self.parameters = tuple(model.parameters())
-        read = [(module._parameters, name, tensor) for module in modules for name, tensor in module._parameters.items()]
+        read: list[tuple[dict, str, Any]] = [
+            (module._parameters, name, tensor) for module in modules for name, tensor in module._parameters.items()
+        ]
         read += [(vars(module), "training", False) for module in modules]
         self.facts, self.kept = facts(model, guard.edges, guard.types, read)
         self.sources = packing.Sources(self.parameters)

@@ -344,7 +344,9 @@ def test_where_dropout_acts(rates, attention, mlp):
     model = tiny(**rates).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p:
-            module.register_forward_hook(lambda module, args, output: seen.append((module.p, bool((output == 0).any()))))
+            module.register_forward_hook(
+                lambda module, args, output: seen.append((module.p, bool((output == 0).any())))
+            )
     block = model.block1[0]
     assert (block.attn.attn_drop.p, block.attn.proj_drop.p) == attention
     assert block.mlp.drop.p == mlp
@@ -598,7 +600,7 @@ def test_the_image_must_survive_the_stages():
         ValueError, match="image must be large enough for stage 1, whose map must be at least 4x4; got a"
     ):
         model(image_of(1, (12, 32)))
-    with pytest.raises(TypeError, match="PVT_V2: image must have the dtype of patch_embed1.proj.weight"):
+    with pytest.raises(TypeError, match=r"PVT_V2: image must have the dtype of patch_embed1\.proj\.weight"):
         model(image_of(1, (32, 32)).double())
 
 

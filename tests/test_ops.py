@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pvt_fast import reference, testing
-from pvt_fast.ops import AttentionSpec, AttentionWeights, Backend, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
+from pvt_fast.ops import AttentionSpec, Backend, Linear, MlpSpec, MlpWeights, Norm
 from pvt_fast.testing import AttentionCase, Case, MlpCase, PatchEmbedCase, assert_parity, expected, run
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

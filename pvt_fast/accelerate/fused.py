@@ -259,7 +259,7 @@ class FusedEmbed(Fused):
         if ops is None:
             return None
         weights = PatchEmbedWeights(linear_of(self.proj), norm_of(self.norm))
-        x, hw = ops.overlap_patch_embed(image, weights, self.proj.module.stride[0])  # type: ignore[index,union-attr]
+        x, hw = ops.overlap_patch_embed(image, weights, self.proj.module.stride[0])  # type: ignore[index]
         return x, *hw
 
 

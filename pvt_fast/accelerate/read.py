@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import LINEAR_POOL_SIZE
-from .halves import AttentionHalf, MlpHalf, Part
 from .block_names import AttentionNames, MlpNames, Refusal, at, first
+from .halves import AttentionHalf, MlpHalf, Part
 
 Dropout = nn.modules.dropout._DropoutNd
 # Tensor: a parameter that torch.func.functional_call, or a compiled graph, put in place of another
