@@ -8,8 +8,8 @@ records, or that changes values all over it, is seen by the next call; any other
   in-place operations, `load_state_dict`, `.to()` and replaced parameters. It misses fused optimizers, writes through
   `.data`, through NumPy views and by other processes, which leave all of these alone.
 - Comparison of a part, at every use: the values of one part in `CALLS` of every tensor, another part each time, are
-  held against what was packed. On devices other than the CPU, where that would wait for the device, all of them at every
-  `CALLS`-th use instead.
+  held against what was packed. On devices other than the CPU, where that would wait for the device, all of them at
+  every `CALLS`-th use instead.
 - Comparison of all values, at the first use after `doubt`: after a step of any of torch's optimizers, after a module of
   ours switches between training and evaluation, and after a compiled graph that may have changed what it packed.
 
