@@ -1,31 +1,29 @@
-"""Compiles every kernel launch of the published networks for one GPU target, with no GPU; prints one JSON row each.
-
-    python tests/triton_compile.py sm_90 bf16 pvt_v2_b0,pvt_v2_b2 [PART OF A NAME [EVERY/NTH [candidates]]]
+"""Every kernel compilation of the published networks on a chip, with no GPU.
 
 The launches are those that the backend itself makes: the models run on meta tensors and the launches are recorded, so
-block sizes, argument types and alignment hints are what the launcher would use on such a device. A row
-holds kernel, constants, bytes of shared memory, registers, spills; and from the machine code whether it has matrix
-instructions, also in a loop, the width of the widest global load in bytes, and for the kernel of convolution and fc2
-the instructions of its main loop per hidden element.
+block sizes, argument types and alignment hints are what the launcher would use on such a device.
 """
 
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import io
 import itertools
 import json
-import math
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+import textwrap
+import tokenize
+from collections.abc import Iterator, Sequence
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import KernelInterface
 
 import pvt_fast
 from pvt_fast import kernels
@@ -51,15 +49,16 @@ CHIPS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TYPE_NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-# Of NVIDIA's machine code: wgmma, mma.sync, tcgen05; and of AMD's.
-MATRIX_INSTRUCTION = re.compile(r"[HQ]GMMA|HMMA|UTC[HQ]MMA|v_mfma_")
+# b1, b3 and b4 have b2's widths (test_gates.py checks that they compile nothing else), b5 differs in the MLP.
+VARIANTS = ("pvt_v2_b0", "pvt_v2_b2", "pvt_v2_b2_li", "pvt_v2_b5")
 # 49 and 256 keys: one key block, and a loop over key blocks
 IMAGE_SIZES = (224, 512)
 
 
 class Compilation(NamedTuple):
-    """One kernel as the launcher would specialise it."""
+    """One kernel as the launcher would specialise it on a chip."""
 
+    chip: Chip
     kernel: Any
     signature: dict[str, str]
     constants: dict[str, Any]
@@ -67,10 +66,52 @@ class Compilation(NamedTuple):
     options: dict[str, int]
 
     def key(self) -> str:
-        return f"{self.kernel.__name__} {self.signature} {self.constants} {self.aligned} {self.options}"
+        """Digest of all that the machine code depends on, the same on every machine."""
+        inputs = (triton.__version__, self.chip.arch, source_digest(self.kernel), *self[2:])
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def compilation(launch: Launch) -> Compilation:
+@cache
+def source_digest(function: Any) -> str:
+    """Of the code of a jitted function and of every one that it calls, without comments and docstrings.
+
+    Not Triton's own `cache_key`, which counts line numbers in: there an added line makes every kernel below it new, and
+    so does a move to another file. Not a digest of files either: then a change to one kernel would make all new.
+    """
+    text = textwrap.dedent(inspect.getsource(function.fn))
+    [code] = ast.parse(text).body
+    assert isinstance(code, ast.FunctionDef)
+    first = code.body[0]
+    docstring = range(first.lineno, first.end_lineno + 1) if ast.get_docstring(code) is not None else ()
+    # ast.unparse would be shorter, but writes code in other ways in other versions of Python
+    tokens = [
+        token.string
+        for token in tokenize.generate_tokens(io.StringIO(text).readline)
+        if token.type not in (tokenize.COMMENT, tokenize.NL)
+        and token.start[0] >= code.lineno  # decorators say what is specialised, which the signature shows
+        and not (token.start[0] in docstring and token.type in (tokenize.STRING, tokenize.NEWLINE))
+    ]
+    names = [node for part in code.body for node in ast.walk(part) if isinstance(node, ast.Name)]
+    local = {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(function.arg_names)
+    total = hashlib.sha256("\0".join(tokens).encode())
+    for name in sorted({node.id for node in names} - local):
+        total.update(f"{name}={_meaning(name, function.fn.__globals__)}".encode())
+    return total.hexdigest()
+
+
+def _meaning(name: str, scope: dict[str, Any]) -> str:
+    """What a global name stands for; "" for Python's and Triton's own, which Triton's version tells."""
+    value = scope.get(name)
+    if isinstance(value, KernelInterface):
+        return source_digest(value)
+    if isinstance(value, triton.language.constexpr):
+        return repr(value.value)
+    if value is None or (isinstance(value, ModuleType) and value.__name__.partition(".")[0] == "triton"):
+        return ""
+    raise TypeError(f"gates: {name} in a kernel must be a jitted function, a constexpr or triton's, got {value!r}")
+
+
+def compilation(launch: Launch, chip: Chip) -> Compilation:
     """Types, constants and alignment hints that Triton's launcher derives from these arguments."""
     kernel, _, args, keywords = launch
     options = {name: keywords[name] for name in ("num_warps", "num_stages", "maxnreg") if name in keywords}
@@ -92,24 +133,26 @@ def compilation(launch: Launch) -> Compilation:
         else:
             signature[name] = "fp32"
     assert not values, f"{kernel.__name__}: arguments without a parameter: {sorted(values)}"
-    return Compilation(kernel, signature, constants, tuple(aligned), options)
+    return Compilation(chip, kernel, signature, constants, tuple(aligned), options)
 
 
 def compilations(
-    variants: list[str],
+    variants: Sequence[str],
     dtype: torch.dtype,
     chip: Chip,
     batches: tuple[int, ...] = (8,),
     sizes: tuple[int, ...] = IMAGE_SIZES,
+    whole: bool = False,
 ) -> list[Compilation]:
-    """What the backend would compile for whole models on that chip, each once.
+    """What the backend would compile for these models on that chip, each once.
 
-    In bf16 both with a hidden map in fp16, and as where the weights do not prove that it fits.
+    Two blocks of each stage tell it, as the rest of a `whole` model is the same again (test_gates.py). In bf16 both
+    with a hidden map in fp16, and as where the weights do not prove that it fits.
     """
     found: dict[str, Compilation] = {}
     for fits_half in {dtype == torch.bfloat16, False}:
         with mock.patch.object(dwconv_mlp, "_fits_half", lambda _, fits=fits_half: fits):
-            for made in _compilations(variants, dtype, chip, batches, sizes):
+            for made in _compilations(variants, dtype, chip, batches, sizes, whole):
                 found.setdefault(made.key(), made)
     return list(found.values())
 
@@ -124,7 +167,7 @@ class Candidate(NamedTuple):
         return offered[min(self.n, len(offered) - 1)]
 
 
-def candidate_compilations(variants: list[str], dtype: torch.dtype, chip: Chip) -> list[Compilation]:
+def candidate_compilations(variants: Sequence[str], dtype: torch.dtype, chip: Chip) -> list[Compilation]:
     """What the autotuner would compile beside the defaults."""
     found: dict[str, Compilation] = {}
     for n in range(1, 1 + max(map(len, tuning._OVERRIDES.values()))):
@@ -135,112 +178,19 @@ def candidate_compilations(variants: list[str], dtype: torch.dtype, chip: Chip) 
 
 
 def _compilations(
-    variants: list[str], dtype: torch.dtype, chip: Chip, batches: tuple[int, ...], sizes: tuple[int, ...]
+    variants: Sequence[str],
+    dtype: torch.dtype,
+    chip: Chip,
+    batches: tuple[int, ...],
+    sizes: tuple[int, ...],
+    whole: bool,
 ) -> Iterator[Compilation]:
     for name in variants:
         with torch.device("meta"):
-            model = pvt_fast.create_model(name).eval().to(dtype)
+            model = pvt_fast.create_model(name, **({} if whole else {"depths": (2, 2, 2, 2)})).eval().to(dtype)
             for batch, size in itertools.product(batches, sizes):
                 ahead: list[Launch] = []
                 with torch.no_grad(), recorded(chip, ahead) as launches:
                     tokens, _ = model._run_stages(torch.empty(batch, 3, size, size, dtype=dtype), kernels)
                     kernels.head(tokens, None)
-                yield from map(compilation, launches + ahead)
-
-
-def target_of(chip: Chip) -> GPUTarget:
-    if chip.arch.startswith("sm_"):
-        return GPUTarget("cuda", int(chip.arch.removeprefix("sm_")), 32)
-    return GPUTarget("hip", chip.arch, 64)
-
-
-def compile_resources(made: Compilation, target: GPUTarget) -> dict[str, Any]:
-    """Compile; the resources of the result."""
-    constants = {(made.kernel.arg_names.index(name),): value for name, value in made.constants.items()}
-    hints = {(place,): [["tt.divisibility", 16]] for place in made.aligned}
-    source = ASTSource(made.kernel, made.signature, constants, hints)
-    compiled = triton.compile(source, target=target, options=made.options)
-    warps = compiled.metadata.num_warps
-    row = {
-        "kernel": made.kernel.__name__,
-        "constants": {name: value for name, value in made.constants.items() if name.isupper()},
-        "warps": warps,
-        "stages": compiled.metadata.num_stages,
-        "shared": compiled.metadata.shared,
-    }
-    if target.backend == "hip":
-        return row | _amd_resources(compiled.asm["amdgcn"])
-    row |= _nvidia_resources(compiled.asm["cubin"])
-    if made.kernel.__name__ == "dwconv_fc2_kernel":
-        elements = math.prod(made.constants[name] for name in ("ROWS", "BLOCK_P", "BLOCK_H"))
-        row["per_element"] = round(row["loop"] * 32 * warps / elements, 1)
-    return row
-
-
-def _nvidia_resources(cubin: bytes) -> dict[str, Any]:
-    """Registers per thread, as spills the bytes of stack (these kernels have no other use for one), loops, loads."""
-    tools = Path(triton.knobs.nvidia.cuobjdump.path).parent
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(cubin)
-        command = [tools / "cuobjdump", "-res-usage", "-sass", path]
-        environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}  # it calls nvdisasm
-        listing = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-    numbers = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", listing))
-    bodies = loops(listing)
-    widths = [
-        int(bits) // 8 for bits in re.findall(r"LDG(?:STS)?[A-Z0-9.]*?\.(?:BYPASS\.)?(?:LTC128B\.)?(64|128)\b", listing)
-    ]
-    return {
-        "registers": int(numbers["REG"]),
-        "spills": int(numbers["STACK"]) + int(numbers["LOCAL"]),
-        "matrix": MATRIX_INSTRUCTION.search(listing) is not None,
-        "matrix_in_loop": any(MATRIX_INSTRUCTION.match(op) for body in bodies for op in body),
-        "load": max(widths, default=4),
-        "loop": max(map(len, bodies), default=0),
-    }
-
-
-def loops(listing: str) -> list[list[str]]:
-    """Operation codes of each loop in a listing of NVIDIA's machine code: from a backward branch's target to it."""
-    pattern = r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)([^;]*);"
-    code = [(int(address, 16), op, rest) for address, op, rest in re.findall(pattern, listing)]
-    found = []
-    for address, op, rest in code:
-        target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
-        if target and int(target[1], 16) < address:
-            found.append([o for at, o, _ in code if int(target[1], 16) <= at <= address])
-    return found
-
-
-def _amd_resources(text: str) -> dict[str, Any]:
-    """Vector registers per lane, as spills the bytes of scratch memory, matrix instructions, loads.
-
-    Scalars that do not fit go to lanes of a vector register, which costs no memory.
-    """
-    loads = re.findall(r"(?:global|buffer)_load_dwordx([234])", text)
-    return {
-        "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", text)[1]),
-        "spills": int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text)[1]),
-        "matrix": MATRIX_INSTRUCTION.search(text) is not None,
-        "load": max((4 * int(words) for words in loads), default=4),
-    }
-
-
-def main(arch: str, dtype_name: str, variants: str, part: str = "", share: str = "0/1", of: str = "defaults") -> None:
-    chip, (first, step) = CHIPS[arch], map(int, share.split("/"))
-    list_all = {"defaults": compilations, "candidates": candidate_compilations}[of]
-    for made in list_all(variants.split(","), DTYPES[dtype_name], chip)[first::step]:
-        if part in made.kernel.__name__:
-            row = {
-                "target": arch,
-                "dtype": dtype_name,
-                "limit": chip.shared,
-                **compile_resources(made, target_of(chip)),
-            }
-            print(json.dumps(row), flush=True)
-
-
-if __name__ == "__main__":
-    assert "TRITON_INTERPRET" not in os.environ, "TRITON_INTERPRET must be unset: nothing would be compiled"
-    main(*sys.argv[1:])
+                yield from (compilation(launch, chip) for launch in launches + ahead)
