@@ -43,13 +43,21 @@ KERNELS := csrc/gelu.cpp csrc/isa.cpp csrc/parallel.cpp $(wildcard csrc/isa/*.cp
 # -g1 is enough for the lines of a report: with -g GCC follows every variable through code that is inlined a thousand
 # times, which takes it longer than all the rest
 SANITIZED := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
+# of the ISAs those that this CPU runs: the others would take most of the time, and nothing of them is executed
+NATIVE := $(shell $(CXX) -march=native -dM -E -x c++ /dev/null | cut -d' ' -f2)
+NEEDED_BY_avx2 := __AVX2__
+NEEDED_BY_avx512 := __AVX512DQ__
+NEEDED_BY_avx512_bf16 := __AVX512BF16__
+NEEDED_BY_amx := __AMX_BF16__
+is_idle = $(filter-out $(NATIVE),$(NEEDED_BY_$(basename $(notdir $(1)))))
+SANITIZED_KERNELS := $(foreach source,$(KERNELS),$(if $(call is_idle,$(source)),,$(source)))
 # the AMX kernels on a CPU that lacks the matrix unit (but has AVX-512 with BF16): its tiles in plain C++
 EMULATED_AMX := -O3 -DPVT_EMULATED_AMX -include csrc/tests/emulated_amx.h
 CROSS_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64-static -L /usr/aarch64-linux-gnu
 
 compile = mkdir -p $(@D) && $(1) $(CXXFLAGS) $(2) -MMD -MP -c $< -o $@
-objects = $(patsubst %.cpp,build/$(1)/%.o,$(KERNELS) $(2))
+objects = $(patsubst %.cpp,build/$(1)/%.o,$(2))
 # objects in parallel, whatever -j this make was given
 BUILD := +$(MAKE) --no-print-directory -j $(shell nproc)
 
@@ -67,19 +75,19 @@ build/aarch64/%.o: %.cpp Makefile | cross-tools
 
 -include $(shell find build -name '*.d' 2>/dev/null)
 
-build/test_kernels: $(call objects,optimised,csrc/tests/test_kernels.cpp)
+build/test_kernels: $(call objects,optimised,$(KERNELS) csrc/tests/test_kernels.cpp)
 	$(CXX) -fopenmp $^ -o $@
 
-build/test_kernels_sanitized: $(call objects,sanitized,csrc/tests/test_kernels.cpp)
+build/test_kernels_sanitized: $(call objects,sanitized,$(SANITIZED_KERNELS) csrc/tests/test_kernels.cpp)
 	$(CXX) -fopenmp $(SANITIZED) $^ -o $@
 
-build/test_kernels_amx: $(call objects,amx,csrc/tests/test_kernels.cpp)
+build/test_kernels_amx: $(call objects,amx,$(KERNELS) csrc/tests/test_kernels.cpp)
 	$(CXX) -fopenmp $^ -o $@
 
-build/test_kernels_aarch64: $(call objects,aarch64,csrc/tests/test_kernels.cpp)
+build/test_kernels_aarch64: $(call objects,aarch64,$(KERNELS) csrc/tests/test_kernels.cpp)
 	$(CROSS_CXX) -fopenmp $^ -o $@
 
-build/instructions: $(call objects,optimised,benchmarks/instructions.cpp)
+build/instructions: $(call objects,optimised,$(KERNELS) benchmarks/instructions.cpp)
 	$(CXX) -fopenmp $^ -o $@
 
 cpp-test:
