@@ -197,11 +197,13 @@ def number(model: PVT_V2) -> int:
 
 
 def _run_model(image: Tensor, parameters: list[Tensor], model: int, classes: int) -> Tensor:
+    from .model import PVT_V2  # which imports this module
+
     whole = _models[model]
     if not parameters:  # the model's own, whatever they are by now
-        return whole.forward(image)
+        return PVT_V2.forward(whole, image)  # a subclass's forward is traced, and calls this
     with within_graph():
-        return _with_parameters(whole, parameters).forward(image)
+        return PVT_V2.forward(_with_parameters(whole, parameters), image)
 
 
 def _with_parameters(model: PVT_V2, parameters: list[Tensor]) -> PVT_V2:

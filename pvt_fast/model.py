@@ -275,12 +275,8 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         """The image checked, and normalised if it is pixels."""
         if not isinstance(image, Tensor):  # a stand-in of torch.fx
             return image
-        if image.dim() != 4 or image.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"PVT_V2: image must have shape (B, {self.config.in_channels}, H, W), got {tuple(image.shape)}"
-            )
         if not torch.jit.is_tracing():  # there sizes are recorded as they are computed, not compared
-            self.config.map_sizes(image.shape[2], image.shape[3])
+            self._check_size(image)
         if image.dtype == torch.uint8:
             if self.config.in_channels != len(IMAGENET_MEAN):
                 raise TypeError(
@@ -300,6 +296,13 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
             )
         return image
 
+    def _check_size(self, image: Tensor) -> None:
+        if image.dim() != 4 or image.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"PVT_V2: image must have shape (B, {self.config.in_channels}, H, W), got {tuple(image.shape)}"
+            )
+        self.config.map_sizes(image.shape[2], image.shape[3])
+
     # -- the whole forward at once: what `program` and `library` ask ------------------------------------------------
 
     def forward_settings(self) -> tuple:
@@ -307,10 +310,10 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         return (self.config, self.global_pool)
 
     def is_as_published(self) -> bool:
-        """Is all that the forward calls this class's, and of the classes that it is made of?"""
+        """Is all that `PVT_V2.forward` calls of this class, and of the classes that it is made of?"""
         own = all(
             getattr(type(self), name) is getattr(PVT_V2, name) and name not in vars(self)
-            for name in ("forward", "forward_features", "forward_head", "_stage", "_prepare")
+            for name in ("forward_features", "forward_head", "_stage", "_prepare")
         )
         return own and all(
             type(module).forward in _FORWARDS and "forward" not in vars(module)

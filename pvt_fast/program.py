@@ -39,14 +39,16 @@ class Whole:
             return library.run_whole(model, image)
         if type(image) is not Tensor:
             return None
+        if model.training:
+            self.program = None  # nothing is packed for longer than a step
         cpp = dispatch.select(model.facts(image), model.backend)
-        if cpp.__name__ != dispatch.ORDER["cpp"] or model.training or ambient() is not None or _needs_gradients(model, image):
+        if cpp.__name__ != dispatch.ORDER["cpp"] or model.training or ambient() is not None:
+            return None
+        if _needs_gradients(model, image) or not fits(model, image):
             return None
         program = self.program
         if program is not None and program.holds(model, image, cpp.isa()):
             return program.run(image)
-        if not fits(model, image):
-            return None
         with packing.collected() as records:
             logits = model.forward_head(model.forward_features(image))
         self.program = record(model, image, cpp.isa(), records)

@@ -349,7 +349,8 @@ def test_where_dropout_acts(rates, attention, mlp):
     assert (block.attn.attn_drop.p, block.attn.proj_drop.p) == attention
     assert block.mlp.drop.p == mlp
     model(image_of(1, (32, 32)))
-    assert seen == [(max(*attention, mlp), True)] * len(seen)
+    assert {rate for rate, _ in seen} == {max(*attention, mlp)}
+    assert any(dropped for _, dropped in seen)
     assert len(seen) == 5 * ((attention[0] > 0) + (attention[1] > 0) + 2 * (mlp > 0))
     seen.clear()
     model.eval()(image_of(1, (32, 32)))
