@@ -107,11 +107,12 @@ class TimmConventions:
             )
         model = cast("PVT_V2", self)
         like = next(model.parameters())
-        head: nn.Module = nn.Identity()
-        if num_classes:
-            head = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            init_weights(head)
-        model.head = head.train(model.training)
+        model.head = (
+            nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            if num_classes
+            else nn.Identity()
+        )
+        init_weights(model.head.train(model.training))
         self.global_pool = pool
 
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
