@@ -160,7 +160,8 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
     @property
     def config(self) -> PVTConfig:
         """The architecture as it is now: `num_classes` is that of the module at `head`, whoever put it there."""
-        if not torch.compiler.is_compiling():
+        # of no matter to a forward; a size is no number while it is traced
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             classes = outputs_of(self._modules.get("head"))
             if classes is not None and classes != self._config.num_classes:
                 self._config = replace(self._config, num_classes=classes)
