@@ -113,7 +113,7 @@ std::unique_ptr<pvt::Watch> watch(const std::vector<std::pair<Address, std::size
     if (address == 0 && bytes != 0) throw std::invalid_argument("Watch: regions must have addresses, got a null one");
     all.push_back({static_cast<const unsigned char*>(input(address)), bytes});
   }
-  return std::make_unique<pvt::Watch>(std::move(all));
+  return std::make_unique<pvt::Watch>(all);
 }
 
 // Memory that another object describes: refused before it is read where that cannot be so.

@@ -85,7 +85,7 @@ class Program:
             return False
         if model._modules is not self.kept[0] or not self.guard.classes_hold() or not self.facts.hold():
             return False
-        if self.sources.hold(self.parameters):
+        if self.sources.hold_values(self.parameters):
             return True
         packing.doubt()  # of which op's weights it is that have changed
         return False

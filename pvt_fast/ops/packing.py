@@ -74,11 +74,15 @@ class Sources:
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         """Are `tensors` these, with the values that they had, as far as the module's guarantee goes?"""
+        if any(tensor is not known() for tensor, known in zip(tensors, self._refs, strict=True)):
+            return False
+        return self.hold_values(tensors)
+
+    def hold_values(self, tensors: Sequence[Tensor]) -> bool:
+        """The same for tensors that are known to be the same objects."""
         # a plain loop: it runs for every weight of every forward
-        for tensor, known, address, version in zip(tensors, self._refs, self._addresses, self._versions, strict=True):
-            if tensor is not known() or tensor.data_ptr() != address:
-                return False
-            if version is not None and tensor._version != version:
+        for tensor, address, version in zip(tensors, self._addresses, self._versions, strict=True):
+            if tensor.data_ptr() != address or (version is not None and tensor._version != version):
                 return False
         return self._same_shapes(tensors) and self._same_values()
 
