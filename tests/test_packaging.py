@@ -171,6 +171,50 @@ def test_importing_the_package_imports_no_triton_and_no_backend():
     assert succeed([sys.executable, "-c", loaded], ROOT).strip() == "[]"
 
 
+# -- the folder kernels/ at the root, which goes by the name of a package of PyPI --------------------------------------
+
+# In a fresh process, without a torchvision, which may be built for another torch.
+FRESH = """
+import os, sys
+sys.modules["torchvision"] = None
+os.environ.pop("TRITON_INTERPRET", None)
+"""
+TRANSFORMERS = """
+from transformers import SegformerForSemanticSegmentation
+from transformers.utils import is_kernels_available
+print(is_kernels_available())
+"""
+OURS = 'print([name for name in sys.modules if name.startswith("pvt_fast")])'
+
+
+def test_transformers_can_be_imported_at_the_root():
+    assert succeed([sys.executable, "-c", FRESH + TRANSFORMERS + OURS], ROOT).split() == ["False", "[]"]
+
+
+def test_the_example_with_a_model_of_transformers_runs_at_the_root_without_triton():
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    (example,) = (block for block in blocks if "from transformers" in block)
+    succeed([sys.executable, "-c", FRESH + 'sys.modules["triton"] = None\n' + example], ROOT)
+
+
+def test_an_installed_package_of_that_name_is_found_at_the_root(tmp_path):
+    package, metadata = tmp_path / "kernels", tmp_path / "kernels-0.18.2.dist-info" / "METADATA"
+    package.mkdir()
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    # with every name that transformers asks of it
+    (package / "__init__.py").write_text("def __getattr__(name):\n    return lambda *_, **__: lambda kind: kind\n")
+    (package / "layer.py").touch()
+    both = f"""
+sys.path.append({str(tmp_path)!r})
+import kernels.layer
+from pvt_fast.kernels import sr_attention
+print(kernels.__file__, sys.modules["kernels"] is kernels, sr_attention.__module__)
+"""
+    printed = succeed([sys.executable, "-c", FRESH + both + TRANSFORMERS], ROOT).split()
+    assert printed == [str(package / "__init__.py"), "True", "pvt_fast.kernels.sr_attention", "True"]
+
+
 def test_the_build_script_is_short():
     assert len((ROOT / "setup.py").read_text().splitlines()) <= 60
 
