@@ -344,7 +344,9 @@ def test_where_dropout_acts(rates, attention, mlp):
     model = tiny(**rates).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p:
-            module.register_forward_hook(lambda module, args, output: seen.append((module.p, bool((output == 0).any()))))
+            module.register_forward_hook(
+                lambda module, args, output: seen.append((module.p, bool((output == 0).any())))
+            )
     block = model.block1[0]
     assert (block.attn.attn_drop.p, block.attn.proj_drop.p) == attention
     assert block.mlp.drop.p == mlp
