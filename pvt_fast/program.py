@@ -75,7 +75,8 @@ class Program:
         read: list[tuple[dict, str, Any]] = [
             (module._parameters, name, tensor) for module in modules for name, tensor in module._parameters.items()
         ]
-        read += [(vars(module), "training", False) for module in modules]
+        # of dropout and stochastic depth; to the others it means nothing, and new ones say they train
+        read += [(vars(module), "training", False) for module in modules if {"p", "drop_prob"} & set(vars(module))]
         self.facts, self.kept = facts(model, guard.edges, guard.types, read)
         self.sources = packing.Sources(self.parameters)
 

@@ -197,3 +197,12 @@ def test_large_maps_go_op_by_op(monkeypatch):
     other = make()
     run(other, image(3))
     assert other._whole.program is None
+
+
+def test_a_new_head_is_recorded_though_it_says_that_it_trains():
+    model, x = make(), image()
+    model.head = nn.Linear(64, 9)
+    assert model.head.training
+    run(model, x)
+    assert model._whole.program is not None
+    assert torch.equal(run(model, x), op_by_op(model, x))
