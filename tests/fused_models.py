@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pvt_fast
 from pvt_fast import PVT_V2
 
+# with more parameters than `packing.CALLS`
 SIZES = {
     "embed_dims": (8, 16),
     "num_heads": (1, 2),
@@ -23,17 +24,16 @@ SIZES = {
 }
 
 
-def own(linear: bool = False, **options) -> PVT_V2:
-    """Ours, with more parameters than `packing.CALLS`."""
-    model = randomised(PVT_V2(**SIZES, num_stages=2, img_size=32, qkv_bias=True, linear=linear, **options))
+def own(**options) -> PVT_V2:
+    """Ours."""
+    model = randomised(PVT_V2(**SIZES | options, num_stages=2, img_size=32, qkv_bias=True))
     model.backend = "cpp"
-    assert len(list(model.parameters())) > pvt_fast.ops.packing.CALLS
     return model
 
 
-def accelerated(linear: bool = False) -> nn.Module:
+def accelerated(**options) -> nn.Module:
     """timm's, its blocks accelerated."""
-    model = randomised(timm.models.pvt_v2.PyramidVisionTransformerV2(**SIZES, linear=linear))
+    model = randomised(timm.models.pvt_v2.PyramidVisionTransformerV2(**SIZES | options))
     pvt_fast.accelerate_(model, backend="cpp", strict=True)
     return model
 
@@ -67,7 +67,7 @@ def plain(call: Callable[[], Tensor]) -> Tensor:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The four blocks of either model, in order."""
+    """The blocks of either model, in order."""
     lists = (model.block1, model.block2) if isinstance(model, PVT_V2) else (stage.blocks for stage in model.stages)
     return [block for some in lists for block in some]
 

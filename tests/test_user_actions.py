@@ -26,17 +26,25 @@ from pvt_fast import PVT_V2
 
 SEQUENCES = int(os.environ.get("PVT_FAST_SEQUENCES", "8"))  # of each kind
 KINDS = {
-    "own": lambda: MODELS["own"](drop_path_rate=0.3),
-    "own-linear": lambda: MODELS["own"](linear=True),
-    "accelerated": lambda: MODELS["accelerated"](),
-    "accelerated-linear": lambda: MODELS["accelerated"](linear=True),
+    "own": lambda: MODELS["own"](drop_path_rate=0.3, depths=(2, 1)),
+    "own-linear": lambda: MODELS["own"](linear=True, depths=(2, 1)),
+    "accelerated": lambda: MODELS["accelerated"](depths=(2, 1)),
+    "accelerated-linear": lambda: MODELS["accelerated"](linear=True, depths=(2, 1)),
 }
 
 Action = tuple[Any, ...]
 
 # -- sequences that failed once ----------------------------------------------------------------------------------------
 
-FOUND: dict[str, tuple[str, list[Action]]] = {}
+FOUND: dict[str, tuple[str, list[Action]]] = {
+    "swap_tensors refuses what weak references lead to": ("own", [("write", "swap_tensors", 3)]),
+    "so does loading by swapping": ("accelerated", [("load", "swap")]),
+    "a weight read in another order": ("own", [("write", "transposed", 0)]),
+    "an attention without a norm": ("own", [("leave_out", 0, "norm1")]),
+    "an mlp without a norm": ("own-linear", [("leave_out", 1, "norm2")]),
+    "another forward_features": ("own", [("override", "forward_features")]),
+    "another forward_head": ("own", [("override", "forward_head")]),
+}
 
 
 # -- what modules are wrapped in: classes, so that models can be pickled -----------------------------------------------
@@ -83,14 +91,14 @@ class Hook:
         return None  # a backward hook, or one on all modules
 
 
-class Forward:
-    """A forward of an instance's own."""
+class Method:
+    """A method of an instance's own."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, name: str = "forward") -> None:
+        self.module, self.name = module, name
 
-    def __call__(self, *args: Any) -> Tensor:
-        return 0.5 * type(self.module).forward(self.module, *args)
+    def __call__(self, *args: Any, **options: Any) -> Tensor:
+        return 0.5 * getattr(type(self.module), self.name)(self.module, *args, **options)
 
 
 # -- a model in use ----------------------------------------------------------------------------------------------------
@@ -170,6 +178,9 @@ class User:
             parameter.data = values
         elif how == "numpy" and parameter.dtype == torch.float32:
             parameter.detach().numpy()[...] = values.numpy()
+        elif how == "transposed":
+            square = [weight for weight in every if weight.dim() == 2 and weight.shape[0] == weight.shape[1]]
+            square[which % len(square)].data = square[which % len(square)].data.T
         elif how == "set_":
             with torch.no_grad():
                 parameter.set_(values)
@@ -304,7 +315,15 @@ class User:
         if "forward" in vars(module):
             del module.forward
         else:
-            module.forward = Forward(module)
+            module.forward = Method(module)
+        self.restructured()
+
+    def override(self, name: str) -> None:
+        """A method of its own on the model, or none again."""
+        if name in vars(self.model):
+            delattr(self.model, name)
+        else:
+            setattr(self.model, name, Method(self.model, name))
         self.restructured()
 
     def parametrize(self, index: int, path: str) -> None:
@@ -353,8 +372,8 @@ class User:
         self.restructured()
 
     def copy(self, how: str) -> None:
-        if any("forward" in vars(module) for module in self.model.modules()):
-            return  # a copy would call the other's forward
+        if any(isinstance(value, Method) for module in self.model.modules() for value in vars(module).values()):
+            return  # a copy would call the other's methods
         if how == "deepcopy":
             twin = copy.deepcopy(self.model)
         elif how == "pickle":
@@ -432,7 +451,18 @@ class User:
 # -- sequences ---------------------------------------------------------------------------------------------------------
 
 OPTIMIZERS = (("SGD", "fused"), ("AdamW", "fused"), ("AdamW", "foreach"), ("Adam", "plain"), ("RMSprop", "plain"))
-WRITES = ("in place", "data", "data replaced", "numpy", "set_", "swap_tensors", "replaced", "foreach", "vector")
+WRITES = (
+    "in place",
+    "data",
+    "data replaced",
+    "numpy",
+    "transposed",
+    "set_",
+    "swap_tensors",
+    "replaced",
+    "foreach",
+    "vector",
+)
 HOOKS = ("forward", "always", "kwargs", "pre", "pre kwargs", "backward", "global")
 SETTINGS = (
     ("norm1", "eps", 0.1),
@@ -464,6 +494,7 @@ def draw(random: random.Random) -> Action:
         (2, lambda: ("setting", index, *random.choice(SETTINGS))),
         (1, lambda: ("become", index, linear)),
         (1, lambda: ("forward", index, random.choice(("attn", "mlp", *LINEARS)))),
+        (1, lambda: ("override", random.choice(("forward_features", "forward_head")))),
         (2, lambda: ("parametrize", index, linear)),
         (1, lambda: ("prune", index, linear)),
         (1, lambda: ("depth", random.choice(("append", "drop", "swap")))),
