@@ -208,26 +208,29 @@ def map_of(x: Tensor, height: int, width: int) -> Tensor:
 # -- reading: what the ops may stand in for ---------------------------------------------------------------------------
 
 # Classes whose forwards the ops know. Others, and subclasses with a forward of their own, are called.
-_KNOWN = (
-    nn.Linear,
-    nn.Conv2d,
-    nn.LayerNorm,
-    nn.GELU,
-    nn.ReLU,
-    nn.Dropout,
-    nn.Identity,
-    Pool,
-    DropPath,
-    SpatialReductionAttention,
-    DWConv,
-    DWConvMLP,
-)
+_KNOWN = [
+    (kind, kind.forward)  # as it was when this package was imported
+    for kind in (
+        nn.Linear,
+        nn.Conv2d,
+        nn.LayerNorm,
+        nn.GELU,
+        nn.ReLU,
+        nn.Dropout,
+        nn.Identity,
+        Pool,
+        DropPath,
+        SpatialReductionAttention,
+        DWConv,
+        DWConvMLP,
+    )
+]
 
 
 def _require_known(owner: nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
         for path, module in getattr(owner, name).named_modules(prefix=name):
-            if not any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _KNOWN):
+            if not any(isinstance(module, kind) and type(module).forward is forward for kind, forward in _KNOWN):
                 raise Refusal(f"its {path} is a {type(module).__name__}")
 
 

@@ -308,13 +308,14 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         """What the forward reads that is no module."""
         return (self.config, self.global_pool)
 
+    def calls_its_own(self) -> bool:
+        """Are the methods that `PVT_V2.forward` calls those of this class, not a subclass's or the instance's?"""
+        kind, own = type(self), vars(self)
+        return all(getattr(kind, name) is method and name not in own for name, method in _METHODS)
+
     def is_as_published(self) -> bool:
         """Is all that `PVT_V2.forward` calls of this class, and of the classes that it is made of?"""
-        own = all(
-            getattr(type(self), name) is getattr(PVT_V2, name) and name not in vars(self)
-            for name in ("forward_features", "forward_head", "_stage", "_prepare")
-        )
-        return own and all(
+        return self.calls_its_own() and all(
             type(module).forward in _FORWARDS and "forward" not in vars(module)
             for child in self.children()
             for module in (child, *(child.children() if isinstance(child, nn.ModuleList) else ()))
@@ -387,6 +388,9 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         return ", ".join(f"{name}={value}" for name, value in fields.items()) + f", backend={self.backend!r}"
 
 
+_METHODS = [
+    (name, vars(PVT_V2)[name]) for name in ("forward_features", "forward_head", "_stage", "_prepare", "_on_map")
+]
 _FORWARDS = {module.forward for module in (OverlapPatchEmbed, Block, nn.ModuleList, nn.LayerNorm, nn.Linear)}
 
 

@@ -75,16 +75,21 @@ class Program:
         read: list[tuple[dict, str, Any]] = [
             (module._parameters, name, tensor) for module in modules for name, tensor in module._parameters.items()
         ]
+        read += [(vars(module), "_parameters", module._parameters) for module in modules]
         # of dropout and stochastic depth; to the others it means nothing, and new ones say they train
         read += [(vars(module), "training", False) for module in modules if {"p", "drop_prob"} & set(vars(module))]
         self.facts, self.kept = facts(model, guard.edges, guard.types, read)
-        self.sources = packing.Sources(self.parameters)
+        self.sources = packing.Sources(self.parameters, keep=True)
 
     def holds(self, model: PVT_V2, image: Tensor, isa: str) -> bool:
         """Would running op by op do the same?"""
         if image.dtype != self.dtype or isa != self.isa or _layout(image) != self.layout:
             return False
-        if model.forward_settings() != self.settings or image.shape[1] != self.forward.in_channels:
+        if (
+            not model.calls_its_own()
+            or model.forward_settings() != self.settings
+            or image.shape[1] != self.forward.in_channels
+        ):
             return False
         if model._modules is not self.kept[0] or not self.guard.classes_hold() or not self.facts.hold():
             return False
@@ -116,8 +121,8 @@ def record(model: PVT_V2, image: Tensor, isa: str, records: list[packing.Record]
     if len(records) != sum(2 + 2 * len(getattr(model, f"block{n + 1}")) for n in range(model.config.num_stages)) + 1:
         return None
     # weights that are computed at each forward (parametrizations, say) are packed at each forward
-    own = {id(parameter) for parameter in model.parameters()}
-    if any(not own.issuperset(used.ids) for used in records):
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    if any(not own.issuperset(used.addresses) for used in records):
         return None
     program = Program(model, image, isa, guard, [used.form for used in records])
     return program if program.holds(model, image, isa) else None

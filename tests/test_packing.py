@@ -137,11 +137,20 @@ def test_a_change_of_the_weights_rebuilds(layer, change):
 
 
 def test_a_tensor_at_a_reused_address_rebuilds():
-    """Address and version may both repeat for another tensor; the object does not."""
-    memory = torch.zeros(8)
-    first, second = memory[:4], memory[:4]
+    """Address, version and values may all repeat in other memory; the storage does not."""
+    memory = np.zeros(4, np.float32)
+    first = torch.from_numpy(memory)
     assert packed("k", None, (first,), lambda: "first") == "first"
+    del first
+    second = torch.from_numpy(memory)
     assert packed("k", None, (second,), lambda: "second") == "second"
+
+
+def test_another_view_of_the_same_memory_is_the_same_weight():
+    memory = torch.arange(8.0)
+    assert packed("k", None, (memory[:4],), lambda: "first") == "first"
+    assert packed("k", None, (memory[:4].detach(),), lambda: "second") == "first"
+    assert packed("k", None, (memory[:2],), lambda: "third") == "third"
 
 
 def test_inference_tensors_have_no_version_and_still_cache():
@@ -165,7 +174,7 @@ def test_records_die_with_their_weights(layer):
     before = len(packing._records)
     use(layer)
     assert len(packing._records) == before + 1
-    del layer.bias
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.zeros(4, 3)))  # refuses weak references to a tensor
     assert len(packing._records) == before
 
 
@@ -230,14 +239,14 @@ def test_regions_may_be_empty_and_must_have_addresses():
 
 
 def test_other_devices_compare_all_values_now_and_then():
-    """What a CPU cannot read is compared on its device: here by the same code on a CPU tensor."""
-    tensor = torch.tensor([1.0, torch.nan, 3.0]).bfloat16()
-    snapshot = packing._Snapshot([torch.zeros(2), tensor])
-    assert snapshot.first_changed() == -1
-    assert all(snapshot.next() for _ in range(CALLS))
-    tensor[2] = 4
-    assert snapshot.first_changed() == 1
-    assert [snapshot.next() for _ in range(CALLS)] == [True] * (CALLS - 1) + [False]
+    """What a CPU cannot read is compared on its device: here by the same code on CPU tensors."""
+    tensors = [torch.zeros(2), torch.tensor([1.0, torch.nan, 3.0]).bfloat16()]
+    snapshot = packing._Snapshot(tensors)
+    assert snapshot.first_changed(tensors) == -1
+    assert all(snapshot.next(tensors) for _ in range(CALLS))
+    tensors[1][2] = 4
+    assert snapshot.first_changed(tensors) == 1
+    assert [snapshot.next(tensors) for _ in range(CALLS)] == [True] * (CALLS - 1) + [False]
 
 
 # -- through the model, with a backend that packs --------------------------------------------------------------------
@@ -316,8 +325,8 @@ def test_nothing_is_packed_for_longer_than_a_step(model, builds):
         model(IMAGE).sum().backward()
     assert builds == PER_FORWARD
     optimizer.step()
-    own = {id(parameter) for parameter in model.parameters()}
-    assert not any(own & set(record.ids) for record in packing._records.values())
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    assert not any(own & set(record.addresses) for record in packing._records.values())
 
 
 def test_conversion_and_loading_repack(model, builds):

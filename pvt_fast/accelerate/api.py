@@ -197,10 +197,14 @@ def _subclass(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
-    @functools.wraps(base.forward)
+    known = base.forward
+
+    @functools.wraps(known)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if base.forward is not known:  # replaced on the class since
+            return base.forward(self, *args, **kwargs)
         result = self.__dict__[STATE].run(self, args, kwargs)
-        return base.forward(self, *args, **kwargs) if result is None else result
+        return known(self, *args, **kwargs) if result is None else result
 
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(base.__name__, (_Accelerated, base), {**names, "forward": forward})

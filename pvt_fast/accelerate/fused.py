@@ -232,7 +232,7 @@ class FusedBlock(Fused):
         size: tuple = (hw,) if self.layout.call == PAIR else hw
         if len(required_parameters(type(module).forward)) == 1:  # a plain MLP
             size = ()
-        y = at(block, names.norm)(x)
+        y = block.get_submodule(names.norm)(x)
         if names.residual_inside:
             return module(y, *size, identity=x)
         y = module(y, *size)
@@ -321,7 +321,8 @@ class StandIn:
         """What the owner's own forward would return; None where that must run."""
         fused = self.fused
         if not torch.compiler.is_compiling():
-            if fused is None or not fused.guard.intact(owner):
+            # of a part that was refused the guard knows nothing: it may have been mended
+            if fused is None or not fused.whole or not fused.guard.intact(owner):
                 fused = self.current(owner)
             if fused is None:
                 where = f"{self.roots[0]} of a " if self.roots else ""

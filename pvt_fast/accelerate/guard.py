@@ -160,7 +160,7 @@ def facts(
         values = vars(child)
         kinds.append((child, kind))
         entries.append(((owner if parent is None else parent)._modules, name, child))
-        entries.append((values, "forward", None))
+        entries += [(values, "forward", None), (values, "_modules", values["_modules"])]
         entries += [(values, setting, values[setting]) for setting in _SETTINGS if setting in values]
         sizes.append((values["_modules"], len(values["_modules"])))
         for hooks in _HOOKS:

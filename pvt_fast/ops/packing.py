@@ -4,8 +4,8 @@ A backend asks for the packed form of some weights through `packed`. The guarant
 records, or that changes values all over it, is seen by the next call; any other change, down to one element, within
 `CALLS` calls.** Three things together give it:
 
-- Hints, at every use: each tensor is the same object, at the same address, with the same strides and version. That sees
-  in-place operations, `load_state_dict`, `.to()` and replaced parameters. It misses fused optimizers, writes through
+- Hints, at every use: each tensor has the same storage, address, shape, strides and version. That sees in-place
+  operations, `load_state_dict`, `.to()` and replaced parameters. It misses fused optimizers, writes through
   `.data`, through NumPy views and by other processes, which leave all of these alone.
 - Comparison of a part, at every use: the values of one part in `CALLS` of every tensor, another part each time, are
   held against what was packed. On devices other than the CPU, where that would wait for the device, all of them at
@@ -24,7 +24,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 from weakref import ref
 
 import torch
@@ -43,50 +43,53 @@ class UnannouncedChange(RuntimeError):
     """Under `checked_weights`: a weight changed in a way that torch does not record."""
 
 
-class _Watch(Protocol):
-    """Compares the values of some tensors with those that they had when it was made."""
-
-    def next(self) -> bool:
-        """Are the values of the next part the same?"""
-
-    def first_changed(self) -> int:
-        """The index of the first tensor with a changed value, all compared; -1 where there is none."""
-
-
 class Sources:
-    """The tensors that something was made of, and whether they are still what they were."""
+    """The tensors that something was made of, and whether they are still what they were.
 
-    __slots__ = ("_addresses", "_alive", "_calls", "_refs", "_shapes", "_sure", "_versions", "_watch")
+    Known by their storages, not by the tensors: torch.utils.swap_tensors refuses a tensor that has weak references.
+    """
+
+    __slots__ = ("_addresses", "_calls", "_compact", "_kept", "_shapes", "_storages", "_sure", "_versions", "_watch")
 
     def __init__(
-        self, tensors: Sequence[Tensor], gone: Callable[[Any], object] | None = None, sure: bool = True
+        self,
+        tensors: Sequence[Tensor],
+        gone: Callable[[Any], object] | None = None,
+        sure: bool = True,
+        keep: bool = False,
     ) -> None:
-        """`gone` is called when one of the tensors dies; not `sure` leaves a comparison of all for the next use."""
+        """gone: called when the memory of one of the tensors is freed. sure: False leaves a comparison of all for the
+        next use. keep: let the memory live as long as this, for `hold_values`.
+        """
         self._sure = _doubts.count if sure else -1
         self._calls = itertools.count()
-        self._refs = [ref(tensor, gone) for tensor in tensors]
+        self._storages = [ref(tensor.untyped_storage(), gone) for tensor in tensors]
         self._addresses = [tensor.data_ptr() for tensor in tensors]
         # tensors made under torch.inference_mode() count no changes
         self._versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
+        self._compact = [tensor.is_contiguous() for tensor in tensors]
         self._shapes = [_shape(tensor) for tensor in tensors]
-        # A storage that lives on lends no one its address, and can be read.
-        self._alive = [tensor.detach() for tensor in tensors]
+        self._kept = [tensor.detach() for tensor in tensors] if keep else None
         on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-        self._watch: _Watch = _C.Watch([_span(tensor) for tensor in tensors]) if on_cpu else _Snapshot(self._alive)
+        self._watch = _C.Watch([_span(tensor) for tensor in tensors]) if on_cpu else _Snapshot(tensors)
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         """Are `tensors` these, with the values that they had, as far as the module's guarantee goes?"""
-        if any(tensor is not known() for tensor, known in zip(tensors, self._refs, strict=True)):
-            return False
+        for tensor, storage in zip(tensors, self._storages, strict=True):
+            if tensor.untyped_storage() is not storage():
+                return False
         return self.hold_values(tensors)
 
     def hold_values(self, tensors: Sequence[Tensor]) -> bool:
-        """The same for tensors that are known to be the same objects."""
+        """The same where the memory was kept, so that no other tensor can have its address."""
         # a plain loop: it runs for every weight of every forward
-        for tensor, address, version in zip(tensors, self._addresses, self._versions, strict=True):
-            if tensor.data_ptr() != address or (version is not None and tensor._version != version):
+        known = zip(tensors, self._addresses, self._versions, self._compact, strict=True)
+        for tensor, address, version, compact in known:
+            if tensor.data_ptr() != address or tensor.is_contiguous() != compact:
                 return False
-        return self._same_shapes(tensors) and self._same_values()
+            if version is not None and tensor._version != version:
+                return False
+        return self._same_shapes(tensors) and self._same_values(tensors)
 
     def _same_shapes(self, tensors: Sequence[Tensor]) -> bool:
         """Of an op's weights all, of a model's a part at a time: asking costs more than addresses and versions do."""
@@ -98,41 +101,47 @@ class Sources:
             part = range(first, min(first + size, count))
         return all(_shape(tensors[i]) == self._shapes[i] for i in part)
 
-    def _same_values(self) -> bool:
+    def _same_values(self, tensors: Sequence[Tensor]) -> bool:
         doubts = _doubts.count
         if doubts != self._sure:
-            if self._watch.first_changed() >= 0:
+            if self._first_changed(tensors) >= 0:
                 return False
             self._sure = doubts
             return True
-        if _checking.on and (index := self._watch.first_changed()) >= 0:
+        if _checking.on and (index := self._first_changed(tensors)) >= 0:
             raise UnannouncedChange(
                 f"checked_weights: weights must change in ways that torch records, got other values in the weight of "
                 f"shape {tuple(self._shapes[index][0])} at the same version; call pvt_fast.refresh after such a write"
             )
-        return self._watch.next()
+        return self._watch.next() if isinstance(self._watch, _C.Watch) else self._watch.next(tensors)
+
+    def _first_changed(self, tensors: Sequence[Tensor]) -> int:
+        """The index of the first tensor with a changed value, all compared; -1 where there is none."""
+        if isinstance(self._watch, _C.Watch):
+            return self._watch.first_changed()
+        return self._watch.first_changed(tensors)
 
 
 class _Snapshot:
-    """A `_Watch` for devices whose memory the CPU does not read: copies, compared on the device."""
+    """What `_C.Watch` is for memory that the CPU does not read: copies, compared on the device."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._tensors = tensors
-        self._copies = [tensor.clone() for tensor in tensors]
+        self._copies = [tensor.detach().clone() for tensor in tensors]
         self._uses = itertools.count(1)
 
-    def next(self) -> bool:
+    def next(self, tensors: Sequence[Tensor]) -> bool:
+        """Are all values the same? Asked of the device at every `CALLS`-th use only."""
         if next(self._uses) % CALLS or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return True
-        return self.first_changed() < 0
+        return self.first_changed(tensors) < 0
 
-    def first_changed(self) -> int:
-        for index, (tensor, copied) in enumerate(zip(self._tensors, self._copies, strict=True)):
+    def first_changed(self, tensors: Sequence[Tensor]) -> int:
+        for index, (tensor, copied) in enumerate(zip(tensors, self._copies, strict=True)):
             if tensor.is_meta:  # no values
                 continue
             # as integers, so that NaN equals itself
             bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-            if tensor.shape != copied.shape or not torch.equal(tensor.view(bits), copied.view(bits)):
+            if tensor.shape != copied.shape or not torch.equal(tensor.detach().view(bits), copied.view(bits)):
                 return index
         return -1
 
@@ -140,11 +149,11 @@ class _Snapshot:
 class Record:
     """A packed form and the weights that it was made of."""
 
-    __slots__ = ("form", "ids", "key", "sources", "trains")
+    __slots__ = ("addresses", "form", "key", "sources", "trains")
 
     def __init__(self, key: Any, tensors: Sequence[Tensor], form: Any, sources: Sources) -> None:
         self.key, self.form, self.sources = key, form, sources
-        self.ids = [id(tensor) for tensor in tensors]
+        self.addresses = [tensor.data_ptr() for tensor in tensors]
         self.trains = any(tensor.requires_grad for tensor in tensors)
 
 
@@ -174,7 +183,7 @@ def packed(kind: str, key: Any, tensors: Tensors, build: Callable[[], Any]) -> A
     is built anew.
     """
     present = [tensor for tensor in tensors if tensor is not None]
-    place = (kind, *map(id, tensors))
+    place = (kind, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
     record = _records.get(place)
     if record is None or record.key != key or not record.sources.hold(present):
         # A change while the form is built is seen at the next use: what is compared with was read before. What is
@@ -215,9 +224,10 @@ def doubt() -> None:
 def forget(tensors: Sequence[Tensor]) -> None:
     """Drop what is packed of any of `tensors`."""
     doubt()
-    ids = {id(tensor) for tensor in tensors}
-    for place in [place for place in list(_records) if not ids.isdisjoint(place[1:])]:
-        _records.pop(place, None)
+    addresses = {tensor.data_ptr() for tensor in tensors}
+    for place, record in list(_records.items()):
+        if not addresses.isdisjoint(record.addresses):
+            _records.pop(place, None)
 
 
 @contextmanager
