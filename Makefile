@@ -8,68 +8,111 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # what the editable install is built from
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test lint wheel cpp-test sanitize amx-test neon-test cross-tools bench-cpu gpu gpu-gates instructions instructions-update \
-	clean
+.PHONY: setup demo test test-all lint style wheel cpp-test sanitize amx-test neon-test cross-tools bench-cpu gpu gpu-gates \
+	gpu-gates-update gpu-gates-all instructions instructions-update clean
 
 setup: $(VENV)/.demo
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+# test-all: with the whole product of cases, instruction sets and dtypes. A worker that runs out of tests takes some of
+# the other's
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-lint: $(VENV)/.test
+test: $(VENV)/.test
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-all: $(VENV)/.test
+	$(PYTEST) --full $(PYTEST_ARGS)
+
+# style first: it needs nothing built and fails within seconds
+lint: style $(VENV)/.test
+	$(BIN)/mypy
+
+style: $(VENV)/.style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES)) $(wildcard benchmarks/*.cpp)
-	$(BIN)/mypy
 
-# the kernels without Python: every op on every ISA that this CPU runs, against loops in double
+# the kernels without Python: every op on every ISA that this CPU runs, against loops in double. An object per source,
+# in a folder for each set of flags; the compiler tells what it was made from
 CXXFLAGS := -std=c++17 -ffp-contract=fast -fno-math-errno -fopenmp -Wall -Wextra \
 	-Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized -Icsrc
 KERNELS := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp)) $(wildcard csrc/isa/*.cpp)
-
-cpp-test: build/test_kernels
-	build/test_kernels
-
-sanitize: build/test_kernels_sanitized
-	build/test_kernels_sanitized
-
-build/test_kernels: $(SOURCES)
-	mkdir -p build
-	$(CXX) $(CXXFLAGS) -O3 $(KERNELS) csrc/tests/test_kernels.cpp -o $@
+# -g1 is enough for the lines of a report: with -g GCC follows every variable through code that is inlined a thousand
+# times, which takes it longer than all the rest
+SANITIZED := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
+# of the ISAs those that this CPU runs: the others would take most of the time, and nothing of them is executed
+NATIVE := $(shell $(CXX) -march=native -dM -E -x c++ /dev/null | cut -d' ' -f2)
+NEEDED_BY_avx2 := __AVX2__
+NEEDED_BY_avx512 := __AVX512DQ__
+NEEDED_BY_avx512_bf16 := __AVX512BF16__
+NEEDED_BY_amx := __AMX_BF16__
+is_idle = $(filter-out $(NATIVE),$(NEEDED_BY_$(basename $(notdir $(1)))))
+SANITIZED_KERNELS := $(foreach source,$(KERNELS),$(if $(call is_idle,$(source)),,$(source)))
 
 # the AMX kernels on a CPU that lacks the matrix unit (but has AVX-512 with BF16): its tiles in plain C++
-amx-test: build/test_kernels_amx
-	build/test_kernels_amx amx
-
-build/test_kernels_amx: $(SOURCES)
-	mkdir -p build
-	$(CXX) $(CXXFLAGS) -O3 -DPVT_EMULATED_AMX -include csrc/tests/emulated_amx.h $(KERNELS) \
-		csrc/tests/test_kernels.cpp -o $@
-
-# the kernels for ARM, cross-compiled and emulated: on a CPU with everything, then on one without bf16 instructions,
-# where every ISA that calls itself runnable must run
+EMULATED_AMX := -O3 -DPVT_EMULATED_AMX -include csrc/tests/emulated_amx.h
 CROSS_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64-static -L /usr/aarch64-linux-gnu
 
-neon-test: build/test_kernels_aarch64
-	$(QEMU) -cpu max $< neon_bf16 neon
-	$(QEMU) -cpu cortex-a57 $<
+compile = mkdir -p $(@D) && $(1) $(CXXFLAGS) $(2) -MMD -MP -c $< -o $@
+objects = $(patsubst %.cpp,build/$(1)/%.o,$(2))
+# objects in parallel, whatever -j this make was given
+BUILD := +$(MAKE) --no-print-directory -j $(shell nproc)
+
+build/optimised/%.o: %.cpp Makefile
+	$(call compile,$(CXX),-O3)
+
+build/sanitized/%.o: %.cpp Makefile
+	$(call compile,$(CXX),$(SANITIZED))
+
+build/amx/%.o: %.cpp Makefile
+	$(call compile,$(CXX),$(EMULATED_AMX))
+
+build/aarch64/%.o: %.cpp Makefile | cross-tools
+	$(call compile,$(CROSS_CXX),-O3)
+
+-include $(shell find build -name '*.d' 2>/dev/null)
+
+build/test_kernels: $(call objects,optimised,$(KERNELS) csrc/tests/test_kernels.cpp)
+	$(CXX) -fopenmp $^ -o $@
+
+build/test_kernels_sanitized: $(call objects,sanitized,$(SANITIZED_KERNELS) csrc/tests/test_kernels.cpp)
+	$(CXX) -fopenmp $(SANITIZED) $^ -o $@
+
+build/test_kernels_amx: $(call objects,amx,$(KERNELS) csrc/tests/test_kernels.cpp)
+	$(CXX) -fopenmp $^ -o $@
+
+build/test_kernels_aarch64: $(call objects,aarch64,$(KERNELS) csrc/tests/test_kernels.cpp)
+	$(CROSS_CXX) -fopenmp $^ -o $@
+
+build/instructions: $(call objects,optimised,$(KERNELS) benchmarks/instructions.cpp)
+	$(CXX) -fopenmp $^ -o $@
+
+cpp-test:
+	$(BUILD) build/test_kernels
+	build/test_kernels
+
+sanitize:
+	$(BUILD) build/test_kernels_sanitized
+	build/test_kernels_sanitized
+
+amx-test:
+	$(BUILD) build/test_kernels_amx
+	build/test_kernels_amx amx
+
+# the kernels for ARM, cross-compiled and emulated: on a CPU with everything, then on one without bf16 instructions,
+# where every ISA that calls itself runnable must run
+neon-test:
+	$(BUILD) build/test_kernels_aarch64
+	$(QEMU) -cpu max build/test_kernels_aarch64 neon_bf16 neon
+	$(QEMU) -cpu cortex-a57 build/test_kernels_aarch64
 
 cross-tools:
 	@for tool in $(CROSS_CXX) $(firstword $(QEMU)); do command -v $$tool >/dev/null || { echo \
 		"neon-test: $$tool must be installed (Debian: apt-get install g++-aarch64-linux-gnu qemu-user-static)"; exit 1; }; done
-
-build/test_kernels_aarch64: $(SOURCES) | cross-tools
-	mkdir -p build
-	$(CROSS_CXX) $(CXXFLAGS) -O3 $(KERNELS) csrc/tests/test_kernels.cpp -o $@
-
-build/test_kernels_sanitized: $(SOURCES)
-	mkdir -p build
-	$(CXX) $(CXXFLAGS) -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined $(KERNELS) \
-		csrc/tests/test_kernels.cpp -o $@
 
 # the README's table, an hour or two; runs merge, so that it may be made in pieces
 BENCH_CPU := $(BIN)/python benchmarks/cpu.py --rounds 10 --peers compile,onnxruntime,openvino --out benchmarks/results
@@ -88,20 +131,27 @@ GPU_PYTHON ?= python3
 gpu:
 	$(GPU_PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
-# every kernel compiled ahead of time for every GPU it is for; no GPU is needed, half an hour is
+# every kernel compiled ahead of time for every GPU it is for, with no GPU: what the committed table lacks and a part of
+# the rest; what the table lacks, to write it; everything, which takes half an hour
+GATES := PYTHONPATH=benchmarks $(BIN)/python -m gates
+
 gpu-gates: $(VENV)/.test
-	$(BIN)/python tests/gpu_gates.py $(GATES_ARGS)
+	$(GATES) $(GATES_ARGS)
+
+gpu-gates-update: $(VENV)/.test
+	$(GATES) --update $(GATES_ARGS)
+
+gpu-gates-all: $(VENV)/.test
+	$(GATES) --all $(GATES_ARGS)
 
 # counts of executed instructions against the committed ones; wants valgrind, no Python package
-instructions: build/instructions
-	$(PYTHON) benchmarks/instructions.py $<
+instructions:
+	$(BUILD) build/instructions
+	$(PYTHON) benchmarks/instructions.py build/instructions
 
-instructions-update: build/instructions
-	$(PYTHON) benchmarks/instructions.py $< --update
-
-build/instructions: $(SOURCES) benchmarks/instructions.cpp
-	mkdir -p build
-	$(CXX) $(CXXFLAGS) -O3 $(KERNELS) benchmarks/instructions.cpp -o $@
+instructions-update:
+	$(BUILD) build/instructions
+	$(PYTHON) benchmarks/instructions.py build/instructions --update
 
 wheel: $(VENV)/.created
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
@@ -128,6 +178,10 @@ $(VENV)/.test: $(SOURCES) $(VENV)/.torch
 	$(PIP_INSTALL) setuptools pybind11
 	$(PIP_INSTALL) -e '.[demo,test]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.style: constraints.txt | $(VENV)/.created
+	$(PIP_INSTALL) ruff clang-format
+	touch $@
 
 $(VENV)/.bench: $(SOURCES) $(VENV)/.torch
 	$(PIP_INSTALL) -e '.[bench]'

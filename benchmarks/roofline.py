@@ -29,7 +29,7 @@ from pvt_fast.kernels.launch import Launch, recorded
 # Lane instructions per element: counted in the machine code of sm_90 where a kernel is nothing else, else assumed.
 LAYER_NORM, SOFTMAX, EPILOGUE = 8, 10, 3
 # Convolution and GELU of one hidden element, all of the main loop's instructions: with a map in fp16 beside bf16
-# weights, with another, with erf (tests/gpu_gates.py counts the first two).
+# weights, with another, with erf (benchmarks/gates counts the first two).
 HIDDEN_HALF, HIDDEN_FULL, HIDDEN_EXACT = 19, 35, 48
 GELU, GELU_EXACT = 12, 25  # polynomial; erf
 LANES_PER_PROCESSOR = 128

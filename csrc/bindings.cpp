@@ -68,8 +68,8 @@ pvt::Image view(Address image, const Size& size, const Strides& strides) {
 }
 
 // Facts about Python objects: values of dicts, sizes of dicts, and types. A forward leaves nothing of these objects in
-// the inner caches, so all are asked for before the first is looked at. The caller keeps them alive: references from here
-// would be part of cycles that Python's collector cannot see.
+// the inner caches, so all are asked for before the first is looked at. The caller keeps them alive: references from
+// here would be part of cycles that Python's collector cannot see.
 class Facts {
  public:
   using Entry = std::tuple<py::handle, py::handle, py::handle>;  // dict.get(name) is value
@@ -113,7 +113,7 @@ std::unique_ptr<pvt::Watch> watch(const std::vector<std::pair<Address, std::size
     if (address == 0 && bytes != 0) throw std::invalid_argument("Watch: regions must have addresses, got a null one");
     all.push_back({static_cast<const unsigned char*>(input(address)), bytes});
   }
-  return std::make_unique<pvt::Watch>(std::move(all));
+  return std::make_unique<pvt::Watch>(all);
 }
 
 // Memory that another object describes: refused before it is read where that cannot be so.
@@ -165,8 +165,8 @@ PYBIND11_MODULE(_C, m) {
         op.run(input(x), batch, tokens, output(out));
       });
   py::class_<Facts>(m, "Facts")
-      .def(py::init<std::vector<Facts::Entry>, std::vector<Facts::Size>, std::vector<Facts::Type>>(), py::arg("entries"),
-           py::arg("sizes"), py::arg("types"))
+      .def(py::init<std::vector<Facts::Entry>, std::vector<Facts::Size>, std::vector<Facts::Type>>(),
+           py::arg("entries"), py::arg("sizes"), py::arg("types"))
       .def("hold", &Facts::hold,
            "Is every (dict, name, value) of `entries` so, every (dict, size) and every (object, type)?");
   py::class_<pvt::Watch>(m, "Watch")
@@ -176,9 +176,8 @@ PYBIND11_MODULE(_C, m) {
       .def("first_changed", &pvt::Watch::first_changed, py::call_guard<py::gil_scoped_release>());
   // its ops are the caller's to keep alive
   py::class_<pvt::Forward>(m, "Forward")
-      .def(py::init([](const std::vector<pvt::Op>& ops, bool bf16) {
-        return std::make_unique<pvt::Forward>(ops, bf16 ? 2 : 4);
-      }))
+      .def(py::init(
+          [](const std::vector<pvt::Op>& ops, bool bf16) { return std::make_unique<pvt::Forward>(ops, bf16 ? 2 : 4); }))
       .def_property_readonly("in_channels", &pvt::Forward::in_channels)
       .def_property_readonly("classes", &pvt::Forward::classes)
       .def("run", [](const pvt::Forward& op, Address image, const Size& size, const Strides& strides, Address out) {

@@ -16,8 +16,8 @@ namespace pvt {
 
 using Op = std::variant<const PatchEmbed*, const ResidualOp*, const LayerNorm*, const Head*>;
 
-// Stages, each a patch embed, residual ops and a norm, then a head. The ops belong to the caller. Maps between them live
-// in two buffers of the calling thread, which stay.
+// Stages, each a patch embed, residual ops and a norm, then a head. The ops belong to the caller. Maps between them
+// live in two buffers of the calling thread, which stay.
 class Forward {
  public:
   // std::invalid_argument unless `ops` are stages and a head whose channels fit each other.

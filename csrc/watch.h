@@ -1,10 +1,9 @@
-// Whether memory still holds the values that it held: sums of its chunks, compared a part at a time.
+// Whether memory still holds the values that it held: sums of its parts, compared one at a time.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 namespace pvt {
@@ -22,7 +21,7 @@ class Watch {
   // any change within kParts calls.
   static constexpr std::size_t kParts = 64;
 
-  explicit Watch(std::vector<Region> regions);
+  explicit Watch(const std::vector<Region>& regions);
 
   // Is the next part as it was?
   bool next() const;
@@ -31,13 +30,16 @@ class Watch {
   std::ptrdiff_t first_changed() const;
 
  private:
-  static constexpr std::size_t kChunk = 4096;
+  struct Watched {
+    Region region;
+    std::ptrdiff_t index;
+    std::size_t part;                 // bytes
+    std::vector<std::uint64_t> sums;  // of its parts, at most kParts
+  };
 
-  static std::size_t chunks(const Region& region) { return (region.bytes + kChunk - 1) / kChunk; }
-  bool same(const Region& region, std::size_t first_sum, std::size_t chunk) const;
+  static bool same(const Watched& watched, std::size_t part);
 
-  std::vector<Region> regions_;
-  std::vector<std::uint64_t> sums_;  // of every chunk of every region
+  std::vector<Watched> all_;
   mutable std::atomic<std::size_t> calls_{0};
 };
 

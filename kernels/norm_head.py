@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pvt_fast.ops import Linear, Norm, check_head, check_layer_norm
+from pvt_fast.ops import Linear, Norm, check_layer_norm
 
 from . import config
 from .launch import launch

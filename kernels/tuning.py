@@ -43,9 +43,9 @@ REPEATS = 15
 # The gates look at candidates for this architecture, and at 16-bit types: elsewhere none is offered.
 _GATED = "sm_90"
 
-# What to try beside the default: none of it spills or exceeds shared memory (tests/gpu_gates.py --candidates). Only
-# what no other launch and no buffer depends on: not ROWS (the hidden map's padding), not head_attention's BLOCK_M (the
-# keys of "self"), not BLOCK_K with HELD.
+# What to try beside the default: none of it spills or exceeds shared memory (GATES_ARGS=--candidates). Only what no
+# other launch and no buffer depends on: not ROWS (the hidden map's padding), not head_attention's BLOCK_M (the keys of
+# "self"), not BLOCK_K with HELD.
 _OVERRIDES: dict[str, tuple[dict[str, int], ...]] = {
     "linear_kernel": (
         {"BLOCK_M": 128, "num_warps": 8},

@@ -1,5 +1,7 @@
 """The compiled extension (csrc/bindings.cpp). Tensors are passed as addresses; the caller keeps them alive."""
 
+from collections.abc import Sequence
+
 _Linear = tuple[int, int]  # addresses of weight and bias, 0 for none
 _Norm = tuple[int, int, float]  # addresses of weight and bias, eps
 
@@ -42,9 +44,9 @@ def mlp(isa: str, bf16: bool, weights: dict) -> ResidualOp: ...
 class Facts:
     def __init__(
         self,
-        entries: list[tuple[dict, str, object]],
-        sizes: list[tuple[dict, int]],
-        types: list[tuple[object, type]],
+        entries: Sequence[tuple[dict, str, object]],
+        sizes: Sequence[tuple[dict, int]],
+        types: Sequence[tuple[object, type]],
     ) -> None: ...
     def hold(self) -> bool: ...
 

@@ -1,7 +1,7 @@
 """The ops of the contract as registered `torch.library` ops: for gradients, torch.compile and torch.export.
 
-They are the one way to gradients, too: whatever needs one calls `torch.ops.pvt_fast.*`, whose backward recomputes the op
-with the reference, so that a training step keeps only each op's arguments alive, not its inner activations. Without
+They are the one way to gradients, too: whatever needs one calls `torch.ops.pvt_fast.*`, whose backward recomputes the
+op with the reference, so that a training step keeps only each op's arguments alive, not its inner activations. Without
 gradients eager code calls a backend's functions directly: a registered op costs microseconds a call.
 
 `registered(name)` answers the ops of the contract: for "reference" that itself, so that a compiler sees plain torch and
@@ -9,8 +9,8 @@ fuses it, else the registered ones, opaque to the compiler, which hand on to the
 Compiled without gradients, a model on a backend that knows whole models is called once for all of its ops, by
 `run_model`.
 
-The choice of a backend is made while tracing and baked into the graph. A change of `model.backend`, or of `use_backend`,
-retraces a compiled model; an exported one keeps its backend.
+The choice of a backend is made while tracing and baked into the graph. A change of `model.backend`, or of
+`use_backend`, retraces a compiled model; an exported one keeps its backend.
 """
 
 from __future__ import annotations
@@ -197,11 +197,13 @@ def number(model: PVT_V2) -> int:
 
 
 def _run_model(image: Tensor, parameters: list[Tensor], model: int, classes: int) -> Tensor:
+    from .model import PVT_V2  # which imports this module
+
     whole = _models[model]
     if not parameters:  # the model's own, whatever they are by now
-        return whole.forward(image)
+        return PVT_V2.forward(whole, image)  # a subclass's forward is traced, and calls this
     with within_graph():
-        return _with_parameters(whole, parameters).forward(image)
+        return PVT_V2.forward(_with_parameters(whole, parameters), image)
 
 
 def _with_parameters(model: PVT_V2, parameters: list[Tensor]) -> PVT_V2:
@@ -251,7 +253,8 @@ def run_whole(model: PVT_V2, image: Tensor) -> Tensor | None:
     if requested(model.backend) == "reference" or not _stands_whole(model._number):
         return None
     parameters = [] if _is_all_that_is_traced(model._number) else list(model.parameters())
-    return torch.ops.pvt_fast.run_model(image, parameters, model._number, model.head.weight.shape[0])
+    classes = model.head.weight.shape[0]  # type: ignore[index]
+    return torch.ops.pvt_fast.run_model(image, parameters, model._number, classes)
 
 
 def requested(own: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,13 +10,12 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import save_file
 
 from .checkpoint import load_state
+from .description import NORM_EPS, describe, settle, take_dtypes, tensors
 from .hub import CONFIG_FILE, WEIGHT_FILES, clear_errors, fetch
 from .weights import assign
 
 if TYPE_CHECKING:
     from .model import PVT_V2
-
-_NORM_EPS = "norm_eps"
 
 
 class HubMixin(
@@ -31,11 +29,30 @@ class HubMixin(
     model.safetensors, the parameters under official names.
     """
 
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write the model into a directory, made where there is none: config.json, model.safetensors, README.md.
+
+        A linear put at `head` is kept with its number of classes, with or without bias. `options` are those of
+        huggingface_hub's `ModelHubMixin.save_pretrained`. Raises ValueError, before anything is written, for what
+        `from_pretrained` would not bring back: any other head, adapters, parametrizations, quantised or replaced
+        modules, norms of one kind with several epsilons.
+        """
+        self._described("save_pretrained")
+        return super().save_pretrained(save_directory, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """`save_pretrained` to the repository "org/name", by huggingface_hub's `ModelHubMixin.push_to_hub`."""
+        self._described("push_to_hub")
+        return super().push_to_hub(repo_id, **options)
+
+    def _described(self, op: str) -> dict[str, Any]:
+        return describe(op, cast("PVT_V2", self), cast("type[PVT_V2]", type(self)))
+
     def _save_pretrained(self, save_directory: Path) -> None:
         model = cast("PVT_V2", self)
-        config = {**asdict(model.config), _NORM_EPS: model.norm_eps()}
-        state = {name: value.contiguous() for name, value in model.state_dict().items()}
-        save_file(state, save_directory / WEIGHT_FILES[0], metadata={"format": "pt"})
+        described = self._described("save_pretrained")
+        config = {**described.pop("config"), **described}
+        save_file(tensors(model), save_directory / WEIGHT_FILES[0], metadata={"format": "pt"})
         (save_directory / CONFIG_FILE).write_text(json.dumps(config, sort_keys=True, indent=2))
 
     @classmethod
@@ -44,7 +61,7 @@ class HubMixin(
 
         `options`: revision, cache_dir, force_download, local_files_only, token, map_location, strict (True unless
         given), and arguments of `PVT_V2` that replace those of config.json: another num_classes or in_channels is
-        met as in `load_weights`. Parameters have the dtype of the file.
+        met as in `load_weights`. Each parameter has the dtype that it has in the file.
 
         Raises ValueError for another library's repository: those load with `load_weights` into a model made here.
         Raises OSError where the files are not in the cache and there is no network.
@@ -67,7 +84,7 @@ class HubMixin(
         token: str | bool | None = None,
         **arguments: Any,
     ) -> Any:
-        if config is None or _NORM_EPS not in config:
+        if config is None or NORM_EPS not in config:
             raise ValueError(_foreign(model_id, config))
         if Path(model_id).is_dir():
             path = next((Path(model_id, name) for name in WEIGHT_FILES if Path(model_id, name).is_file()), None)
@@ -83,10 +100,12 @@ class HubMixin(
                 token=token,
             )
         state, _ = load_state(path)
-        model = cls(**arguments)
-        model.to(next(iter(state.values())).dtype)  # type: ignore[attr-defined]
-        assign(cast("PVT_V2", model), state, config[_NORM_EPS], strict=strict)
-        return model.to(map_location).eval()  # type: ignore[attr-defined]
+        model = cast("PVT_V2", cls(**arguments))
+        settle(model, config)
+        model.to(next(iter(state.values())).dtype)
+        take_dtypes(model, state)
+        assign(model, state, config[NORM_EPS], strict=strict)
+        return model.to(map_location).eval()
 
 
 def _foreign(repository: str, config: dict | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -15,6 +14,7 @@ from . import dispatch, library
 from .accelerate.fused import Settings, StandIn
 from .capture import CapturedModel
 from .config import PVTConfig
+from .conventions import TimmConventions, init_weights, outputs_of, stage_indices
 from .layers import Block, DWConvMLP, OverlapPatchEmbed, SpatialReductionAttention, classifier, map_of, stage_norm
 from .mixin import HubMixin
 from .ops import packing, to_tokens
@@ -22,7 +22,7 @@ from .pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from .program import Whole
 
 
-class PVT_V2(nn.Module, HubMixin):
+class PVT_V2(nn.Module, HubMixin, TimmConventions):
     """Pyramid Vision Transformer v2: images (B, in_channels, H, W) -> logits (B, num_classes).
 
     Any H and W that survive the stages: a stage's map must be at least sr_ratio each way. Maps have
@@ -76,7 +76,7 @@ class PVT_V2(nn.Module, HubMixin):
         linear: bool = False,
     ) -> None:
         super().__init__()
-        self.config = config = PVTConfig(
+        self._config = config = PVTConfig(
             img_size,
             patch_size,
             in_channels,
@@ -105,8 +105,9 @@ class PVT_V2(nn.Module, HubMixin):
             self._add_stage(stage, channels, rates[first : first + config.depths[stage]], norm_layer)
             channels = config.embed_dims[stage]
         self.num_features = channels
+        self.global_pool = "avg"
         self.head = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
-        self.apply(_init_weights)
+        self.apply(init_weights)
         self._stand_in()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -156,6 +157,16 @@ class PVT_V2(nn.Module, HubMixin):
         setattr(self, f"block{stage + 1}", nn.ModuleList(block(rate) for rate in drop_path_rates))
         setattr(self, f"norm{stage + 1}", _layer_norm(norm_layer, dim))
 
+    @property
+    def config(self) -> PVTConfig:
+        """The architecture as it is now: `num_classes` is that of the module at `head`, whoever put it there."""
+        # of no matter to a forward; a size is no number while it is traced
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+            classes = outputs_of(self._modules.get("head"))
+            if classes is not None and classes != self._config.num_classes:
+                self._config = replace(self._config, num_classes=classes)
+        return self._config
+
     # -- backend ---------------------------------------------------------------------------------------------------
 
     @property
@@ -174,7 +185,7 @@ class PVT_V2(nn.Module, HubMixin):
             x.device.type,
             x.dtype,
             dropout=self.training and (config.drop_rate > 0 or config.attn_drop_rate > 0),
-            autocast=torch.is_autocast_enabled(x.device.type),
+            autocast=not x.is_meta and torch.is_autocast_enabled(x.device.type),
         )
 
     # -- forward ---------------------------------------------------------------------------------------------------
@@ -199,11 +210,24 @@ class PVT_V2(nn.Module, HubMixin):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """A map (B, C, H, W) of `forward_features` -> logits, or with `pre_logits` the pooled features (B, C)."""
+        """A map (B, C, H, W) of `forward_features` -> logits, or with `pre_logits` the pooled features (B, C).
+
+        Where `global_pool` is "" nothing is pooled: the map itself comes back, or what the head makes of it.
+        """
+        if not self.global_pool:
+            return self._on_map(x, pre_logits)
         x = to_tokens(x)
         if not pre_logits and (logits := self._fused_head.run(self, x)) is not None:
             return logits
         x = x.mean(dim=1)
+        return x if pre_logits else self.head(x)
+
+    def _on_map(self, x: Tensor, pre_logits: bool) -> Tensor:
+        if isinstance(self.head, nn.Linear):
+            raise ValueError(
+                f'forward_head: global_pool must be "avg" before a linear head, got "" and {self.head}; '
+                'reset_classifier(..., global_pool="avg") sets both'
+            )
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(
@@ -211,19 +235,27 @@ class PVT_V2(nn.Module, HubMixin):
         image: Tensor,
         indices: int | Sequence[int] | None = None,
         norm: bool = True,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
         """Maps (B, C, H, W) of the chosen stages, and unless `intermediates_only` the final map before them.
 
         indices: stage numbers from 0, negative from the end; an int n means the last n; None means all.
-        norm: maps after their stage's norm, as detection and segmentation heads take them; else before it.
+        norm: maps after their stage's norm, as detection and segmentation heads take them; else before it. (timm's
+            default is False, and without effect on its PVT v2, whose maps are always after their norm.)
+        stop_early: run no stage after the last chosen one, whose map then is the final one.
+        output_fmt: "NCHW", or "NLC" for the chosen stages as tokens (B, H * W, C); the final map stays a map.
         """
-        chosen = _stage_indices(indices, self.config.num_stages)
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f'forward_intermediates: output_fmt must be "NCHW" or "NLC", got {output_fmt!r}')
+        chosen = stage_indices("forward_intermediates", indices, self.config.num_stages)
         x, intermediates = self._prepare(image), []
-        for stage in range(max(chosen) + 1 if intermediates_only else self.config.num_stages):
+        for stage in range(max(chosen) + 1 if stop_early or intermediates_only else self.config.num_stages):
             before, x = self._stage(stage, x)
             if stage in chosen:  # in stage order, each once, as timm
-                intermediates.append(x if norm else before)
+                kept = x if norm else before
+                intermediates.append(to_tokens(kept) if output_fmt == "NLC" else kept)
         return intermediates if intermediates_only else (x, intermediates)
 
     def _stage(self, stage: int, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,10 +263,8 @@ class PVT_V2(nn.Module, HubMixin):
         x, height, width = getattr(self, f"patch_embed{stage + 1}")(x)
         checkpointing = self._checkpointing and torch.is_grad_enabled()
         for block in getattr(self, f"block{stage + 1}"):
-            if checkpointing:
-                x = checkpoint(block, x, height, width, use_reentrant=False)
-            else:
-                x = block(x, height, width)
+            call = (x, height, width)
+            x = checkpoint(block, *call, use_reentrant=False) if checkpointing else block(*call)
         normed = self._fused_norms[stage].run(self, x)
         if normed is None:
             normed = getattr(self, f"norm{stage + 1}")(x)
@@ -244,12 +274,8 @@ class PVT_V2(nn.Module, HubMixin):
         """The image checked, and normalised if it is pixels."""
         if not isinstance(image, Tensor):  # a stand-in of torch.fx
             return image
-        if image.dim() != 4 or image.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"PVT_V2: image must have shape (B, {self.config.in_channels}, H, W), got {tuple(image.shape)}"
-            )
         if not torch.jit.is_tracing():  # there sizes are recorded as they are computed, not compared
-            self.config.map_sizes(image.shape[2], image.shape[3])
+            self._check_size(image)
         if image.dtype == torch.uint8:
             if self.config.in_channels != len(IMAGENET_MEAN):
                 raise TypeError(
@@ -257,25 +283,36 @@ class PVT_V2(nn.Module, HubMixin):
                     f"got {image.dtype} with in_channels {self.config.in_channels}"
                 )
             image = normalise(image, IMAGENET_MEAN, IMAGENET_STD).to(next(self.parameters()).dtype)
-        first = self.patch_embed1.proj
+        first = getattr(self.patch_embed1, "proj", None)
         weight = first._parameters.get("weight") if type(first) is nn.Conv2d else None
-        if weight is not None and weight.dtype != image.dtype and not torch.is_autocast_enabled(image.device.type):
+        if (
+            weight is not None
+            and weight.dtype != image.dtype
+            and (image.is_meta or not torch.is_autocast_enabled(image.device.type))
+        ):
             raise TypeError(
                 f"PVT_V2: image must have the dtype of patch_embed1.proj.weight, {weight.dtype}, got {image.dtype}"
             )
         return image
 
+    def _check_size(self, image: Tensor) -> None:
+        if image.dim() != 4 or image.shape[1] != self.config.in_channels:
+            raise ValueError(
+                f"PVT_V2: image must have shape (B, {self.config.in_channels}, H, W), got {tuple(image.shape)}"
+            )
+        self.config.map_sizes(image.shape[2], image.shape[3])
+
     # -- the whole forward at once: what `program` and `library` ask ------------------------------------------------
 
     def forward_settings(self) -> tuple:
         """What the forward reads that is no module."""
-        return (self.config,)
+        return (self.config, self.global_pool)
 
     def is_as_published(self) -> bool:
-        """Is all that the forward calls this class's, and of the classes that it is made of?"""
+        """Is all that `PVT_V2.forward` calls of this class, and of the classes that it is made of?"""
         own = all(
             getattr(type(self), name) is getattr(PVT_V2, name) and name not in vars(self)
-            for name in ("forward", "forward_features", "forward_head", "_stage", "_prepare")
+            for name in ("forward_features", "forward_head", "_stage", "_prepare")
         )
         return own and all(
             type(module).forward in _FORWARDS and "forward" not in vars(module)
@@ -291,37 +328,13 @@ class PVT_V2(nn.Module, HubMixin):
         count = 1 + sum(2 + len(getattr(self, f"block{n + 1}")) for n in range(self.config.num_stages))
         pieces = [(owner, stand_in.current(owner)) for owner, stand_in in self.stand_ins()]
         return (
-            self.is_as_published()
+            bool(self.global_pool)
+            and self.is_as_published()
             and len(pieces) == count
             and all(fused is not None and fused.whole and not fused.obstacle(owner, like) for owner, fused in pieces)
         )
 
-    # -- what users of timm expect ---------------------------------------------------------------------------------
-
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        """Per stage: `num_chs`, `reduction` (pixels per token side), `module` (the norm that ends it)."""
-        return [
-            {"num_chs": dim, "reduction": 4 * 2**stage, "module": f"norm{stage + 1}"}
-            for stage, dim in enumerate(self.config.embed_dims)
-        ]
-
-    def get_classifier(self) -> nn.Module:
-        """The head: `nn.Linear`, or `nn.Identity` when num_classes is 0."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a newly initialised one (or none, for 0) on the model's device and dtype."""
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
-            raise ValueError(f"reset_classifier: num_classes must be an int of at least 0, got {num_classes!r}")
-        self.config = replace(self.config, num_classes=num_classes)
-        like = next(self.parameters())
-        self.head = (
-            nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            if num_classes
-            else nn.Identity()
-        )
-        _init_weights(self.head)
+    # -- what users expect; of timm more in `conventions` ------------------------------------------------------------
 
     def capture(self, example: Tensor) -> CapturedModel:
         """This model's forward as a CUDA graph, for images of the example's shape (B, in_channels, H, W) and dtype.
@@ -368,10 +381,6 @@ class PVT_V2(nn.Module, HubMixin):
                 kind = "patch_embed" if name.startswith("patch_embed") else "block"
                 yield "reduction" if name.endswith("attn.norm") else kind, module
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone beyond norms and biases: none in PVT v2."""
-        return set()
-
     def extra_repr(self) -> str:
         """The configuration."""
         fields = {name: getattr(self.config, name) for name in self.config.__dataclass_fields__}
@@ -388,33 +397,3 @@ def _layer_norm(norm_layer: Callable, dim: int) -> nn.LayerNorm:
             f"PVT_V2: norm_layer must make an nn.LayerNorm with weight and bias (the kernels fuse it), got {norm!r}"
         )
     return norm
-
-
-def _stage_indices(indices: int | Sequence[int] | None, num_stages: int) -> list[int]:
-    if indices is None:
-        return list(range(num_stages))
-    if isinstance(indices, int):
-        if not 1 <= indices <= num_stages:
-            raise ValueError(f"forward_intermediates: indices must be 1 to {num_stages} stages, got {indices}")
-        return list(range(num_stages - indices, num_stages))
-    for index in indices:
-        if not -num_stages <= index < num_stages:
-            raise ValueError(f"forward_intermediates: indices must lie in [0, {num_stages}), got {index}")
-    if not indices:
-        raise ValueError("forward_intermediates: indices must name at least one stage, got none")
-    return [index % num_stages for index in indices]
-
-
-def _init_weights(module: nn.Module) -> None:
-    """As official: linears truncated normal of std 0.02, convolutions normal by fan-out, biases 0, norms 1 and 0."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2.0 / fan_out))
-    elif isinstance(module, nn.LayerNorm):
-        nn.init.ones_(module.weight)
-    else:
-        return
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)

@@ -10,20 +10,24 @@ import json
 import os
 from dataclasses import asdict
 
+import torch
 from safetensors.torch import save_file
 
 from .checkpoint import METADATA_KEY, load_state
+from .description import describe, settle, take_dtypes, tensors
 from .model import PVT_V2
 from .preprocess import Preprocess
 from .weights import assign
 
 
 def save_model(model: PVT_V2, path: str | os.PathLike, preprocess: Preprocess) -> None:
-    """Write the weights with the model's configuration and preprocessing as safetensors."""
-    description = {"config": asdict(model.config), "norm_eps": model.norm_eps(), "preprocess": asdict(preprocess)}
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    """Write the weights with the model's configuration and preprocessing as safetensors.
+
+    Raises ValueError, and writes nothing, for a model that `load_model` would not bring back: see `save_pretrained`.
+    """
+    description = {**describe("save_model", model, PVT_V2), "preprocess": asdict(preprocess)}
     # one entry only: the order of several is not fixed, and equal weights shall give equal files
-    save_file(state, path, metadata={METADATA_KEY: json.dumps(description, sort_keys=True)})
+    save_file(tensors(model), path, metadata={METADATA_KEY: json.dumps(description, sort_keys=True)})
 
 
 def has_config(metadata: dict[str, str]) -> bool:
@@ -36,6 +40,7 @@ def build_model(metadata: dict[str, str]) -> tuple[PVT_V2, Preprocess]:
     try:
         description = json.loads(metadata[METADATA_KEY])
         model = PVT_V2(**description["config"])
+        settle(model, description)
         model.set_norm_eps(**description["norm_eps"])
         preprocess = Preprocess(**description["preprocess"])
         model.config.map_sizes(preprocess.size, preprocess.size)
@@ -50,10 +55,14 @@ def build_model(metadata: dict[str, str]) -> tuple[PVT_V2, Preprocess]:
 
 
 def load_model(path: str | os.PathLike) -> tuple[PVT_V2, Preprocess]:
-    """The model in evaluation mode, and its preprocessing, from a file of `save_model`."""
+    """The model in evaluation mode, and its preprocessing, from a file of `save_model`.
+
+    In float32, which float16 and bfloat16 fit into; parameters that the file has in float64 stay so.
+    """
     state, metadata = load_state(path)
     if not has_config(metadata):
         raise ValueError(f"load_model: path must be a file written by save_model, got {str(path)!r}")
     model, preprocess = build_model(metadata)
+    take_dtypes(model, {name: value for name, value in state.items() if value.dtype == torch.float64})
     assign(model, state, model.norm_eps())
     return model.eval(), preprocess

@@ -39,14 +39,16 @@ class Whole:
             return library.run_whole(model, image)
         if type(image) is not Tensor:
             return None
+        if model.training:
+            self.program = None  # nothing is packed for longer than a step
         cpp = dispatch.select(model.facts(image), model.backend)
-        if cpp.__name__ != dispatch.ORDER["cpp"] or model.training or ambient() is not None or _needs_gradients(model, image):
+        if cpp.__name__ != dispatch.ORDER["cpp"] or model.training or ambient() is not None:
+            return None
+        if _needs_gradients(model, image) or not fits(model, image):
             return None
         program = self.program
         if program is not None and program.holds(model, image, cpp.isa()):
             return program.run(image)
-        if not fits(model, image):
-            return None
         with packing.collected() as records:
             logits = model.forward_head(model.forward_features(image))
         self.program = record(model, image, cpp.isa(), records)
@@ -70,8 +72,11 @@ class Program:
         self.guard = guard
         modules = [child for _, _, child in guard.edges]
         self.parameters = tuple(model.parameters())
-        read = [(module._parameters, name, tensor) for module in modules for name, tensor in module._parameters.items()]
-        read += [(vars(module), "training", False) for module in modules]
+        read: list[tuple[dict, str, Any]] = [
+            (module._parameters, name, tensor) for module in modules for name, tensor in module._parameters.items()
+        ]
+        # of dropout and stochastic depth; to the others it means nothing, and new ones say they train
+        read += [(vars(module), "training", False) for module in modules if {"p", "drop_prob"} & set(vars(module))]
         self.facts, self.kept = facts(model, guard.edges, guard.types, read)
         self.sources = packing.Sources(self.parameters)
 
@@ -83,7 +88,7 @@ class Program:
             return False
         if model._modules is not self.kept[0] or not self.guard.classes_hold() or not self.facts.hold():
             return False
-        if self.sources.hold(self.parameters):
+        if self.sources.hold_values(self.parameters):
             return True
         packing.doubt()  # of which op's weights it is that have changed
         return False

@@ -18,6 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
 from .checkpoint import METADATA_KEY, SUFFIXES, load_state, unnest
+from .description import require_rebuilt
 from .hub import CONFIG_FILE, WEIGHT_FILES, clear_errors, fetch
 from .layouts import LAYOUTS, from_official, to_official
 
@@ -40,7 +41,7 @@ class LoadReport:
     loaded: parameters that took a value.
     renamed: names in the source that differ from the model's, with the model's.
     adapted: the first convolution, when its channels were fitted to the model's.
-    dropped: the head, when the model has another number of classes: the model's own stays as it was.
+    dropped: the head, when the model's is for another number of classes, or no linear: its own stays as it was.
     missing: the model's parameters that the source lacks; they stay as they were.
     unexpected: names in the source that the model lacks.
     mismatched: parameters of another shape in the source, with both shapes; they stay as they were.
@@ -84,9 +85,10 @@ def load_weights(model: PVT_V2, source: str | os.PathLike | Mapping[str, Any], s
 
     Values are converted to the model's dtype and device. An RGB first convolution is fitted to another number of
     channels n as timm does it: for 1 summed, else repeated and scaled by 3 / n. A head for another number of classes
-    is dropped, and the model's own stays. The norms take the epsilons of the implementation: those of the source's
-    configuration where it has one, else the layout's (official and timm 1e-6, in patch embeds and spatial reduction
-    1e-5; transformers and mmdet 1e-6 throughout). A file of `save_model` or `save_pretrained` brings its own.
+    is dropped, and so is one for a model that has no linear at `head`: the model's own stays. The norms take the
+    epsilons of the implementation: those of the source's configuration where it has one, else the layout's (official
+    and timm 1e-6, in patch embeds and spatial reduction 1e-5; transformers and mmdet 1e-6 throughout). A file of
+    `save_model` or `save_pretrained` brings its own.
 
     Raises ValueError for a source that holds no PVT v2 or, strictly, does not fit, and OSError for a repository that
     is not in the cache when there is no network. The model is then unchanged.
@@ -114,7 +116,7 @@ def assign(
         renamed={old: new for new in loaded for old in official.sources[new] if old != new},
         adapted=adapted,
         dropped=dropped,
-        missing=tuple(name for name in own if name not in values and name not in dropped),
+        missing=tuple(name for name in own if name not in values and not (dropped and name.startswith("head."))),
         unexpected=official.unexpected
         + tuple(old for new in values if new not in own for old in official.sources[new]),
         mismatched=tuple(
@@ -141,9 +143,14 @@ def export_weights(model: PVT_V2, layout: str = "official") -> dict[str, Tensor]
         (`PyramidVisionTransformerV2`, which has no head).
 
     The epsilons are not part of it: `model.norm_eps()` has to be what the implementation has for equal answers.
+    Raises ValueError for a model with modules that the implementation lacks: adapters, parametrizations, and but for
+    "mmdet" a head that is neither a linear nor nn.Identity.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"export_weights: layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+    from .model import PVT_V2  # which imports this module
+
+    require_rebuilt("export_weights", model, PVT_V2, head=layout != "mmdet")
     state = from_official(model.state_dict(), LAYOUTS[layout])
     return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
 
@@ -208,7 +215,7 @@ def _fit_channels(values: dict[str, Tensor], channels: int) -> tuple[str, ...]:
 
 
 def _drop_head(values: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Take a head for another number of classes out of `values`; its names."""
+    """Take a head that is not for the model's out of `values`; its names."""
     theirs, ours = values.get(_HEAD[0]), own.get(_HEAD[0])
     if theirs is None or (ours is not None and theirs.shape[0] == ours.shape[0]):
         return ()

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -31,6 +32,9 @@ from pvt_fast.testing import CASES, Case, PatchEmbedCase
 INTERPRETER_MAX_FLOPS = 4_000_000
 # ... and above this many output tokens too, however narrow they are.
 INTERPRETER_MAX_TOKENS = 12 * 12
+
+# Tests marked full are divided into so many parts; a prime, so that runs at the same hour of each day get to all.
+FULL_PARTS = 11
 
 # Tests that only a CUDA device can run; the header names them where there is none.
 collect_ignore = [] if torch.cuda.is_available() else ["test_gpu.py"]
@@ -146,12 +150,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME[.ISA]",
         help="test only this backend (repeatable); an error if it cannot run here. Default: all that can.",
     )
+    parser.addoption("--full", action="store_true", help="also the tests marked full")
+    parser.addoption(
+        "--full-part",
+        type=int,
+        metavar="N",
+        help=f"of the tests marked full part N, 0 to {FULL_PARTS - 1}; CI takes another each hour",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "not_interpreted: not collected for a backend that runs in triton's interpreter, where it takes minutes",
+    )
+    config.addinivalue_line(
+        "markers", "full: only with --full: shows nothing that no other test shows, but in one more combination"
     )
     config.addinivalue_line("markers", "only(backend): not collected for other backends")
     config.addinivalue_line("markers", "no_target: set here on a test that none of the backends under test can run")
@@ -169,6 +183,9 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         for name in names
     ]
     lines = [f"backends under test: {', '.join(tested)}"]
+    if not config.getoption("--full"):
+        part = config.getoption("--full-part")
+        lines.append("of the tests marked full: " + ("none" if part is None else f"part {part} of {FULL_PARTS}"))
     lines += [f"not runnable here: {file} (needs a CUDA device)" for file in collect_ignore]
     for item in NOT_RUNNABLE:
         lines.append(f"not runnable here: {item.target} ({item.reason})")
@@ -201,10 +218,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    without = [item for item in items if item.get_closest_marker("no_target")]
+    without = [item for item in items if item.get_closest_marker("no_target") or not _is_wanted(item, config)]
     if without:
         items[:] = [item for item in items if item not in without]
         config.hook.pytest_deselected(items=without)
+
+
+def _is_wanted(item: pytest.Item, config: pytest.Config) -> bool:
+    if config.getoption("--full") or item.get_closest_marker("full") is None:
+        return True
+    return zlib.crc32(item.nodeid.encode()) % FULL_PARTS == config.getoption("--full-part")
 
 
 def _targets_of(test: pytest.Item, targets: list[Target]) -> list[Target]:

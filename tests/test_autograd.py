@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import pvt_fast
-from pvt_fast import PVT_V2, autograd, reference, testing
+from pvt_fast import PVT_V2, library, reference, testing
 from pvt_fast.testing import AttentionCase, Case, MlpCase, PatchEmbedCase, assert_parity, run
 
 # the backward is the reference's, whatever the instruction set
@@ -49,7 +49,7 @@ def test_gradients_of_every_argument(small, target, dtype):
     """Weights, biases, norms, residual_scale and the input: each within the parity rule."""
     arguments = small.make(dtype, target.device)
     with target.in_use():
-        ours = gradients(autograd.differentiable(target.module), small, arguments, dtype)
+        ours = gradients(library.registered(target.backend), small, arguments, dtype)
     cpu = testing.backend_arguments(arguments, lambda tensor: tensor.cpu())
     truth = gradients(reference, small, cpu, torch.float64)
     plain = gradients(reference, small, cpu, dtype)
@@ -74,7 +74,7 @@ def test_only_the_gradients_asked_for(frozen, target):
     """Freezing some arguments neither detaches nor changes the gradients of the others."""
     case = SMALL[2]
     arguments, leaves = leaves_of(case.make(torch.float32, target.device))
-    ops = autograd.differentiable(target.module)
+    ops = library.registered(target.backend)
     with target.in_use():
         run(ops, case, arguments).sum().backward()
         every = [leaf.grad for leaf in leaves]
@@ -90,12 +90,12 @@ def test_only_the_gradients_asked_for(frozen, target):
 def test_no_gradient_is_recorded_where_none_is_wanted(target):
     case = SMALL[5]
     with target.in_use():
-        output = run(autograd.differentiable(target.module), case, case.make(torch.float32, target.device))
+        output = run(library.registered(target.backend), case, case.make(torch.float32, target.device))
         assert not output.requires_grad
 
 
 def test_the_reference_needs_no_wrapper():
-    assert autograd.differentiable(reference) is reference
+    assert library.registered("reference") is reference
 
 
 # -- the model -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import pvt_fast
-from pvt_fast import PVT_V2, prepack, reference
+from pvt_fast import PVT_V2, reference
+from pvt_fast.ops import packing
 from pvt_fast.testing import assert_parity
 
 pytestmark = pytest.mark.one_isa
@@ -134,8 +135,8 @@ def test_aot_inductor_package_packs_once_and_runs_in_another_process(target, ind
     path = package(model, inductor_cache)
     packaged, built = torch._inductor.aoti_load_package(path), []
 
-    def counted(cache, key, tensors, build):
-        return prepack.packed(cache, key, tensors, lambda: (built.append(key), build())[1])
+    def counted(kind, key, tensors, build):
+        return packing.packed(kind, key, tensors, lambda: (built.append(kind), build())[1])
 
     monkeypatch.setattr(target.module, "packed", counted)
     first = packaged(image)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pvt_fast import PVT_V2, cpp
+from pvt_fast.ops import packing
 
 IMAGE = torch.linspace(-1, 1, 3 * 40 * 33).reshape(1, 3, 40, 33).half()
 
@@ -18,9 +19,11 @@ def model() -> PVT_V2:
     return model.half().eval()
 
 
-def forms(model: PVT_V2) -> dict[str, object]:
-    """The packed form of every layer that has one."""
-    return {name: layer._cache.packed for name, layer in model.named_modules() if hasattr(layer, "_cache")}
+def forms(model: PVT_V2) -> list[object]:
+    """The packed forms that a forward uses, in order."""
+    with packing.collected() as records:
+        model(IMAGE)
+    return [record.form for record in records]
 
 
 @torch.no_grad()
@@ -31,13 +34,12 @@ def test_every_result_is_float16(model):
 
 @torch.no_grad()
 def test_weights_are_packed_once_and_again_when_they_change(model):
-    model(IMAGE)
     first = forms(model)
-    model(IMAGE)
+    assert len(first) == 4 * 4 + 1
     assert forms(model) == first
     model.block2[0].mlp.fc1.weight.mul_(2)
     changed = model(IMAGE)
-    assert [name for name, form in forms(model).items() if form is not first[name]] == ["block2.0.mlp"]
+    assert [form is before for form, before in zip(forms(model), first, strict=True)] == [i != 6 for i in range(17)]
     assert torch.equal(copy.deepcopy(model)(IMAGE), changed)  # copies pack anew
 
 

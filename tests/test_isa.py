@@ -71,9 +71,7 @@ def test_threads_share_a_model():
         with torch.no_grad():
             return model(image)
 
-    for attention in model.modules():
-        if hasattr(attention, "_cache"):
-            attention._cache.drop()
+    pvt_fast.refresh(model)
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(forward, images))
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pvt_fast import reference, testing
-from pvt_fast.ops import AttentionSpec, AttentionWeights, Backend, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
+from pvt_fast.ops import AttentionSpec, Backend, Linear, MlpSpec, MlpWeights, Norm
 from pvt_fast.testing import AttentionCase, Case, MlpCase, PatchEmbedCase, assert_parity, expected, run
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -427,9 +427,6 @@ def test_parity_notices(spoil, message):
         assert_parity(spoil(same_dtype), truth, same_dtype)
 
 
-def test_weight_tuples_have_a_cache_slot():
-    for weights in (PatchEmbedWeights, AttentionWeights, MlpWeights):
-        assert weights._fields[-1] == "cache"
-        assert weights._field_defaults == {"cache": None}
+def test_specs_are_without_dropout_unless_said():
     assert AttentionSpec._field_defaults == {"attn_drop": 0.0, "proj_drop": 0.0}
     assert MlpSpec._field_defaults == {"drop": 0.0}

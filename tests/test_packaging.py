@@ -39,8 +39,8 @@ def succeed(command: list, cwd: Path, **environment: str) -> str:
 def copy_sources(target: Path) -> Path:
     """The tree as a fresh clone has it, no built extension, no caches; of the instruction sets only the first.
 
-    What is tested here is where the parts of an installation are found; compiling every instruction set takes minutes
-    (.ci/run does so for the wheel).
+    What is tested here is where the parts of an installation are found; compiling every instruction set, and any of it
+    for speed, takes minutes (.ci/run does so for the wheel).
     """
     target.mkdir()
     for name in SOURCES:
@@ -53,6 +53,9 @@ def copy_sources(target: Path) -> Path:
     for isa in (target / "csrc" / "isa").glob("*.cpp"):
         if isa.name != "scalar.cpp":
             isa.unlink()
+    build_script = (target / "setup.py").read_text()
+    assert '"-O3"' in build_script
+    (target / "setup.py").write_text(build_script.replace('"-O3"', '"-O0"'))
     return target
 
 
@@ -166,6 +169,50 @@ def test_importing_the_package_imports_no_triton_and_no_backend():
         "import sys, pvt_fast; print([name for name in ('pvt_fast.cpp', 'pvt_fast.kernels') if name in sys.modules])"
     )
     assert succeed([sys.executable, "-c", loaded], ROOT).strip() == "[]"
+
+
+# -- the folder kernels/ at the root, which goes by the name of a package of PyPI --------------------------------------
+
+# In a fresh process, without a torchvision, which may be built for another torch.
+FRESH = """
+import os, sys
+sys.modules["torchvision"] = None
+os.environ.pop("TRITON_INTERPRET", None)
+"""
+TRANSFORMERS = """
+from transformers import SegformerForSemanticSegmentation
+from transformers.utils import is_kernels_available
+print(is_kernels_available())
+"""
+OURS = 'print([name for name in sys.modules if name.startswith("pvt_fast")])'
+
+
+def test_transformers_can_be_imported_at_the_root():
+    assert succeed([sys.executable, "-c", FRESH + TRANSFORMERS + OURS], ROOT).split() == ["False", "[]"]
+
+
+def test_the_example_with_a_model_of_transformers_runs_at_the_root_without_triton():
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    (example,) = (block for block in blocks if "from transformers" in block)
+    succeed([sys.executable, "-c", FRESH + 'sys.modules["triton"] = None\n' + example], ROOT)
+
+
+def test_an_installed_package_of_that_name_is_found_at_the_root(tmp_path):
+    package, metadata = tmp_path / "kernels", tmp_path / "kernels-0.18.2.dist-info" / "METADATA"
+    package.mkdir()
+    metadata.parent.mkdir()
+    metadata.write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    # with every name that transformers asks of it
+    (package / "__init__.py").write_text("def __getattr__(name):\n    return lambda *_, **__: lambda kind: kind\n")
+    (package / "layer.py").touch()
+    both = f"""
+sys.path.append({str(tmp_path)!r})
+import kernels.layer
+from pvt_fast.kernels import sr_attention
+print(kernels.__file__, sys.modules["kernels"] is kernels, sr_attention.__module__)
+"""
+    printed = succeed([sys.executable, "-c", FRESH + both + TRANSFORMERS], ROOT).split()
+    assert printed == [str(package / "__init__.py"), "True", "pvt_fast.kernels.sr_attention", "True"]
 
 
 def test_the_build_script_is_short():

@@ -35,7 +35,7 @@ def run(model: PVT_V2, x: Tensor) -> Tensor:
 def op_by_op(model: PVT_V2, x: Tensor) -> Tensor:
     """A copy's first forward: copies have no program."""
     twin = copy.deepcopy(model)
-    assert twin._program.packed is None
+    assert twin._whole.program is None
     return run(twin, x)
 
 
@@ -44,11 +44,11 @@ def op_by_op(model: PVT_V2, x: Tensor) -> Tensor:
 def test_same_bits_at_every_size(linear, dtype):
     model = make(linear, dtype)
     run(model, image(dtype=dtype))
-    program = model._program.packed
+    program = model._whole.program
     for size in ((1, 64, 96), (3, 64, 64), (2, 83, 71), (0, 64, 64)):
         x = image(*size, dtype=dtype)
         assert torch.equal(run(model, x), op_by_op(model, x)), size
-        assert model._program.packed is program
+        assert model._whole.program is program
 
 
 def test_both_layouts_of_an_image():
@@ -88,8 +88,7 @@ def change_eps(model: PVT_V2) -> None:
 
 
 def change_scale(model: PVT_V2) -> None:
-    attention = model.block3[0].attn
-    attention.spec = attention.spec._replace(scale=3.0)
+    model.block3[0].attn.scale = 3.0
 
 
 def drop_a_block(model: PVT_V2) -> None:
@@ -102,7 +101,7 @@ def hook(model: PVT_V2) -> None:
 
 def patch_forward(model: PVT_V2) -> None:
     attention = model.block4[0].attn
-    attention.forward = lambda x, *rest: x
+    attention.forward = lambda x, *size: 2 * x
 
 
 def parametrize_weight(model: PVT_V2) -> None:
@@ -137,7 +136,7 @@ CHANGES = [
 def test_no_change_goes_unseen(change):
     model, x = make(), image()
     before = run(model, x)
-    assert model._program.packed is not None
+    assert model._whole.program is not None
     change(model)
     for _ in range(2):
         after = run(model, x)
@@ -173,7 +172,7 @@ def test_training_and_gradients_go_op_by_op():
     assert model(x).requires_grad
     model.train()
     run(model, x)
-    assert model._program.packed is None
+    assert model._whole.program is None
 
 
 def test_a_model_with_a_program_is_collected():
@@ -181,7 +180,7 @@ def test_a_model_with_a_program_is_collected():
     model = make()
     for _ in range(2):
         run(model, image())
-    assert model._program.packed is not None
+    assert model._whole.program is not None
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -192,9 +191,18 @@ def test_large_maps_go_op_by_op(monkeypatch):
     monkeypatch.setattr(program, "_MOST_BYTES", 2 * 16 * 24 * 16 * 4)
     model = make()
     run(model, image(2))
-    assert model._program.packed is not None
+    assert model._whole.program is not None
     monkeypatch.setattr(program.Program, "run", None)
     run(model, image(3))
     other = make()
     run(other, image(3))
-    assert other._program.packed is None
+    assert other._whole.program is None
+
+
+def test_a_new_head_is_recorded_though_it_says_that_it_trains():
+    model, x = make(), image()
+    model.head = nn.Linear(64, 9)
+    assert model.head.training
+    run(model, x)
+    assert model._whole.program is not None
+    assert torch.equal(run(model, x), op_by_op(model, x))

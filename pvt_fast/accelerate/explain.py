@@ -47,8 +47,8 @@ class Explanation:
 def explain(model: nn.Module) -> Explanation:
     """Of each patch embed, block, stage norm and head of `model`: is it fused, on which backend, and why not.
 
-    For our own models, and what `accelerate_` found in models of others, as they are now, on the device and in the dtype
-    of their parameters. What depends on a call (its input, torch.func, tracing) is told in the log of "pvt_fast".
+    For our own models, and what `accelerate_` found in models of others, as they are now, on the device and in the
+    dtype of their parameters. What depends on a call (its input, torch.func, tracing) is told in the log of "pvt_fast".
     """
     paths = {module: path for path, module in model.named_modules()}
     pieces, seen = [], set()
@@ -66,7 +66,9 @@ def refresh(model: nn.Module) -> None:
     Needed by nobody who can wait some calls (README, "Weights that change"): for writes that torch does not record, and
     that change few values, when the very next call must see them.
     """
-    packing.forget([tensor for module in model.modules() for tensor in module._parameters.values() if tensor is not None])
+    packing.forget(
+        [tensor for module in model.modules() for tensor in module._parameters.values() if tensor is not None]
+    )
 
 
 def _pieces_of(module: nn.Module) -> list[tuple[nn.Module, Fused | str, str]]:

@@ -25,8 +25,6 @@ from .block_names import MAP, PAIR, AttentionNames, Layout, MlpNames, Refusal, a
 from .guard import Guard, ambient, edges
 from .halves import AttentionHalf, MlpHalf, Part, linear_of, norm_of
 
-_PLAIN = (nn.Parameter, Tensor)
-
 logger = logging.getLogger("pvt_fast")
 
 
@@ -82,7 +80,7 @@ class Fused:
         if torch.compiler.is_exporting():
             if not self.exports or reference.exporting_to_onnx():
                 return "it is being exported"
-        elif type(x) not in _PLAIN:
+        elif type(x) not in read.PLAIN:
             return f"its input is a {type(x).__name__}"
         if not torch.compiler.is_compiling() and (reason := ambient()) is not None:
             return reason
@@ -97,7 +95,7 @@ class Fused:
                 plain = shape is None
             else:
                 # tensors of a program that is being exported are fake ones
-                plain = type(tensor) in _PLAIN or torch.compiler.is_exporting()
+                plain = type(tensor) in read.PLAIN or torch.compiler.is_exporting()
                 plain = plain and tensor.dtype is dtype and tensor.shape == shape
             if not plain or (tensor is not None and tensor.device != device):
                 return f"{name} of a {type(module).__name__} is no longer a plain {shape} tensor, or not one like x"
@@ -261,7 +259,7 @@ class FusedEmbed(Fused):
         if ops is None:
             return None
         weights = PatchEmbedWeights(linear_of(self.proj), norm_of(self.norm))
-        x, hw = ops.overlap_patch_embed(image, weights, self.proj.module.stride[0])  # type: ignore[index,union-attr]
+        x, hw = ops.overlap_patch_embed(image, weights, self.proj.module.stride[0])  # type: ignore[index]
         return x, *hw
 
 

@@ -1,7 +1,7 @@
 """May fused ops stand in for modules? Only where the modules' own forwards would do nothing else.
 
-Two questions, each answered in one place, for our own models and for those of others: `ambient` asks whether torch is in
-a state in which single operations must be seen, and `Guard` whether anything was done to the modules since they were
+Two questions, each answered in one place, for our own models and for those of others: `ambient` asks whether torch is
+in a state in which single operations must be seen, and `Guard` whether anything was done to the modules since they were
 read: another module in place, another class, hooks, a forward of their own, other settings.
 """
 

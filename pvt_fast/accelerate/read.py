@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import LINEAR_POOL_SIZE
-from .halves import AttentionHalf, MlpHalf, Part
 from .block_names import AttentionNames, MlpNames, Refusal, at, first
+from .halves import AttentionHalf, MlpHalf, Part
 
 Dropout = nn.modules.dropout._DropoutNd
+# Tensor: a parameter that torch.func.functional_call, or a compiled graph, put in place of another
+PLAIN = (nn.Parameter, torch.Tensor)
 
 
 def read_attention(block: nn.Module, names: AttentionNames) -> AttentionHalf:
@@ -156,7 +158,7 @@ def _part(module: Any, where: str, kinds: tuple[type[nn.Module], ...], shape: tu
         raise Refusal(f"{where} must be a plain {kinds[0].__name__}, got {type(module).__name__}")
     part = Part.of(module)
     weight = part.tensors()[0]
-    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+    if type(weight) not in PLAIN or not weight.is_floating_point():
         raise Refusal(f"{where} must have a floating-point parameter as weight, got {type(weight).__name__}")
     got = part.shapes[0]
     if len(got) != len(shape) or any(want not in (None, size) for want, size in zip(shape, got, strict=True)):
@@ -186,7 +188,7 @@ def _in_proj(block: nn.Module, path: str, channels: int) -> Part:
     shapes = (3 * channels, channels)
     if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_weight is None:
         raise Refusal(f"{path} must be an nn.MultiheadAttention with in_proj_weight, got {type(attention).__name__}")
-    if type(attention.in_proj_weight) is not nn.Parameter or tuple(attention.in_proj_weight.shape) != shapes:
+    if type(attention.in_proj_weight) not in PLAIN or tuple(attention.in_proj_weight.shape) != shapes:
         raise Refusal(f"{path} must have a parameter in_proj_weight of shape {_shown(shapes)}")
     if attention.bias_k is not None or attention.bias_v is not None or attention.add_zero_attn:
         raise Refusal(f"{path} must be without bias_k, bias_v and add_zero_attn")

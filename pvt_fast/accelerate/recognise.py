@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .fused import FusedBlock, Settings
 from .block_names import Layout, Refusal
+from .fused import FusedBlock, Settings
 from .peers import LAYOUTS
 from .read import read_attention, read_mlp
 from .verify import kind, twin, verify

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import to_map
-from .fused import FusedBlock
 from .block_names import MAP, PAIR, Refusal
+from .fused import FusedBlock
 
 # Relative to what the block adds to its input. Some peers compute the softmax in float32; a different meaning is orders
 # of magnitude away.

@@ -7,9 +7,9 @@ records, or that changes values all over it, is seen by the next call; any other
 - Hints, at every use: each tensor is the same object, at the same address, with the same strides and version. That sees
   in-place operations, `load_state_dict`, `.to()` and replaced parameters. It misses fused optimizers, writes through
   `.data`, through NumPy views and by other processes, which leave all of these alone.
-- Comparison of a part, at every use: the values of one part in `CALLS` of every tensor, another part each time, are held
-  against what was packed. On devices other than the CPU, where that would wait for the device, all of them at every
-  `CALLS`-th use instead.
+- Comparison of a part, at every use: the values of one part in `CALLS` of every tensor, another part each time, are
+  held against what was packed. On devices other than the CPU, where that would wait for the device, all of them at
+  every `CALLS`-th use instead.
 - Comparison of all values, at the first use after `doubt`: after a step of any of torch's optimizers, after a module of
   ours switches between training and evaluation, and after a compiled graph that may have changed what it packed.
 
@@ -58,7 +58,9 @@ class Sources:
 
     __slots__ = ("_addresses", "_alive", "_calls", "_refs", "_shapes", "_sure", "_versions", "_watch")
 
-    def __init__(self, tensors: Sequence[Tensor], gone: Callable[[Any], None] | None = None, sure: bool = True) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], gone: Callable[[Any], object] | None = None, sure: bool = True
+    ) -> None:
         """`gone` is called when one of the tensors dies; not `sure` leaves a comparison of all for the next use."""
         self._sure = _doubts.count if sure else -1
         self._calls = itertools.count()
@@ -74,11 +76,15 @@ class Sources:
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         """Are `tensors` these, with the values that they had, as far as the module's guarantee goes?"""
+        if any(tensor is not known() for tensor, known in zip(tensors, self._refs, strict=True)):
+            return False
+        return self.hold_values(tensors)
+
+    def hold_values(self, tensors: Sequence[Tensor]) -> bool:
+        """The same for tensors that are known to be the same objects."""
         # a plain loop: it runs for every weight of every forward
-        for tensor, known, address, version in zip(tensors, self._refs, self._addresses, self._versions, strict=True):
-            if tensor is not known() or tensor.data_ptr() != address:
-                return False
-            if version is not None and tensor._version != version:
+        for tensor, address, version in zip(tensors, self._addresses, self._versions, strict=True):
+            if tensor.data_ptr() != address or (version is not None and tensor._version != version):
                 return False
         return self._same_shapes(tensors) and self._same_values()
 
@@ -171,8 +177,8 @@ def packed(kind: str, key: Any, tensors: Tensors, build: Callable[[], Any]) -> A
     place = (kind, *map(id, tensors))
     record = _records.get(place)
     if record is None or record.key != key or not record.sources.hold(present):
-        # A change while the form is built is seen at the next use: what is compared with was read before. What is packed
-        # within a graph may be of a weight whose version the graph has raised already and whose values it changes later.
+        # A change while the form is built is seen at the next use: what is compared with was read before. What is
+        # packed within a graph may be of a weight whose version the graph has raised and whose values it changes later.
         sources = Sources(present, lambda _: _records.pop(place, None), sure=not _thread.in_graph)
         record = Record(key, present, build(), sources)
         _records[place] = record
@@ -219,8 +225,8 @@ def checked_weights() -> Iterator[None]:
     """Within the block every forward compares all values of all packed weights with what was packed.
 
     Raises `UnannouncedChange` at the first forward after a write that torch does not record, which otherwise may take
-    some calls to be seen (README, "Weights that change"). For tests and for finding such writes: it reads all weights at
-    every call. The environment variable PVT_FAST_CHECK_WEIGHTS=1 does the same for a whole process.
+    some calls to be seen (README, "Weights that change"). For tests and for finding such writes: it reads all weights
+    at every call. The environment variable PVT_FAST_CHECK_WEIGHTS=1 does the same for a whole process.
     """
     before, _checking.on = _checking.on, True
     try:
