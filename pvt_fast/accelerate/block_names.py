@@ -97,6 +97,14 @@ def required_parameters(forward: Any) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.default is inspect.Parameter.empty)
 
 
+def takes_tokens_only(forward: Any) -> bool:
+    """Is an unbound forward called with tokens, and nothing of their map?"""
+    parameters = inspect.signature(forward).parameters.values()
+    return len(required_parameters(forward)) == 1 and all(
+        p.kind != inspect.Parameter.VAR_POSITIONAL for p in parameters
+    )
+
+
 def at(block: nn.Module, path: str) -> Any:
     """What `path` leads to from `block`; None where it leads nowhere, and for an nn.Identity."""
     value: Any = block if path else None

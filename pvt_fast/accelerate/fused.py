@@ -21,7 +21,18 @@ from torch import Tensor, nn
 from .. import dispatch, library, reference
 from ..ops import HW, PatchEmbedWeights, to_map, to_tokens
 from . import read
-from .block_names import MAP, PAIR, AttentionNames, Layout, MlpNames, Refusal, at, first, required_parameters
+from .block_names import (
+    MAP,
+    PAIR,
+    AttentionNames,
+    Layout,
+    MlpNames,
+    Refusal,
+    at,
+    first,
+    required_parameters,
+    takes_tokens_only,
+)
 from .guard import Guard, ambient, edges
 from .halves import AttentionHalf, MlpHalf, Part, linear_of, norm_of
 
@@ -230,7 +241,7 @@ class FusedBlock(Fused):
         """One half on the block's own modules, as peers write it."""
         module = at(block, names.module)
         size: tuple = (hw,) if self.layout.call == PAIR else hw
-        if len(required_parameters(type(module).forward)) == 1:  # a plain MLP
+        if takes_tokens_only(type(module).forward):  # a plain MLP
             size = ()
         y = block.get_submodule(names.norm)(x)
         if names.residual_inside:
