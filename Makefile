@@ -40,9 +40,9 @@ style: $(VENV)/.style
 CXXFLAGS := -std=c++17 -ffp-contract=fast -fno-math-errno -fopenmp -Wall -Wextra \
 	-Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized -Icsrc
 KERNELS := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp)) $(wildcard csrc/isa/*.cpp)
-# -g1 is enough for the lines of a report: with -g GCC follows every variable through code that is inlined a thousand
-# times, which takes it longer than all the rest
-SANITIZED := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
+# for GCC's time, most of which goes into few huge functions where all is inlined: -g1 is enough for the lines of a report,
+# -g follows every variable, and points-to analysis takes a quarter of the rest
+SANITIZED := -O1 -g1 -fno-tree-pta -fsanitize=address,undefined -fno-sanitize-recover=undefined
 # of the ISAs those that this CPU runs: the others would take most of the time, and nothing of them is executed
 NATIVE := $(shell $(CXX) -march=native -dM -E -x c++ /dev/null | cut -d' ' -f2)
 NEEDED_BY_avx2 := __AVX2__
