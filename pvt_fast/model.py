@@ -180,7 +180,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
 
     def facts(self, x: Tensor) -> dispatch.Facts:
         """What a backend has to support to run this model on x."""
-        config = self.config
+        config = self._config
         return dispatch.Facts(
             x.device.type,
             x.dtype,
@@ -205,7 +205,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
     def forward_features(self, image: Tensor) -> Tensor:
         """image (B, in_channels, H, W) -> the last stage's map after its norm, (B, C, H / 32, W / 32)."""
         x = self._prepare(image)
-        for stage in range(self.config.num_stages):
+        for stage in range(self._config.num_stages):
             _, x = self._stage(stage, x)
         return x
 
@@ -249,9 +249,9 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f'forward_intermediates: output_fmt must be "NCHW" or "NLC", got {output_fmt!r}')
-        chosen = stage_indices("forward_intermediates", indices, self.config.num_stages)
+        chosen = stage_indices("forward_intermediates", indices, self._config.num_stages)
         x, intermediates = self._prepare(image), []
-        for stage in range(max(chosen) + 1 if stop_early or intermediates_only else self.config.num_stages):
+        for stage in range(max(chosen) + 1 if stop_early or intermediates_only else self._config.num_stages):
             before, x = self._stage(stage, x)
             if stage in chosen:  # in stage order, each once, as timm
                 kept = x if norm else before
@@ -277,10 +277,10 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         if not torch.jit.is_tracing():  # there sizes are recorded as they are computed, not compared
             self._check_size(image)
         if image.dtype == torch.uint8:
-            if self.config.in_channels != len(IMAGENET_MEAN):
+            if self._config.in_channels != len(IMAGENET_MEAN):
                 raise TypeError(
                     f"PVT_V2: image must be floating-point unless in_channels is {len(IMAGENET_MEAN)} (RGB), "
-                    f"got {image.dtype} with in_channels {self.config.in_channels}"
+                    f"got {image.dtype} with in_channels {self._config.in_channels}"
                 )
             image = normalise(image, IMAGENET_MEAN, IMAGENET_STD).to(next(self.parameters()).dtype)
         first = getattr(self.patch_embed1, "proj", None)
@@ -296,17 +296,17 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         return image
 
     def _check_size(self, image: Tensor) -> None:
-        if image.dim() != 4 or image.shape[1] != self.config.in_channels:
+        if image.dim() != 4 or image.shape[1] != self._config.in_channels:
             raise ValueError(
-                f"PVT_V2: image must have shape (B, {self.config.in_channels}, H, W), got {tuple(image.shape)}"
+                f"PVT_V2: image must have shape (B, {self._config.in_channels}, H, W), got {tuple(image.shape)}"
             )
-        self.config.map_sizes(image.shape[2], image.shape[3])
+        self._config.map_sizes(image.shape[2], image.shape[3])
 
     # -- the whole forward at once: what `program` and `library` ask ------------------------------------------------
 
     def forward_settings(self) -> tuple:
         """What the forward reads that is no module."""
-        return (self.config, self.global_pool)
+        return (self._config, self.global_pool)
 
     def calls_its_own(self) -> bool:
         """Are the methods that `PVT_V2.forward` calls those of this class, not a subclass's or the instance's?"""
@@ -326,7 +326,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         like = next(self.parameters())
         if dispatch.select(self.facts(like), self.backend).__name__ != dispatch.ORDER["cpp"]:
             return False
-        count = 1 + sum(2 + len(getattr(self, f"block{n + 1}")) for n in range(self.config.num_stages))
+        count = 1 + sum(2 + len(getattr(self, f"block{n + 1}")) for n in range(self._config.num_stages))
         pieces = [(owner, stand_in.current(owner)) for owner, stand_in in self.stand_ins()]
         return (
             bool(self.global_pool)

@@ -109,7 +109,7 @@ class Program:
 def fits(model: PVT_V2, image: Tensor) -> bool:
     """Is `image` of a kind and size that programs are for?"""
     tokens = image.shape[0] * (image.shape[2] // 4) * (image.shape[3] // 4)
-    small = tokens * model.config.embed_dims[0] * image.element_size() <= _MOST_BYTES
+    small = tokens * model.forward_settings()[0].embed_dims[0] * image.element_size() <= _MOST_BYTES
     return small and image.dtype in (torch.float32, torch.bfloat16) and _layout(image) is not None
 
 
