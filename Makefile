@@ -16,9 +16,9 @@ setup: $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
-# test-all: with the whole product of cases, instruction sets and dtypes. A worker that runs out of tests takes some of
-# the other's
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+# test-all: with the whole product of cases, instruction sets and dtypes. A file is one worker's: its fixtures, some of
+# which compile for a minute, are made once
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test: $(VENV)/.test
 	$(PYTEST) $(PYTEST_ARGS)
