@@ -25,6 +25,7 @@ import pvt_fast
 from pvt_fast import kernels
 from pvt_fast.config import VARIANTS, PVTConfig
 from pvt_fast.kernels.launch import Launch, recorded
+from pvt_fast.testing import run_stages
 
 # Lane instructions per element: counted in the machine code of sm_90 where a kernel is nothing else, else assumed.
 LAYER_NORM, SOFTMAX, EPILOGUE = 8, 10, 3
@@ -252,7 +253,7 @@ def model_launches(case: Case) -> list[Launch]:
     dtype = case.torch_dtype
     with torch.device("meta"), torch.no_grad(), recorded() as launches:
         model = pvt_fast.create_model(case.model).eval().to(dtype)
-        tokens, _ = model._run_stages(torch.empty(case.batch, 3, case.size, case.size, dtype=dtype), kernels)
+        tokens = run_stages(model, torch.empty(case.batch, 3, case.size, case.size, dtype=dtype), "triton")
         kernels.head(tokens, None)
     return launches
 

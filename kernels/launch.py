@@ -188,7 +188,18 @@ def packed_apart(kind: str, tensors: tuple[Tensor | None, ...], build: Callable[
     """The packed form of `tensors`, kept or from `build()`, made `apart`. The first tensor is never None."""
     assert tensors[0] is not None
     device = tensors[0].device
-    return packed(f"triton {kind}", None, tensors, lambda: apart(build, device))
+    given = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None}
+
+    def own(tensor: Any) -> Any:
+        """A packed form lives until its weights' memory is freed: it must not be what keeps that alive."""
+        shared = isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in given
+        return tensor.clone() if shared else tensor
+
+    def build_own() -> T:
+        form: Any = build()
+        return type(form)(*map(own, form)) if isinstance(form, tuple) else own(form)
+
+    return packed(f"triton {kind}", None, tensors, lambda: apart(build_own, device))
 
 
 def inputs_last(weight: Tensor) -> Tensor:

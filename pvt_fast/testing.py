@@ -14,9 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import dispatch, reference
+from .accelerate.fused import FusedBlock, FusedEmbed, FusedNorm
+from .accelerate.halves import linear_of, norm_of
 from .config import LINEAR_POOL_SIZE, PVTConfig, conv_size
-from .ops import AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
+from .model import PVT_V2
+from .ops import (
+    AttentionSpec,
+    AttentionWeights,
+    Linear,
+    MlpSpec,
+    MlpWeights,
+    Norm,
+    PatchEmbedWeights,
+    to_map,
+    to_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -239,6 +252,24 @@ def run(backend: Any, case: Case, arguments: tuple) -> Tensor:
     """Call the case's op on a backend; the tokens it gives."""
     output = getattr(backend, case.op)(*arguments)
     return output[0] if isinstance(output, tuple) else output
+
+
+def run_stages(model: PVT_V2, image: Tensor, backend: str) -> Tensor:
+    """The stages of a model on a backend's ops, on whatever device: tokens of the last one after its norm.
+
+    For recordings of launches on tensors without memory, where the model itself would run its own modules.
+    """
+    ops, x, hw = dispatch.load(backend), image, (0, 0)
+    for owner, stand_in in model.stand_ins():
+        fused = stand_in.current(owner)
+        if isinstance(fused, FusedEmbed):
+            weights = PatchEmbedWeights(linear_of(fused.proj), norm_of(fused.norm))
+            x, hw = ops.overlap_patch_embed(x, weights, owner.proj.stride[0])  # type: ignore[union-attr,index]
+        elif isinstance(fused, FusedBlock):
+            x = fused.compute(owner, backend, x, hw)
+        elif isinstance(fused, FusedNorm):
+            x = to_map(ops.layer_norm(x, norm_of(fused.norm)), hw)  # type: ignore[union-attr]
+    return to_tokens(x)
 
 
 def expected(case: Case, arguments: tuple) -> tuple[Tensor, Tensor]:

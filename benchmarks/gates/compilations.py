@@ -31,6 +31,7 @@ from pvt_fast.kernels import tuning
 from pvt_fast.kernels.config import Config
 from pvt_fast.kernels.launch import Chip, Launch, recorded
 from pvt_fast.kernels.tuning_records import Key
+from pvt_fast.testing import run_stages
 
 dwconv_mlp = sys.modules["pvt_fast.kernels.dwconv_mlp"]  # the package has the function under that name
 
@@ -191,6 +192,6 @@ def _compilations(
             for batch, size in itertools.product(batches, sizes):
                 ahead: list[Launch] = []
                 with torch.no_grad(), recorded(chip, ahead) as launches:
-                    tokens, _ = model._run_stages(torch.empty(batch, 3, size, size, dtype=dtype), kernels)
+                    tokens = run_stages(model, torch.empty(batch, 3, size, size, dtype=dtype), "triton")
                     kernels.head(tokens, None)
                 yield from (compilation(launch, chip) for launch in launches + ahead)
