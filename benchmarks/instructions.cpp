@@ -47,8 +47,8 @@ class Draw {
 
 void patch_embed(int side, int in_channels, int channels, int kernel, int stride) {
   Draw draw;
-  const pvt::PatchEmbedWeights weights{draw.linear(channels, in_channels * kernel * kernel), draw.norm(channels),
-                                       in_channels, channels, kernel};
+  const pvt::PatchEmbedWeights weights{
+      draw.linear(channels, in_channels * kernel * kernel), draw.norm(channels), in_channels, channels, kernel, stride};
   const std::int64_t pixels = std::int64_t{side} * side;
   const pvt::Image image{draw(in_channels * pixels), 1, side, side, in_channels * pixels, pixels, side, 1};
   const auto op = factories().patch_embed(weights, false);

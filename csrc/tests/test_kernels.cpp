@@ -229,7 +229,7 @@ struct Run {
     const int rows = (height + 2 * pad - kernel) / stride + 1, columns = (width + 2 * pad - kernel) / stride + 1;
     Tensor out(std::size_t(batch) * rows * columns * out_channels, dtype);
     const pvt::PatchEmbedWeights w{
-        {weight.data(), bias.data()}, {gamma.data(), beta.data(), 1e-5f}, in, out_channels, kernel};
+        {weight.data(), bias.data()}, {gamma.data(), beta.data(), 1e-5f}, in, out_channels, kernel, stride};
     const pvt::Image view = channels_last
                                 ? pvt::Image{image.data(), batch, height, width, pixels * in, 1, width * in, in}
                                 : pvt::Image{image.data(), batch, height, width, pixels * in, pixels, width, 1};
