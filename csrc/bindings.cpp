@@ -76,10 +76,11 @@ class Facts {
   using Size = std::tuple<py::handle, py::ssize_t>;              // len(dict) == size
   using Type = std::tuple<py::handle, py::handle>;               // type(object) is type
 
-  Facts(std::vector<Entry> entries, std::vector<Size> sizes, std::vector<Type> types)
-      : entries_(std::move(entries)), sizes_(std::move(sizes)), types_(std::move(types)) {}
+  Facts(std::vector<Entry> entries, std::vector<Size> sizes, std::vector<Type> types, std::vector<Address> soon)
+      : entries_(std::move(entries)), sizes_(std::move(sizes)), types_(std::move(types)), soon_(std::move(soon)) {}
 
   bool hold() const {
+    for (const Address address : soon_) __builtin_prefetch(input(address));
     for (const auto& [object, type] : types_) __builtin_prefetch(object.ptr());
     for (const auto& [dict, size] : sizes_) __builtin_prefetch(dict.ptr());
     for (const auto& [dict, name, value] : entries_) {
@@ -105,6 +106,7 @@ class Facts {
   std::vector<Entry> entries_;
   std::vector<Size> sizes_;
   std::vector<Type> types_;
+  std::vector<Address> soon_;
 };
 
 std::unique_ptr<pvt::Watch> watch(const std::vector<std::pair<Address, std::size_t>>& regions) {
@@ -165,8 +167,9 @@ PYBIND11_MODULE(_C, m) {
         op.run(input(x), batch, tokens, output(out));
       });
   py::class_<Facts>(m, "Facts")
-      .def(py::init<std::vector<Facts::Entry>, std::vector<Facts::Size>, std::vector<Facts::Type>>(),
-           py::arg("entries"), py::arg("sizes"), py::arg("types"))
+      .def(py::init<std::vector<Facts::Entry>, std::vector<Facts::Size>, std::vector<Facts::Type>,
+                    std::vector<Address>>(),
+           py::arg("entries"), py::arg("sizes"), py::arg("types"), py::arg("soon"))
       .def("hold", &Facts::hold,
            "Is every (dict, name, value) of `entries` so, every (dict, size) and every (object, type)?");
   py::class_<pvt::Watch>(m, "Watch")

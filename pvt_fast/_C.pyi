@@ -47,6 +47,7 @@ class Facts:
         entries: Sequence[tuple[dict, str, object]],
         sizes: Sequence[tuple[dict, int]],
         types: Sequence[tuple[object, type]],
+        soon: Sequence[int],  # addresses of cache lines that are read after `hold`
     ) -> None: ...
     def hold(self) -> bool: ...
 

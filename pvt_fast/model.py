@@ -260,6 +260,8 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
 
     def _stage(self, stage: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """A map (B, C, H, W) -> the stage's map before its norm and after it."""
+        if stage == 0 and isinstance(x, Tensor):
+            self._check_dtype(x)
         x, height, width = getattr(self, f"patch_embed{stage + 1}")(x)
         checkpointing = self._checkpointing and torch.is_grad_enabled()
         for block in getattr(self, f"block{stage + 1}"):
@@ -283,6 +285,9 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
                     f"got {image.dtype} with in_channels {self._config.in_channels}"
                 )
             image = normalise(image, IMAGENET_MEAN, IMAGENET_STD).to(next(self.parameters()).dtype)
+        return image
+
+    def _check_dtype(self, image: Tensor) -> None:
         first = getattr(self.patch_embed1, "proj", None)
         weight = first._parameters.get("weight") if type(first) is nn.Conv2d else None
         if (
@@ -293,7 +298,6 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
             raise TypeError(
                 f"PVT_V2: image must have the dtype of patch_embed1.proj.weight, {weight.dtype}, got {image.dtype}"
             )
-        return image
 
     def _check_size(self, image: Tensor) -> None:
         if image.dim() != 4 or image.shape[1] != self._config.in_channels:

@@ -8,7 +8,7 @@ read: another module in place, another class, hooks, a forward of their own, oth
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -151,7 +151,11 @@ class Guard:
 
 
 def facts(
-    owner: nn.Module, watched: Iterable[Edge], types: Iterable[type], more: Iterable[tuple[dict, str, Any]] = ()
+    owner: nn.Module,
+    watched: Iterable[Edge],
+    types: Iterable[type],
+    more: Iterable[tuple[dict, str, Any]] = (),
+    soon: Sequence[int] = (),
 ) -> tuple[_C.Facts, tuple]:
     """What `Guard.changed` and `Guard.disturbed` look at, as it is now, with `more` values of dicts; and what to keep
     alive for it, beginning with the owner's dict of modules."""
@@ -166,7 +170,7 @@ def facts(
         for hooks in _HOOKS:
             entries.append((values, hooks, values[hooks]))
             sizes.append((values[hooks], 0))
-    return _C.Facts(entries, sizes, kinds), (owner._modules, entries, sizes, kinds)
+    return _C.Facts(entries, sizes, kinds, soon), (owner._modules, entries, sizes, kinds)
 
 
 def _are_idle(module: nn.Module) -> bool:

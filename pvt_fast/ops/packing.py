@@ -67,7 +67,8 @@ class Sources:
         self._addresses = [tensor.data_ptr() for tensor in tensors]
         # tensors made under torch.inference_mode() count no changes
         self._versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
-        self._compact = [tensor.is_contiguous() for tensor in tensors]
+        # another order of the same memory; a vector has but one
+        self._compact = [(i, tensor.is_contiguous()) for i, tensor in enumerate(tensors) if tensor.dim() > 1]
         self._shapes = [_shape(tensor) for tensor in tensors]
         self._kept = [tensor.detach() for tensor in tensors] if keep else None
         on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
@@ -83,11 +84,11 @@ class Sources:
     def hold_values(self, tensors: Sequence[Tensor]) -> bool:
         """The same where the memory was kept, so that no other tensor can have its address."""
         # a plain loop: it runs for every weight of every forward
-        known = zip(tensors, self._addresses, self._versions, self._compact, strict=True)
-        for tensor, address, version, compact in known:
-            if tensor.data_ptr() != address or tensor.is_contiguous() != compact:
+        for tensor, address, version in zip(tensors, self._addresses, self._versions, strict=True):
+            if tensor.data_ptr() != address or (version is not None and tensor._version != version):
                 return False
-            if version is not None and tensor._version != version:
+        for index, compact in self._compact:
+            if tensors[index].is_contiguous() != compact:
                 return False
         return self._same_shapes(tensors) and self._same_values(tensors)
 
