@@ -58,8 +58,12 @@ class Forward {
       const Map map = stage.embed->map(next);
       int least = 1;
       for (const ResidualOp* op : stage.ops) least = std::max(least, op->least_side());
-      require(next.height >= 1 && next.width >= 1 && std::min(map.height, map.width) >= least,
-              "take an image of this size");
+      if (next.height < 1 || next.width < 1 || std::min(map.height, map.width) < least) {
+        throw std::invalid_argument("Forward: image must give each stage a map of at least its sr_ratio a side, got " +
+                                    std::to_string(map.height) + "x" + std::to_string(map.width) + " for " +
+                                    std::to_string(least) + " from " + std::to_string(image.height) + "x" +
+                                    std::to_string(image.width));
+      }
       largest = std::max(largest, std::size_t(map.batch * map.tokens() * stage.embed->channels()) * element_size_);
       next = tokens_of(nullptr, map, stage.embed->channels());
     }

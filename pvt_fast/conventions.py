@@ -166,6 +166,12 @@ def outputs_of(head: nn.Module | None) -> int | None:
     return next((outputs for outputs in told if isinstance(outputs, int)), None)
 
 
+def inputs_of(embed: nn.Module | None) -> int | None:
+    """Channels of the images that a patch embed takes: those of its `proj`; None where that is no convolution."""
+    proj = None if embed is None else embed._modules.get("proj")
+    return proj.in_channels if isinstance(proj, nn.Conv2d) else None
+
+
 def stage_indices(op: str, indices: int | Sequence[int] | None, num_stages: int) -> list[int]:
     """Stage numbers from 0: None means all, an int n the last n, negative ones count from the end. ValueError."""
     if indices is None:

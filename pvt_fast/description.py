@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .accelerate.guard import SETTINGS
 from .layers import DropPath
 
 if TYPE_CHECKING:
@@ -128,6 +129,11 @@ def _differences(model: nn.Module, twin: nn.Module) -> Iterator[str]:
             continue
         if type(other).forward is not type(module).forward:
             yield f"{name} as a {type(other).__name__} for a {type(module).__name__}"
+            continue
+        for setting in SETTINGS:
+            now, made_with = vars(other).get(setting), vars(module).get(setting)
+            if now != made_with and setting != "eps":  # epsilons are kept
+                yield f"a {setting} of {now} for {made_with} in {name}"
 
 
 def _without_head(named: Mapping[str, Any]) -> dict[str, Any]:

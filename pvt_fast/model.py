@@ -14,7 +14,7 @@ from . import dispatch, library
 from .accelerate.fused import Settings, StandIn
 from .capture import CapturedModel
 from .config import PVTConfig
-from .conventions import TimmConventions, init_weights, outputs_of, stage_indices
+from .conventions import TimmConventions, init_weights, inputs_of, outputs_of, stage_indices
 from .layers import Block, DWConvMLP, OverlapPatchEmbed, SpatialReductionAttention, classifier, map_of, stage_norm
 from .mixin import HubMixin
 from .ops import packing, to_tokens
@@ -159,12 +159,18 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
 
     @property
     def config(self) -> PVTConfig:
-        """The architecture as it is now: `num_classes` is that of the module at `head`, whoever put it there."""
+        """The architecture as it is now: `in_channels` and `num_classes` are those of the first convolution and of the
+        module at `head`, whoever put them there.
+        """
         # of no matter to a forward; a size is no number while it is traced
         if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-            classes = outputs_of(self._modules.get("head"))
-            if classes is not None and classes != self._config.num_classes:
-                self._config = replace(self._config, num_classes=classes)
+            ends = {
+                "in_channels": inputs_of(self._modules.get("patch_embed1")),
+                "num_classes": outputs_of(self._modules.get("head")),
+            }
+            now = {name: value for name, value in ends.items() if value is not None}
+            if any(getattr(self._config, name) != value for name, value in now.items()):
+                self._config = replace(self._config, **now)  # type: ignore[arg-type]  # two ints
         return self._config
 
     # -- backend ---------------------------------------------------------------------------------------------------
@@ -279,10 +285,10 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         if not torch.jit.is_tracing():  # there sizes are recorded as they are computed, not compared
             self._check_size(image)
         if image.dtype == torch.uint8:
-            if self._config.in_channels != len(IMAGENET_MEAN):
+            if image.shape[1] != len(IMAGENET_MEAN):
                 raise TypeError(
                     f"PVT_V2: image must be floating-point unless in_channels is {len(IMAGENET_MEAN)} (RGB), "
-                    f"got {image.dtype} with in_channels {self._config.in_channels}"
+                    f"got {image.dtype} with in_channels {image.shape[1]}"
                 )
             image = normalise(image, IMAGENET_MEAN, IMAGENET_STD).to(next(self.parameters()).dtype)
         return image
@@ -300,11 +306,34 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
             )
 
     def _check_size(self, image: Tensor) -> None:
-        if image.dim() != 4 or image.shape[1] != self._config.in_channels:
+        channels = inputs_of(self._modules.get("patch_embed1"))
+        if image.dim() != 4 or (channels is not None and image.shape[1] != channels):
             raise ValueError(
-                f"PVT_V2: image must have shape (B, {self._config.in_channels}, H, W), got {tuple(image.shape)}"
+                f"PVT_V2: image must have shape (B, {'Cin' if channels is None else channels}, H, W), "
+                f"got {tuple(image.shape)}"
             )
-        self._config.map_sizes(image.shape[2], image.shape[3])
+        try:
+            self._config.map_sizes(image.shape[2], image.shape[3])
+        except ValueError:
+            if self._reduces_as_configured():
+                raise
+
+    def _reduces_as_configured(self) -> bool:
+        """Are the convolutions that make a map smaller those of the configuration, in kernel, stride and padding?"""
+        for stage in range(self._config.num_stages):
+            embed, blocks = getattr(self, f"patch_embed{stage + 1}"), getattr(self, f"block{stage + 1}")
+            (kernel, stride), ratio = self._config.patch(stage), self._config.sr_ratios[stage]
+            found = [(embed, "proj", (kernel, stride, kernel // 2))]
+            if not self._config.linear and ratio > 1:
+                found += [(getattr(block, "attn", None), "sr", (ratio, ratio, 0)) for block in blocks]
+            for owner, name, sides in found:
+                convolution = getattr(owner, name, None)
+                if not isinstance(convolution, nn.Conv2d):
+                    return False
+                now = (convolution.kernel_size, convolution.stride, convolution.padding)
+                if now != tuple((side, side) for side in sides):
+                    return False
+        return True
 
     # -- the whole forward at once: what `program` and `library` ask ------------------------------------------------
 

@@ -320,6 +320,51 @@ def test_a_replaced_head_comes_back(head, tmp_path):
         assert same(other.state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@torch.no_grad()
+def test_a_first_convolution_of_other_channels(backend, tmp_path):
+    model = randomised(ours(img_size=64)).eval()
+    model.backend = backend
+    model(image_of())
+    model.patch_embed1.proj = nn.Conv2d(4, model.patch_embed1.proj.out_channels, 7, 4, 3)
+    assert model.config.in_channels == model.default_cfg["input_size"][0] == 4
+    image = torch.randn(2, 4, 64, 64)
+    logits = model(image)
+    with pytest.raises(ValueError, match=r"image must have shape \(B, 4, H, W\), got \(2, 3, 64, 64\)"):
+        model(image_of())
+    with pytest.raises(TypeError, match="unless in_channels is 3"):
+        model(torch.zeros(2, 4, 64, 64, dtype=torch.uint8))
+    model.save_pretrained(tmp_path)
+    again = PVT_V2.from_pretrained(tmp_path)
+    again.backend = backend
+    assert torch.equal(again(image), logits)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_sizes_are_those_of_the_modules(compiled):
+    """A first stride of 2 leaves maps of images that are too small by the configuration; a reduction's kernel, too."""
+    model = randomised(ours()).eval()
+    finer = copy.deepcopy(model)
+    finer.patch_embed1.proj.stride = (2, 2)
+    coarser = copy.deepcopy(model)
+    coarser.block1[0].attn.sr = nn.Conv2d(8, 8, 16, 16)
+    small, large = (torch.randn(1, 3, size, size) for size in (32, 64))
+    with pytest.raises(ValueError, match="image must be large enough for stage 1"):
+        model(torch.randn(1, 3, 16, 16))
+    for changed in (finer, coarser):
+        expected = copy.deepcopy(changed)
+        expected.backend = "reference"
+        forward = torch.compile(changed, backend="aot_eager") if compiled else changed
+        for _ in range(3):
+            torch.testing.assert_close(forward(large), expected(large))
+    tiny = torch.randn(1, 3, 16, 16)
+    torch.testing.assert_close(finer(tiny), finer.forward_head(finer.forward_features(tiny)))
+    for _ in range(2):
+        with pytest.raises((ValueError, RuntimeError), match=r"sr_ratio|[Kk]ernel size"):
+            coarser(small)
+
+
 def test_another_number_of_classes_than_the_saved():
     """Under the one that the file has as well as that of the model, what is at `head` is what counts."""
     source, model = randomised(ours(num_classes=7)), ours(num_classes=7)
@@ -439,6 +484,10 @@ def replaced(path: str, make):
     return change
 
 
+def set_to(path: str, setting: str, value):
+    return lambda model: setattr(model.get_submodule(path), setting, value)
+
+
 class Tagged(torch.Tensor):
     pass
 
@@ -456,6 +505,8 @@ OTHER_TRUNKS = {
     "another activation": (replaced("block2.1.mlp.act", lambda old: nn.ReLU()), "act as a ReLU for a GELU"),
     "a forward of its own": (replaced("block2.0.attn.kv", lambda old: Scaled(16, 32)), "as a Scaled for a Linear"),
     "a buffer": (lambda model: model.register_buffer("mean", torch.zeros(3)), "an unknown mean"),
+    "another stride": (set_to("patch_embed1.proj", "stride", (2, 2)), "a stride of (2, 2) for (4, 4) in patch_embed1"),
+    "other heads": (set_to("block3.0.attn", "num_heads", 1), "a num_heads of 1 for 3 in block3.0.attn"),
     "tensors of a class": (tag, "a Tagged at block1.0.mlp.fc1.weight"),
 }
 

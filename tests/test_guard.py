@@ -166,7 +166,7 @@ WITHOUT_EFFECT = ("normalized_shape", "output_size", "approximate")
 
 
 def test_every_setting_of_the_guard_is_changed_here():
-    assert set(SETTINGS) == set(guarding._SETTINGS)
+    assert set(SETTINGS) == set(guarding.SETTINGS)
 
 
 def setting(name: str) -> Change:

@@ -35,7 +35,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _CAPTURING = "transformers.utils.output_capturing"
 
 # Attributes that the forward of a module which the ops stand in for reads.
-_SETTINGS = (
+SETTINGS = (
     "normalized_shape",
     "eps",
     "stride",
@@ -94,7 +94,7 @@ class Guard:
         modules = [child for _, _, child in self.edges]
         self.types = [type(module) for module in modules]
         self.sizes = [len(module._modules) for module in modules]
-        self.settings = [{name: vars(module)[name] for name in _SETTINGS if name in vars(module)} for module in modules]
+        self.settings = [{name: vars(module)[name] for name in SETTINGS if name in vars(module)} for module in modules]
         self.forwards = {kind: kind.forward for kind in self.types}
         self._facts: _C.Facts | None = None
         self._kept: Any = None  # alive while `_facts` is
@@ -165,7 +165,7 @@ def facts(
         kinds.append((child, kind))
         entries.append(((owner if parent is None else parent)._modules, name, child))
         entries += [(values, "forward", None), (values, "_modules", values["_modules"])]
-        entries += [(values, setting, values[setting]) for setting in _SETTINGS if setting in values]
+        entries += [(values, setting, values[setting]) for setting in SETTINGS if setting in values]
         sizes.append((values["_modules"], len(values["_modules"])))
         for hooks in _HOOKS:
             entries.append((values, hooks, values[hooks]))
