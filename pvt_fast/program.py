@@ -125,6 +125,10 @@ def record(model: PVT_V2, image: Tensor, isa: str, records: list[packing.Record]
     if any(not own.issuperset(used.addresses) for used in records):
         return None
     program = Program(model, image, isa, guard, [used.form for used in records])
+    # It compares with the values of now. What the ops were packed from may have changed since, unseen as yet.
+    if not all(used.sources.same_memory() for used in records):
+        packing.doubt()
+        return None
     return program if program.holds(model, image, isa) else None
 
 

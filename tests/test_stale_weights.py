@@ -890,6 +890,91 @@ def test_one_changed_element_is_seen_within_as_many_calls_as_promised(kind, at):
     assert seen == sorted(seen)  # once seen, seen
 
 
+def test_a_recording_is_not_of_older_weights_than_it_compares_with():
+    """A call op by op packs, one element changes unseen, and the next call records all ops and the values of now."""
+    model = wide("own")
+    before = by_ops(model)
+    change_one(model, 0.6)
+    answers = [whole(model) for _ in range(packing.CALLS)]
+    assert not torch.allclose(answers[-1], before, rtol=1e-3, atol=1e-3)
+    assert_rounding(answers[-1], plain(lambda: whole(model)))
+
+
+@torch.no_grad()
+def one_in_place(model: nn.Module) -> None:
+    blocks(model)[1].mlp.fc1.weight[400, 100].add_(100.0)
+
+
+@torch.inference_mode()
+def one_within_inference_mode(model: nn.Module) -> None:
+    blocks(model)[1].mlp.fc1.weight[400, 100].add_(100.0)
+
+
+def one_of_a_detached_tensor(model: nn.Module) -> None:
+    blocks(model)[1].mlp.fc1.weight.detach()[400, 100].add_(100.0)
+
+
+def one_and_a_new_parameter(model: nn.Module) -> None:
+    """Which is over the same memory, and has seen no change."""
+    one_in_place(model)
+    layer = blocks(model)[1].mlp.fc1
+    layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
+
+
+def one_of_a_twin(model: nn.Module) -> None:
+    """Another model over the same memory, which is called last, has counted as many changes as this one will have."""
+    twin = copy.deepcopy(model)
+    for own_parameter, parameter in zip(model.parameters(), twin.parameters(), strict=True):
+        parameter.data = own_parameter.data
+    with torch.no_grad():
+        blocks(twin)[1].mlp.fc1.weight.mul_(1.0)
+    whole(twin)
+    one_in_place(model)
+
+
+def one_loaded(model: nn.Module) -> None:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    (name,) = (n for n, p in model.named_parameters() if p is blocks(model)[1].mlp.fc1.weight)
+    state[name][400, 100] += 100.0
+    model.load_state_dict(state)
+
+
+RECORDED_ONE = [
+    one_in_place,
+    one_within_inference_mode,
+    one_of_a_detached_tensor,
+    one_and_a_new_parameter,
+    one_of_a_twin,
+    one_loaded,
+]
+
+
+@pytest.mark.parametrize("change", RECORDED_ONE, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("state", ["op-by-op", "whole", "training"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_one_recorded_element_is_seen_at_once(kind, state, change):
+    model, (ask, times) = copy.deepcopy(wide(kind)), STATES[state]
+    assert not any(parameter._version for parameter in model.parameters())
+    for _ in range(times):
+        before = ask(model)
+    change(model)
+    assert_seen(ask, model, before, change.__name__)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@torch.no_grad()
+def test_parameters_given_for_one_call_are_seen_whatever_they_count(kind):
+    model = wide(kind)
+    for _ in range(3):
+        given = {name: parameter.data for name, parameter in model.named_parameters()}
+        before = torch.func.functional_call(model, given, (image(),))
+    one_in_place(model)
+    given = {name: parameter.data for name, parameter in model.named_parameters()}
+    after = torch.func.functional_call(model, given, (image(),))
+    assert not torch.allclose(after, before, rtol=1e-3, atol=1e-3)
+    assert_rounding(after, plain(lambda: whole(model)))
+
+
 @pytest.mark.parametrize("change", ONE)
 @pytest.mark.parametrize("kind", MODELS)
 def test_refresh_shows_it_at_once(kind, change):

@@ -1,12 +1,13 @@
 """Packed forms of weights: one table, keyed by the weights themselves, and never stale.
 
 A backend asks for the packed form of some weights through `packed`. The guarantee: **a change of a weight that torch
-records, or that changes values all over it, is seen by the next call; any other change, down to one element, within
-`CALLS` calls.** Three things together give it:
+records, or that writes values all over it, is seen by the next call; any other change, down to one element, within
+`CALLS` calls of the same kind** (a model's forward, its `forward_features`, an image of another memory layout: each
+compares on its own). Three things together give it:
 
-- Hints, at every use: each tensor has the same storage, address, shape, strides and version. That sees in-place
-  operations, `load_state_dict`, `.to()` and replaced parameters. It misses fused optimizers, writes through
-  `.data`, through NumPy views and by other processes, which leave all of these alone.
+- Hints, at every use: each tensor is the same object, with the same storage, address, shape, strides and version. That
+  sees in-place operations, `load_state_dict`, `.to()` and replaced parameters. It misses fused optimizers, writes
+  through `.data`, through NumPy views and by other processes, which leave all of these alone.
 - Comparison of a part, at every use: the values of one part in `CALLS` of every tensor, another part each time, are
   held against what was packed. On devices other than the CPU, where that would wait for the device, all of them at
   every `CALLS`-th use instead.
@@ -44,12 +45,20 @@ class UnannouncedChange(RuntimeError):
 
 
 class Sources:
-    """The tensors that something was made of, and whether they are still what they were.
+    """The tensors that something was made of, and whether they are still what they were."""
 
-    Known by their storages, not by the tensors: torch.utils.swap_tensors refuses a tensor that has weak references.
-    """
-
-    __slots__ = ("_addresses", "_calls", "_compact", "_kept", "_shapes", "_storages", "_sure", "_versions", "_watch")
+    __slots__ = (
+        "_addresses",
+        "_calls",
+        "_compact",
+        "_kept",
+        "_objects",
+        "_shapes",
+        "_storages",
+        "_sure",
+        "_versions",
+        "_watch",
+    )
 
     def __init__(
         self,
@@ -65,8 +74,8 @@ class Sources:
         self._calls = itertools.count()
         self._storages = [ref(tensor.untyped_storage(), gone) for tensor in tensors]
         self._addresses = [tensor.data_ptr() for tensor in tensors]
-        # tensors made under torch.inference_mode() count no changes
-        self._versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
+        self._objects = [_object(tensor) for tensor in tensors]
+        self._versions = [_version(tensor) for tensor in tensors]
         # another order of the same memory; a vector has but one
         self._compact = [(i, tensor.is_contiguous()) for i, tensor in enumerate(tensors) if tensor.dim() > 1]
         self._shapes = [_shape(tensor) for tensor in tensors]
@@ -79,7 +88,22 @@ class Sources:
         for tensor, storage in zip(tensors, self._storages, strict=True):
             if tensor.untyped_storage() is not storage():
                 return False
+        for tensor, known in zip(tensors, self._objects, strict=True):
+            if id(tensor) != known and not _is(tensor, known):
+                return self._hold_for(tensors)
         return self.hold_values(tensors)
+
+    def _hold_for(self, tensors: Sequence[Tensor]) -> bool:
+        """The same for other tensors over the same memory, which count their changes anew: all values are compared."""
+        if [tensor.data_ptr() for tensor in tensors] != self._addresses or not all(
+            _shape(tensor) == shape for tensor, shape in zip(tensors, self._shapes, strict=True)
+        ):
+            return False
+        objects, versions = [_object(tensor) for tensor in tensors], [_version(tensor) for tensor in tensors]
+        if self._first_changed(tensors) >= 0:
+            return False
+        self._objects, self._versions = objects, versions
+        return True
 
     def hold_values(self, tensors: Sequence[Tensor]) -> bool:
         """The same where the memory was kept, so that no other tensor can have its address."""
@@ -115,6 +139,10 @@ class Sources:
                 f"shape {tuple(self._shapes[index][0])} at the same version; call pvt_fast.refresh after such a write"
             )
         return self._watch.next() if isinstance(self._watch, _C.Watch) else self._watch.next(tensors)
+
+    def same_memory(self) -> bool:
+        """Does the CPU's memory of the tensors, which is alive, hold all the values that it held?"""
+        return isinstance(self._watch, _C.Watch) and self._watch.first_changed() < 0
 
     def _first_changed(self, tensors: Sequence[Tensor]) -> int:
         """The index of the first tensor with a changed value, all compared; -1 where there is none."""
@@ -244,6 +272,29 @@ def checked_weights() -> Iterator[None]:
         yield
     finally:
         _checking.on = before
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often torch recorded a change; None for tensors made under torch.inference_mode(), which do not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _object(tensor: Tensor) -> Any:
+    """What tells a tensor from another over the same memory.
+
+    Of a parameter its identity only: torch.utils.swap_tensors refuses tensors that have weak references. A view of a
+    parameter counts changes with it, and is made anew for each call.
+    """
+    if isinstance(tensor, torch.nn.Parameter):
+        return id(tensor)
+    base = tensor._base  # None where it is no view
+    return id(base) if isinstance(base, torch.nn.Parameter) else ref(tensor)
+
+
+def _is(tensor: Tensor, known: Any) -> bool:
+    """Was `known` given by `_object` for this tensor?"""
+    now = _object(tensor)
+    return now == known if isinstance(now, int) or isinstance(known, int) else now() is known()
 
 
 def _shape(tensor: Tensor) -> tuple:
