@@ -22,7 +22,7 @@ from torch import Tensor
 from pvt_fast.ops import HW, Linear, MlpSpec, MlpWeights, check_mlp
 
 from . import config, tuning
-from .launch import Chip, chip_of, dot_precision, first_time, launch, packed_apart, warm, workspace
+from .launch import Chip, chip_of, dense, dot_precision, first_time, launch, packed_apart, warm, workspace
 from .linear import linear
 from .primitives import (
     add_residual,
@@ -356,7 +356,7 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
 def _fused(start: Callable, call: _Call, chip: Chip) -> None:
     """All behind the hidden map in one kernel."""
     channels, hidden = call.x.shape[2], call.hidden.shape[3]
-    pointers = (call.x, call.hidden, call.pack.taps, call.pack.taps_bias, call.pack.fc2_t, call.w.fc2.bias)
+    pointers = (call.x, call.hidden, call.pack.taps, call.pack.taps_bias, call.pack.fc2_t, *dense(call.w.fc2.bias))
     meta = {"C": channels, "HID": hidden, "SCALED": call.scale is not None, "EXACT": call.exact}
 
     def start_with(shape: config.Config) -> None:
@@ -404,7 +404,7 @@ def _hidden_map(
     dtype = torch.float16 if pack.half else x.dtype
     h = torch.empty((images, padded_height, hw[1] + 2, width), dtype=dtype, device=x.device)
     border = images * (padded_height * (hw[1] + 2) - hw[0] * hw[1])
-    pointers = (x, w.norm.weight, w.norm.bias, pack.fc1, pack.fc1_bias, h)
+    pointers = (x, *dense(*w.norm[:2]), pack.fc1, pack.fc1_bias, h)
     meta = {"C": channels, "HID": width, "RELU": spec.relu, "PRECISION": dot_precision(x.dtype)}
 
     def start_with(shape: config.Config) -> None:

@@ -202,6 +202,11 @@ def packed_apart(kind: str, tensors: tuple[Tensor | None, ...], build: Callable[
     return packed(f"triton {kind}", None, tensors, lambda: apart(build_own, device))
 
 
+def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Weights as kernels read them, one element after another; views of others' memory may be spread over it."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
 def inputs_last(weight: Tensor) -> Tensor:
     """A convolution's weight (Cout, Cin, k, k) as (Cout, k, k, Cin)."""
     return weight.detach().permute(0, 2, 3, 1).contiguous()

@@ -12,7 +12,7 @@ from torch import Tensor
 from pvt_fast.ops import Linear, Norm
 
 from . import config, tuning
-from .launch import chip_of, dot_precision
+from .launch import chip_of, dense, dot_precision
 from .primitives import (
     add_residual,
     bound,
@@ -107,7 +107,7 @@ def linear(start: Callable, a: Tensor, w: Linear, out: Tensor, x: Tensor, scale:
     """out = x + a @ W^T + b, or x + scale * (...) with one scale per image; a (B, N, Cin), x and out (B, N, Cout)."""
     columns, inner = w.weight.shape
     rows = a.shape[0] * a.shape[1]
-    pointers = (a, w.weight.contiguous(), w.bias, x, scale, out)
+    pointers = (a, *dense(*w), x, scale, out)
     meta = {"N": columns, "K": inner, "SCALED": scale is not None, "PRECISION": dot_precision(x.dtype)}
 
     def start_with(shape: config.Config) -> None:
@@ -124,7 +124,7 @@ def norm_linear(start: Callable, x: Tensor, norm: Norm, w: Linear) -> Tensor:
     rows = x.shape[0] * x.shape[1]
     out = torch.empty((*x.shape[:2], columns), dtype=x.dtype, device=x.device)
     chip = chip_of(x.device)
-    pointers = (x, norm.weight, norm.bias, w.weight.contiguous(), w.bias, out)
+    pointers = (x, *dense(*norm[:2], *w), out)
     meta = {"N": columns, "C": channels, "PRECISION": dot_precision(x.dtype)}
 
     def start_with(shape: config.Config) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pvt_fast.ops import Linear, Norm, check_layer_norm
 
 from . import config
-from .launch import launch
+from .launch import dense, launch
 from .primitives import bound, load_rows, norm_tile, round_to, row_offsets
 
 
@@ -54,7 +54,7 @@ def layer_norm(x: Tensor, w: Norm) -> Tensor:
         rows = x.numel() // channels
         shape = config.rows(channels)
         grid = (triton.cdiv(rows, shape["BLOCK_M"]),)
-        launch(layer_norm_kernel, grid, x, x, w.weight, w.bias, out, rows, w.eps, C=channels, **shape)
+        launch(layer_norm_kernel, grid, x, x, *dense(*w[:2]), out, rows, w.eps, C=channels, **shape)
     return out
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pvt_fast.ops import HW, PatchEmbedWeights, check_patch_embed
 
 from . import config, tuning
-from .launch import chip_of, dot_precision, inputs_last, launch, packed_apart, workspace
+from .launch import chip_of, dense, dot_precision, inputs_last, launch, packed_apart, workspace
 from .primitives import (
     bound,
     dot,
@@ -176,7 +176,7 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
     if default["PER_TAP"]:
         weight = packed_apart("patch_embed", (weight,), lambda: inputs_last(w.proj.weight))
     starts = patch_embed_kernel if default["PER_TAP"] else pixel_embed_kernel
-    pointers = (image, weight.contiguous(), w.proj.bias, w.norm.weight, w.norm.bias)
+    pointers = (image, *dense(weight, w.proj.bias, *w.norm[:2]))
     summed = not default["WHOLE_ROWS"]
 
     def start_with(shape: config.Config) -> None:

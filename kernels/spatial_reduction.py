@@ -20,7 +20,7 @@ from pvt_fast.config import LINEAR_POOL_SIZE
 from pvt_fast.ops import HW, AttentionSpec, AttentionWeights, Norm
 
 from . import config, tuning
-from .launch import chip_of, dot_precision, inputs_last, launch, packed_apart, workspace
+from .launch import chip_of, dense, dot_precision, inputs_last, launch, packed_apart, workspace
 from .primitives import (
     bound,
     dot,
@@ -184,8 +184,8 @@ def reduce_map(start: Callable, x: Tensor, hw: HW, w: AttentionWeights, spec: At
     source = _pool(x, hw, w.norm) if spec.linear and start is launch else x  # to compile, any of its type will do
     size = (LINEAR_POOL_SIZE, LINEAR_POOL_SIZE) if spec.linear else hw
     kv = torch.empty((images, keys, 2 * channels), dtype=dtype, device=x.device) if to_kv else x
-    weights = (w.norm.weight, w.norm.bias, weight, w.sr.bias)
-    kv_weights = (w.sr_norm.weight, w.sr_norm.bias, w.kv.weight.contiguous(), w.kv.bias)
+    weights = dense(*w.norm[:2], weight, w.sr.bias)
+    kv_weights = dense(*w.sr_norm[:2], *w.kv)
     eps = (w.norm.eps, w.sr_norm.eps)
 
     def start_with(shape: config.Config) -> Reduced:
@@ -219,5 +219,5 @@ def _pool(x: Tensor, hw: HW, norm: Norm) -> Tensor:
     out = torch.empty((images, LINEAR_POOL_SIZE**2, channels), dtype=x.dtype, device=x.device)
     grid = (images * LINEAR_POOL_SIZE**2,)
     meta = {"C": channels, "BINS": LINEAR_POOL_SIZE, **config.pool(channels)}
-    launch(pool_kernel, grid, x, x, norm.weight, norm.bias, out, *hw, norm.eps, **meta)
+    launch(pool_kernel, grid, x, x, *dense(*norm[:2]), out, *hw, norm.eps, **meta)
     return out

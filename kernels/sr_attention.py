@@ -19,7 +19,7 @@ from torch import Tensor
 from pvt_fast.ops import HW, AttentionSpec, AttentionWeights, check_attention
 
 from . import config, tuning
-from .launch import Chip, chip_of, dot_precision, first_time, launch, warm
+from .launch import Chip, chip_of, dense, dot_precision, first_time, launch, warm
 from .linear import linear, norm_linear
 from .primitives import (
     add_residual,
@@ -282,14 +282,14 @@ def _fused(start: Callable, call: _Call, kv: Tensor, one_block: bool, chip: Chip
     x, w = call.x, call.w
     channels, tokens = x.shape[2], x.shape[1]
     head_dim = channels // call.spec.num_heads
-    pointers = (x, w.norm.weight, w.norm.bias, w.q.weight.contiguous(), w.q.bias, kv)
+    pointers = (x, *dense(*w.norm[:2], *w.q), kv)
 
     def start_with(shape: config.Config) -> None:
         start(
             attention_kernel,
             (x.shape[0] * triton.cdiv(tokens, shape["BLOCK_M"]),),
             x,
-            *(*pointers, w.proj.weight.contiguous(), w.proj.bias, call.scale, call.out),
+            *(*pointers, *dense(*w.proj), call.scale, call.out),
             *(tokens, kv.shape[1], w.norm.eps, call.spec.scale * _LOG2_E),
             C=channels,
             HEAD_DIM=head_dim,
@@ -310,8 +310,8 @@ def _heads(start: Callable, call: _Call, source: Tensor, kind: str, one_block: b
     heads = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     kv_norm = w.norm if w.sr_norm is None else w.sr_norm
     per_program = call.spec.num_heads if many else 1
-    queries = (x, w.norm.weight, w.norm.bias, w.q.weight.contiguous(), w.q.bias)
-    keys = (source, kv_norm.weight, kv_norm.bias, w.kv.weight.contiguous(), w.kv.bias)
+    queries = (x, *dense(*w.norm[:2], *w.q))
+    keys = (source, *dense(*kv_norm[:2], *w.kv))
     parts = source.shape[0] if kind == "sums" else 1
 
     def start_with(shape: config.Config) -> None:
@@ -319,7 +319,7 @@ def _heads(start: Callable, call: _Call, source: Tensor, kind: str, one_block: b
             head_attention_kernel,
             (images * triton.cdiv(tokens, shape["BLOCK_M"]), triton.cdiv(call.spec.num_heads, per_program)),
             x,
-            *(*queries, *keys, heads, w.proj.weight.contiguous(), w.proj.bias, call.scale, call.out),
+            *(*queries, *keys, heads, *dense(*w.proj), call.scale, call.out),
             *(images, tokens, source.shape[-2], parts, per_program, int(many)),
             *(w.norm.eps, kv_norm.eps, call.spec.scale * _LOG2_E),
             C=channels,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .accelerate.guard import SETTINGS
+from .accelerate.guard import settings_of
 from .layers import DropPath
 
 if TYPE_CHECKING:
@@ -121,19 +121,26 @@ def _differences(model: nn.Module, twin: nn.Module) -> Iterator[str]:
         elif value.shape != made[name].shape:
             yield f"{name} of shape {tuple(value.shape)} for {tuple(made[name].shape)}"
     yield from (f"no {name}" for name in made if name not in own)
-    modules = dict(model.named_modules())
-    for name, module in _without_head(dict(twin.named_modules())).items():
+    # what stands beside the trunk (a loss, say) is no part of a forward
+    trunk = {name: module for name, module in model.named_modules() if name.partition(".")[0] in twin._modules}
+    modules = {name.replace(f".{_CHECKPOINTED}", ""): module for name, module in trunk.items()}
+    wanted = _without_head(dict(twin.named_modules()))
+    for name, module in _without_head(modules).items():
+        if name not in wanted and not isinstance(module, _PASSIVE):
+            yield f"a {type(module).__name__} added at {name}"
+    for name, module in wanted.items():
         other = modules.get(name)
-        other = getattr(other, _CHECKPOINTED, other)
         if not name or other is None or (isinstance(other, _PASSIVE) and isinstance(module, _PASSIVE)):
             continue
         if type(other).forward is not type(module).forward:
             yield f"{name} as a {type(other).__name__} for a {type(module).__name__}"
             continue
-        for setting in SETTINGS:
-            now, made_with = vars(other).get(setting), vars(module).get(setting)
-            if now != made_with and setting != "eps":  # epsilons are kept
-                yield f"a {setting} of {now} for {made_with} in {name}"
+        if "forward" in vars(other):
+            yield f"a forward of its own in {name}"
+        made = settings_of(module)
+        for setting, now in settings_of(other).items():
+            if setting in made and setting != "eps" and now != made[setting]:  # epsilons are kept
+                yield f"a {setting} of {now} for {made[setting]} in {name}"
 
 
 def _without_head(named: Mapping[str, Any]) -> dict[str, Any]:

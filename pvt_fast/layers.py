@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .accelerate.block_names import Layout, Refusal
 from .accelerate.fused import Fused, FusedBlock, FusedEmbed, FusedHead, FusedNorm, Settings, StandIn
+from .accelerate.guard import Kinds
 from .accelerate.peers import PVT_FAST
 from .accelerate.read import read_attention, read_embed, read_head, read_mlp, read_norm, roots
 from .config import INNER_NORM_EPS, LINEAR_POOL_SIZE
@@ -207,10 +208,10 @@ def map_of(x: Tensor, height: int, width: int) -> Tensor:
 
 # -- reading: what the ops may stand in for ---------------------------------------------------------------------------
 
-# Classes whose forwards the ops know. Others, and subclasses with a forward of their own, are called.
-_KNOWN = [
-    (kind, kind.forward)  # as it was when this package was imported
-    for kind in (
+# Classes whose forwards the ops know, as they were when this package was imported. Others, and subclasses with methods
+# of their own, are called.
+_KNOWN = Kinds(
+    (
         nn.Linear,
         nn.Conv2d,
         nn.LayerNorm,
@@ -224,13 +225,15 @@ _KNOWN = [
         DWConv,
         DWConvMLP,
     )
-]
+)
 
 
 def _require_known(owner: nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
-        for path, module in getattr(owner, name).named_modules(prefix=name):
-            if not any(isinstance(module, kind) and type(module).forward is forward for kind, forward in _KNOWN):
+        if not isinstance(root := getattr(owner, name), nn.Module):
+            raise Refusal(f"its {name} is a {type(root).__name__}")
+        for path, module in root.named_modules(prefix=name):
+            if not _KNOWN.include(module):
                 raise Refusal(f"its {path} is a {type(module).__name__}")
 
 

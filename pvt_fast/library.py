@@ -19,6 +19,7 @@ import copy
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -27,12 +28,17 @@ import torch
 from torch import Tensor
 
 from . import dispatch, ops, reference
+from .accelerate.guard import ambient
 from .config import conv_size
 from .ops import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
 from .ops.packing import within_graph
 
 if TYPE_CHECKING:
     from .model import PVT_V2
+
+
+# What follows the backend's name in an op that was traced into a graph, which may change weights after it.
+_IN_GRAPH = " in a graph"
 
 
 # -- registered ops: each takes flat arguments, which `_arguments` turns into those of the contract ------------------
@@ -45,11 +51,13 @@ def _register(
     name = function.__name__
 
     def run(*flat: Any) -> Tensor:
-        *given, backend = flat
+        *given, named = flat
+        backend = named.removesuffix(_IN_GRAPH)
         module = dispatch.load(backend)
         if isinstance(module, dispatch.BackendUnavailable):
             raise dispatch.BackendUnavailable(f"backend {backend!r} cannot run: {module}")
-        output = getattr(module, name)(*arguments(*given))
+        with within_graph() if named != backend else nullcontext():
+            output = getattr(module, name)(*arguments(*given))
         return _tokens(output).contiguous()  # the fake implementations promise compact strides
 
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -88,7 +96,9 @@ def _reference_gradients(
         else value.detach().requires_grad_(need)
         for value, need in zip(arguments, needed, strict=True)
     ]
-    with torch.enable_grad():
+    # the ops stand in without autocast only, but a backward may lie within one; the meta device knows none
+    device = "cpu" if grad_output.is_meta else grad_output.device.type
+    with torch.enable_grad(), torch.autocast(device, enabled=False):
         output = recompute(*leaves)
     wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
     grads = iter(torch.autograd.grad(output, wanted, grad_output, create_graph=again, allow_unused=True))
@@ -248,7 +258,7 @@ def _stands_whole(model: int) -> bool:
 
 def run_whole(model: PVT_V2, image: Tensor) -> Tensor | None:
     """A traced model's logits by one op; None where gradients, training, export or the model's state forbid it."""
-    if torch.is_grad_enabled() or model.training or torch.compiler.is_exporting():
+    if torch.is_grad_enabled() or model.training or torch.compiler.is_exporting() or ambient() is not None:
         return None
     if requested(model.backend) == "reference" or not _stands_whole(model._number):
         return None
@@ -303,14 +313,12 @@ class RegisteredOps:
         return _head(x, *((None, None) if w is None else w[:2]), self.backend)
 
 
-_REGISTERED: dict[str, ModuleType | RegisteredOps] = {
-    name: reference if name == "reference" else RegisteredOps(name) for name in dispatch.ORDER
-}
-
-
-def registered(backend: str) -> Any:
+def registered(backend: str) -> ModuleType | RegisteredOps:
     """The ops of a backend in a form that can be traced and has gradients."""
-    return _REGISTERED[backend]
+    if backend == "reference":
+        return reference
+    in_graph = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return RegisteredOps(backend + _IN_GRAPH if in_graph else backend)
 
 
 # What torch.compiler.assume_constant_result does; calling that imports torch._dynamo, seconds in every process.

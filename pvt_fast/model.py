@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import dispatch, library
 from .accelerate.fused import Settings, StandIn
+from .accelerate.guard import Kinds
 from .capture import CapturedModel
 from .config import PVTConfig
 from .conventions import TimmConventions, init_weights, inputs_of, outputs_of, stage_indices
@@ -183,6 +184,8 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
     @backend.setter
     def backend(self, name: str) -> None:
         self._settings.backend = dispatch._check_name(name, "PVT_V2: backend")
+        for _, stand_in in self.stand_ins():  # of blocks that were another model's, or copied, too
+            stand_in.follow(self._settings)
 
     def facts(self, x: Tensor) -> dispatch.Facts:
         """What a backend has to support to run this model on x."""
@@ -220,7 +223,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
 
         Where `global_pool` is "" nothing is pooled: the map itself comes back, or what the head makes of it.
         """
-        if not self.global_pool:
+        if self.global_pool != "avg":
             return self._on_map(x, pre_logits)
         x = to_tokens(x)
         if not pre_logits and (logits := self._fused_head.run(self, x)) is not None:
@@ -229,6 +232,8 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         return x if pre_logits else self.head(x)
 
     def _on_map(self, x: Tensor, pre_logits: bool) -> Tensor:
+        if self.global_pool:
+            raise ValueError(f'forward_head: global_pool must be "avg" or "", got {self.global_pool!r}')
         if isinstance(self.head, nn.Linear):
             raise ValueError(
                 f'forward_head: global_pool must be "avg" before a linear head, got "" and {self.head}; '
@@ -349,7 +354,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
     def is_as_published(self) -> bool:
         """Is all that `PVT_V2.forward` calls of this class, and of the classes that it is made of?"""
         return self.calls_its_own() and all(
-            type(module).forward in _FORWARDS and "forward" not in vars(module)
+            _KNOWN.include(module) and "forward" not in vars(module)
             for child in self.children()
             for module in (child, *(child.children() if isinstance(child, nn.ModuleList) else ()))
         )
@@ -424,7 +429,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
 _METHODS = [
     (name, vars(PVT_V2)[name]) for name in ("forward_features", "forward_head", "_stage", "_prepare", "_on_map")
 ]
-_FORWARDS = {module.forward for module in (OverlapPatchEmbed, Block, nn.ModuleList, nn.LayerNorm, nn.Linear)}
+_KNOWN = Kinds((OverlapPatchEmbed, Block, nn.ModuleList, nn.LayerNorm, nn.Linear))
 
 
 def _layer_norm(norm_layer: Callable, dim: int) -> nn.LayerNorm:

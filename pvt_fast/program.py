@@ -37,7 +37,7 @@ class Whole:
         """
         if torch.compiler.is_compiling():
             return library.run_whole(model, image)
-        if type(image) is not Tensor:
+        if type(image) is not Tensor or image.is_neg():
             return None
         if model.training:
             self.program = None  # nothing is packed for longer than a step
@@ -64,9 +64,9 @@ class Whole:
 class Program:
     """What `record` saw: the packed ops, and all that must still be so for them to be the model's forward."""
 
-    def __init__(self, model: PVT_V2, image: Tensor, isa: str, guard: Guard, ops: list[Any]) -> None:
+    def __init__(self, model: PVT_V2, image: Tensor, isa: str, guard: Guard, records: list[packing.Record]) -> None:
         self.isa, self.dtype, self.layout = isa, image.dtype, _layout(image)
-        self.ops = ops  # alive while `forward` is
+        self.records, ops = records, [used.form for used in records]  # alive while `forward` is
         self.forward = _C.Forward(ops, image.dtype == torch.bfloat16)
         self.settings = model.forward_settings()
         self.guard = guard
@@ -91,7 +91,9 @@ class Program:
             or image.shape[1] != self.forward.in_channels
         ):
             return False
-        if model._modules is not self.kept[0] or not self.guard.classes_hold() or not self.facts.hold():
+        if any(used.dropped for used in self.records):
+            return False
+        if model._modules is not self.kept[0] or not self.guard.others_hold() or not self.facts.hold():
             return False
         if self.sources.hold_values(self.parameters):
             return True
@@ -124,7 +126,7 @@ def record(model: PVT_V2, image: Tensor, isa: str, records: list[packing.Record]
     own = {parameter.data_ptr() for parameter in model.parameters()}
     if any(not own.issuperset(used.addresses) for used in records):
         return None
-    program = Program(model, image, isa, guard, [used.form for used in records])
+    program = Program(model, image, isa, guard, records)
     # It compares with the values of now. What the ops were packed from may have changed since, unseen as yet.
     if not all(used.sources.same_memory() for used in records):
         packing.doubt()

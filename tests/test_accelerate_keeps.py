@@ -15,6 +15,8 @@ import torch
 import vendored
 from peer_models import PEERS, accelerated_blocks, answer, hook, image, make, peers
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.models.segformer.modeling_segformer import eager_attention_forward
 
 import pvt_fast
 
@@ -110,6 +112,91 @@ def test_hooks_on_all_modules_are_served(ran):
         handle.remove()
     assert model.block1[0].attn.q in seen
     assert ran == []
+
+
+# (peer, class of the module, one of its attributes, another value): what the attention's own forward decides by
+DECIDING = [
+    ("official", "Attention", "sr_ratio", 1),
+    ("pvt_v2", "PvtV2SelfAttention", "spatial_reduction_ratio", 1),
+    ("segformer", "SegformerAttention", "sequence_reduction_ratio", 1),
+    ("segformer", "SegformerAttention", "is_causal", True),
+]
+
+
+@pytest.mark.parametrize(("peer", "kind", "name", "value"), DECIDING)
+@torch.no_grad()
+def test_settings_that_only_the_blocks_own_code_reads(peer, kind, name, value):
+    model, x = make(peer), image()
+    pvt_fast.accelerate_(model, backend="cpp", strict=True)
+    before = answer(model, x)
+    changed = [module for module in model.modules() if type(module).__name__ == kind]
+    assert changed
+    for module in changed:
+        setattr(module, name, value)
+    after = answer(model, x)
+    assert not torch.allclose(after, before, rtol=1e-3, atol=1e-3)
+    assert any(name in piece.reason for piece in pvt_fast.explain(model).pieces)
+    pvt_fast.restore_(model)
+    torch.testing.assert_close(after, answer(model, x), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_by_a_function_of_ones_own():
+    calls = []
+
+    def tripled(module, query, *args, scaling=None, **options):
+        calls.append(module)
+        return eager_attention_forward(module, query, *args, scaling=3 * scaling, **options)
+
+    AttentionInterface.register("tripled", tripled)
+    model, x = make("segformer"), image()
+    pvt_fast.accelerate_(model, backend="cpp", strict=True)
+    before = answer(model, x)
+    model.set_attn_implementation("tripled")
+    after = answer(model, x)
+    assert len(calls) == PEERS["segformer"][2]
+    assert not torch.allclose(after, before, rtol=1e-3, atol=1e-3)
+    assert "'tripled'" in pvt_fast.explain(model).pieces[0].reason
+    model.set_attn_implementation("eager")
+    assert torch.equal(answer(model, x), before)
+    model.set_attn_implementation("tripled")
+    pvt_fast.restore_(model)
+    report = pvt_fast.accelerate_(model, backend="cpp")
+    assert [block.halves for block in report.accelerated] == [("mlp",)] * 3
+    assert "its attention by a function of its own, 'tripled'" in str(report)
+    torch.testing.assert_close(answer(model, x), after, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_method_of_an_inner_module_is_called():
+    model, x = make("timm"), image()
+    pvt_fast.accelerate_(model, backend="cpp", strict=True)
+    before = answer(model, x)
+    conv = model.stages[0].blocks[0].mlp.dwconv
+    conv._conv_forward = lambda x, weight, bias: nn.Conv2d._conv_forward(conv, x, 2 * weight, bias)
+    after = answer(model, x)
+    assert not torch.allclose(after, before, rtol=1e-3, atol=1e-3)
+    pvt_fast.restore_(model)
+    torch.testing.assert_close(after, answer(model, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["attn", "attn.q", "mlp.fc2"])
+@torch.no_grad()
+def test_a_forward_set_after_compiling(path):
+    """As accelerate's hooks do."""
+    torch._dynamo.reset()
+    model, x = make("timm"), image()
+    pvt_fast.accelerate_(model, backend="cpp", strict=True)
+    compiled = torch.compile(model, backend="eager")
+    before = compiled(x)
+    inner = model.stages[0].blocks[0].get_submodule(path)
+    own_forward = inner.forward
+    inner.forward = lambda *args: 0.1 * own_forward(*args)
+    assert not torch.allclose(compiled(x), before, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
+    del inner.forward
+    torch.testing.assert_close(compiled(x), before, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("peer", ["timm", "segformer", "openmmlab"])
@@ -265,6 +352,8 @@ def test_attentions_asked_for_by_the_configuration(ran):
     model.config.output_attentions = True  # no argument tells of it
     assert len(model(x).attentions) == 3
     assert ran == []
+    reasons = {piece.reason for piece in pvt_fast.explain(model).pieces}
+    assert reasons == {"its model's configuration asks for attentions"}
 
 
 def flat(tensors: Any) -> list[Tensor]:

@@ -484,6 +484,14 @@ def replaced(path: str, make):
     return change
 
 
+def replaced_by(path: str, make):
+    def change(model: PVT_V2) -> None:
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, make())
+
+    return change
+
+
 def set_to(path: str, setting: str, value):
     return lambda model: setattr(model.get_submodule(path), setting, value)
 
@@ -505,6 +513,8 @@ OTHER_TRUNKS = {
     "another activation": (replaced("block2.1.mlp.act", lambda old: nn.ReLU()), "act as a ReLU for a GELU"),
     "a forward of its own": (replaced("block2.0.attn.kv", lambda old: Scaled(16, 32)), "as a Scaled for a Linear"),
     "a buffer": (lambda model: model.register_buffer("mean", torch.zeros(3)), "an unknown mean"),
+    "a module more": (replaced_by("block1.0.mlp.relu", nn.ReLU), "a ReLU added at block1.0.mlp.relu"),
+    "a forward of an instance": (set_to("block2.0.attn", "forward", torch.tanh), "forward of its own in block2.0.attn"),
     "another stride": (set_to("patch_embed1.proj", "stride", (2, 2)), "a stride of (2, 2) for (4, 4) in patch_embed1"),
     "other heads": (set_to("block3.0.attn", "num_heads", 1), "a num_heads of 1 for 3 in block3.0.attn"),
     "tensors of a class": (tag, "a Tagged at block1.0.mlp.fc1.weight"),

@@ -28,6 +28,35 @@ def make(kind: str, linear: bool = False) -> nn.Module:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@kinds
+@torch.no_grad()
+def test_transforms_within_a_compiled_function(kind, linear):
+    torch._dynamo.reset()
+    model, x = make(kind, linear), image()
+
+    def vmapped(x: Tensor) -> Tensor:
+        return torch.vmap(model)(x[:, None])
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: model(x).square().sum())(x)
+
+    for call in (vmapped, gradient):
+        assert_close([torch.compile(call, backend="aot_eager")(x)], [call(x)])
+    torch._dynamo.reset()
+
+
+def test_a_backward_within_autocast_is_that_of_the_forward():
+    """The forward ran without; what the backward computes again of it must, too."""
+    model = make("own")
+    loss = model(image()).square().mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = torch.autograd.grad(loss, list(model.parameters()))
+    theirs = torch.autograd.grad(model(image()).square().mean(), list(model.parameters()))
+    for our, their in zip(ours, theirs, strict=True):
+        assert (our - their).norm() <= 0.02 * their.norm()
+
+
 def assert_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
     """To rounding, of the largest value of each."""
     assert len(ours) == len(theirs)

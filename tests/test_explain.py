@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from fused_models import accelerated, blocks, own
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrize
 
 import pvt_fast
 from pvt_fast import Piece, explain
+from pvt_fast.layers import Block
 
 
 class LoRA(nn.Module):
@@ -88,6 +90,18 @@ def test_a_backend_that_cannot_run_is_told_and_not_raised():
         assert piece.backend is None
         assert "float64" in piece.reason
     assert str(explain(model)).startswith("0 of 9 pieces fused")
+
+
+@pytest.mark.parametrize("make", [own, accelerated])
+@pytest.mark.parametrize("whose", ["instance", "class"])
+def test_a_forward_of_the_blocks_own_is_told(make, whose, monkeypatch):
+    model = make()
+    block, kind = blocks(model)[0], {own: Block, accelerated: timm.models.pvt_v2.Block}[make]
+    monkeypatch.setattr(block if whose == "instance" else kind, "forward", lambda *args: args[-2])
+    found = [piece for piece in explain(model).pieces if "own forward" in str(piece)]
+    assert len(found) == (1 if whose == "instance" else len(blocks(model)))
+    expected = "it has a forward of its own" if whose == "instance" else "the forward of Block was replaced"
+    assert {piece.reason for piece in found} == {expected}
 
 
 def test_lora_on_the_queries_leaves_the_mlp_fused():

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pvt_fast
 from pvt_fast import PVT_V2
 from pvt_fast.accelerate import guard as guarding
-from pvt_fast.accelerate.guard import Guard, ambient
+from pvt_fast.accelerate.guard import Guard, ambient, settings_of
 from pvt_fast.layers import DWConvMLP, SpatialReductionAttention
 
 # changes one thing at the block; returns how to undo it, if it can be undone
@@ -145,6 +145,69 @@ for _kind in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, nn.Identity, SpatialR
     fact(CHANGED)(patching(_kind))
 
 
+class Standardised(nn.Conv2d):
+    """Weight standardisation, as it is commonly written."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+class Called(nn.Linear):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+class Looked(nn.Linear):
+    def __getattr__(self, name: str):
+        found = super().__getattr__(name)
+        return 2 * found if name == "weight" else found
+
+
+class Unreduced(SpatialReductionAttention):
+    def _reduce(self, x: Tensor, height: int, width: int) -> Tensor:
+        return x
+
+
+def becoming(path: str, kind: type[nn.Module]) -> Change:
+    def change(model: nn.Module, block: nn.Module) -> Callable[[], None]:
+        module = block.get_submodule(path)
+        before = type(module)
+        module.__class__ = kind
+        return lambda: setattr(module, "__class__", before)
+
+    change.__name__ = f"{path}_becomes_{kind.__name__}"
+    return change
+
+
+for _path, _kind in (
+    ("attn.sr", Standardised),
+    ("attn.proj", Called),
+    ("mlp.fc2", Looked),
+    ("attn", Unreduced),
+):
+    fact(CHANGED)(becoming(_path, _kind))
+
+
+def patching_method(kind: type[nn.Module], name: str, patched: Callable) -> Change:
+    def change(model: nn.Module, block: nn.Module) -> Callable[[], None]:
+        inherited, before = name not in vars(kind), getattr(kind, name)
+        setattr(kind, name, patched(before))
+        return lambda: delattr(kind, name) if inherited else setattr(kind, name, before)
+
+    change.__name__ = f"{name}_of_{kind.__name__}_patched"
+    return change
+
+
+fact(CHANGED)(
+    patching_method(nn.Conv2d, "_conv_forward", lambda before: lambda self, x, w, b: before(self, x, 0.5 * w, b))
+)
+fact(CHANGED)(
+    patching_method(
+        SpatialReductionAttention, "_reduce", lambda before: lambda self, *args: torch.tanh(before(self, *args))
+    )
+)
+
+
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 # setting -> (path from the block, another value); a block is told by index where it is not the second
@@ -165,8 +228,10 @@ SETTINGS = {
 WITHOUT_EFFECT = ("normalized_shape", "output_size", "approximate")
 
 
-def test_every_setting_of_the_guard_is_changed_here():
-    assert set(SETTINGS) == set(guarding.SETTINGS)
+def test_settings_are_the_plain_attributes_of_modules():
+    block = blocks(own(linear=True))[1]
+    assert all(name in settings_of(block.get_submodule(path)) for name, (path, _) in SETTINGS.items())
+    assert not {"training", "p", "drop_prob"} & settings_of(block.attn.attn_drop).keys()
 
 
 def setting(name: str) -> Change:
@@ -261,6 +326,25 @@ def forward_of_an_instance_bound(model, block):
 
 
 @fact(DISTURBED)
+def method_of_an_instance(model, block):
+    conv = block.mlp.dwconv.dwconv
+    conv._conv_forward = lambda x, w, b: nn.Conv2d._conv_forward(conv, x, 2 * w, b)
+    return lambda: delattr(conv, "_conv_forward")
+
+
+@fact(DISTURBED)
+def reduction_of_an_instance(model, block):
+    block.attn._reduce = lambda x, height, width: x
+    return lambda: delattr(block.attn, "_reduce")
+
+
+@fact(DISTURBED)
+def attribute_that_hides_a_parameter(model, block):
+    vars(block.attn.kv)["weight"] = 2 * block.attn.kv.weight.detach()
+    return lambda: vars(block.attn.kv).pop("weight")
+
+
+@fact(DISTURBED)
 def hook_on_all_modules(model, block):
     def hook(module, args, output):
         return 2 * output if isinstance(module, nn.Linear) else None
@@ -284,6 +368,13 @@ def hook_removed_again(model, block):
 @fact(NEUTRAL)
 def dict_of_hooks_replaced_by_an_empty_one(model, block):
     block.attn.q._forward_hooks = OrderedDict()
+
+
+@fact(NEUTRAL)
+def attributes_of_a_users(model, block):
+    block.attn.q.tag = "frozen"
+    block.mlp._seen = [1, 2]
+    block.norm1.log = print
 
 
 @fact(NEUTRAL)
@@ -538,6 +629,50 @@ def another_stage(model):
     model._stage = lambda stage, x: tuple(-y for y in own_stage(stage, x))
 
 
+def hide_a_bias(model):
+    q = model.block1[0].attn.q
+    del q.bias
+    q.bias = torch.full((8,), 3.0)
+
+
+def hide_a_bias_by_a_buffer(model):
+    q = model.block1[0].attn.q
+    del q.bias
+    q.register_buffer("bias", torch.full((8,), 3.0))
+
+
+def a_weight_of_the_class(model):
+    class Positive(nn.Linear):
+        @property
+        def weight(self):
+            return self._parameters["weight"].abs()
+
+    model.block1[0].mlp.fc1.__class__ = Positive
+
+
+def an_activation_without_pooling(model):
+    model.block1[0].attn.act = nn.GELU()
+
+
+def a_lazy_head(model):
+    model.head = nn.LazyLinear(4)
+
+
+def a_lazy_linear_within(model):
+    model.block1[0].attn.q = nn.LazyLinear(8)
+
+
+def sparse_weights(model):
+    for linear in (model.block1[0].attn.q, model.head):
+        weight = torch.where(linear.weight > 0, linear.weight, 0).detach()
+        linear.weight = nn.Parameter(weight.to_sparse_csr(), requires_grad=False)
+
+
+def weights_with_the_negative_bit(model):
+    linear = model.block1[0].attn.q
+    linear.weight = nn.Parameter(torch._neg_view(linear.weight.detach()), requires_grad=False)
+
+
 def one_module_trains(model):
     model.block1[0].attn.attn_drop.p = 0.5
     model.block1[0].attn.attn_drop.train()
@@ -574,13 +709,21 @@ AROUND = [
     another_forward_features,
     another_forward_head,
     another_stage,
+    hide_a_bias,
+    hide_a_bias_by_a_buffer,
+    a_weight_of_the_class,
+    an_activation_without_pooling,
+    a_lazy_head,
+    a_lazy_linear_within,
+    sparse_weights,
+    weights_with_the_negative_bit,
     one_module_trains,
     replace_the_dict_of_modules,
 ]
 
 
 @pytest.mark.parametrize("change", AROUND, ids=lambda change: change.__name__)
-@pytest.mark.filterwarnings("ignore:.*requires padding")
+@pytest.mark.filterwarnings("ignore:.*requires padding", "ignore:Lazy modules", "ignore:Sparse CSR")
 def test_what_is_done_around_the_blocks_is_honoured(change):
     model, _, before = with_program()
     change(model)
@@ -590,6 +733,47 @@ def test_what_is_done_around_the_blocks_is_honoured(change):
         assert after.shape != before.shape or not torch.allclose(after, before, rtol=1e-3, atol=1e-3)
         torch.manual_seed(7)
         assert_rounding(after, plain(lambda: whole(model)))
+
+
+@torch.no_grad()
+def test_without_pooling_linear_attention_keeps_its_own_forward():
+    model = own(linear=True)
+    for _ in range(3):
+        before = whole(model)
+    for pool in (None, nn.Identity()):
+        model.block1[0].attn.pool = pool
+        after = whole(model)
+        assert not torch.allclose(after, before, rtol=1e-3, atol=1e-3)
+        assert_rounding(after, plain(lambda: whole(model)))
+
+
+@torch.no_grad()
+def test_an_image_with_the_negative_bit():
+    model, _, _ = with_program()
+    for _ in range(2):
+        assert_rounding(model(torch._neg_view(image())), model(-image()))
+
+
+def test_a_copied_block_follows_its_model():
+    model = own()
+    model.block1.append(copy.deepcopy(model.block1[0]))
+    model.backend = "reference"
+    assert {piece.backend for piece in pvt_fast.explain(model).pieces} == {"reference"}
+
+
+@pytest.mark.parametrize("part", ["attn", "norm2"])
+def test_what_cannot_be_called_meets_pythons_own_error(part):
+    model, block, _ = with_program()
+    setattr(block, part, None)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        whole(model)
+
+
+def test_an_unknown_pooling_is_refused():
+    model = own()
+    model.global_pool = "max"
+    with pytest.raises(ValueError, match='forward_head: global_pool must be "avg" or "", got \'max\''):
+        whole(model)
 
 
 @pytest.mark.parametrize("kind", ["Block", "OverlapPatchEmbed", "PVT_V2"])
@@ -798,7 +982,9 @@ def test_hooks_on_all_modules_are_seen():
             assert guarding.hooks_on_all_modules()
         finally:
             handle.remove()
+            module._global_forward_hooks_with_kwargs.pop(handle.id, None)  # which torch leaves
     assert not guarding.hooks_on_all_modules()
+    assert not module._has_any_global_hook()
 
 
 def test_all_hooks_that_a_module_has_are_among_those_looked_at():

@@ -626,3 +626,33 @@ def test_pixels_are_normalised_as_for_the_published_weights(memory_format, targe
 def test_pixels_must_be_rgb():
     with pytest.raises(TypeError, match=r"unless in_channels is 3 \(RGB\), got torch.uint8 with in_channels 1"):
         tiny(in_channels=1)(torch.zeros(1, 1, 32, 32, dtype=torch.uint8))
+
+
+def spread(vector: Tensor) -> Tensor:
+    """The same values, a column of a matrix."""
+    return torch.stack((vector, vector + 1), dim=1)[:, 0]
+
+
+def repeated(vector: Tensor) -> Tensor:
+    """One value, once in memory."""
+    return vector[:1].clone().expand(len(vector))
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("change", [spread, repeated])
+@pytest.mark.parametrize("kind", ["sr", "linear"])
+@torch.no_grad()
+def test_vectors_that_are_spread_over_memory(kind, change, target):
+    model = copy.deepcopy(randomised(kind, torch.float32))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data = change(parameter.data)
+            assert not parameter.is_contiguous()
+    model.to(target.device)
+    compact = copy.deepcopy(model)
+    for parameter in compact.parameters():
+        parameter.data = parameter.data.contiguous()
+    image = image_of(1, (32, 36)).to(target.device)
+    model.backend = compact.backend = target.backend
+    with target.in_use():
+        assert torch.equal(model(image), compact(image))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pvt_fast import _C, PVT_V2, dispatch, library, reference
+from pvt_fast import _C, PVT_V2, dispatch, reference
 from pvt_fast.ops import packing
 from pvt_fast.ops.packing import CALLS, packed
 
@@ -281,7 +281,6 @@ def builds(monkeypatch) -> list[str]:
     module.unsupported = reference.unsupported
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setitem(dispatch.ORDER, PACKING, module.__name__)
-    monkeypatch.setitem(library._REGISTERED, PACKING, library.RegisteredOps(PACKING))
     yield log
     dispatch.load.cache_clear()
 

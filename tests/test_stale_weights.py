@@ -921,6 +921,12 @@ def one_and_a_new_parameter(model: nn.Module) -> None:
     layer.weight = nn.Parameter(layer.weight.data, requires_grad=False)
 
 
+def one_and_swapped_tensors(model: nn.Module) -> None:
+    one_in_place(model)
+    weight = blocks(model)[1].mlp.fc1.weight
+    torch.utils.swap_tensors(weight, nn.Parameter(weight.data))
+
+
 def one_of_a_twin(model: nn.Module) -> None:
     """Another model over the same memory, which is called last, has counted as many changes as this one will have."""
     twin = copy.deepcopy(model)
@@ -944,6 +950,7 @@ RECORDED_ONE = [
     one_within_inference_mode,
     one_of_a_detached_tensor,
     one_and_a_new_parameter,
+    one_and_swapped_tensors,
     one_of_a_twin,
     one_loaded,
 ]
@@ -1053,6 +1060,51 @@ def test_checked_weights_raise_for_one_element(kind, change):
     change(model, 0.6)
     with pvt_fast.checked_weights(), pytest.raises(pvt_fast.UnannouncedChange):
         whole(model)
+
+
+def evaluation(model: nn.Module) -> None:
+    model.eval()
+
+
+def evaluation_of_another(model: nn.Module) -> None:
+    copy.deepcopy(model).eval()
+
+
+def refreshing_another(model: nn.Module) -> None:
+    pvt_fast.refresh(copy.deepcopy(model))
+
+
+def a_step_of_another(model: nn.Module) -> None:
+    """As a student's, before the teacher takes its average behind torch's back."""
+    student = copy.deepcopy(model).requires_grad_()
+    with torch.enable_grad():
+        student(image()).sum().backward()
+    torch.optim.AdamW(student.parameters(), fused=True).step()
+
+
+@pytest.mark.parametrize("between", [evaluation, evaluation_of_another, refreshing_another, a_step_of_another])
+@pytest.mark.parametrize("kind", MODELS)
+def test_checked_weights_raise_whatever_lies_between(kind, between):
+    model = MODELS[kind]().requires_grad_(False)
+    with pvt_fast.checked_weights():
+        for _ in range(3):
+            whole(model)
+        ROUTES["data_in_place"](model)
+        between(model)
+        with pytest.raises(pvt_fast.UnannouncedChange):
+            whole(model)
+
+
+def test_an_announced_step_does_not_raise_in_evaluation():
+    """Weights that train while the model is in evaluation mode, by a fused optimizer."""
+    model = own()
+    with pvt_fast.checked_weights():
+        for _ in range(3):
+            before = whole(model)
+            backward(model)
+            torch.optim.SGD(model.parameters(), lr=0.1, fused=True).step()
+            model.zero_grad()
+            assert_seen(whole, model, before, "a fused step")
 
 
 @pytest.mark.parametrize("change", ANNOUNCED)

@@ -112,7 +112,7 @@ def accelerate_(
     accelerated, skipped, failed = [], [], False
     tried: dict[Any, Any] = {}
     for path, block in model.named_modules():
-        base = _own_class(block)
+        base = own_class(block)
         layout = recognise(block, base.forward)
         if layout is None:
             continue
@@ -149,7 +149,7 @@ def restore_(model: nn.Module) -> None:
     """
     blocks = [(path, block) for path, block in model.named_modules() if isinstance(block, _Accelerated)]
     for path, block in blocks:
-        if _subclass(_own_class(block)) is not type(block):
+        if _subclass(own_class(block)) is not type(block):
             raise RuntimeError(
                 f"restore_: {path or 'model'} must be of the class that accelerate_ gave it, got {type(block)}"
             )
@@ -174,7 +174,7 @@ class _Accelerated(nn.Module):
     """What the classes of accelerated blocks have in common."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _blank, (_own_class(self),), self.__getstate__()
+        return _blank, (own_class(self),), self.__getstate__()
 
     def train(self, mode: bool = True) -> Any:
         packing.doubt()
@@ -210,7 +210,7 @@ def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
     return type(base.__name__, (_Accelerated, base), {**names, "forward": forward})
 
 
-def _own_class(block: nn.Module) -> type[nn.Module]:
+def own_class(block: nn.Module) -> type[nn.Module]:
     """The class that a block has, or had before it was accelerated."""
     kinds = type(block).__mro__
     return kinds[kinds.index(_Accelerated) + 1] if _Accelerated in kinds else kinds[0]
@@ -226,16 +226,16 @@ def _taken(block: nn.Module) -> str | None:
     """Why another forward must not be put in place of this block's."""
     if "forward" in vars(block):
         return "it has a forward of its own, set on the instance"
-    if isinstance(block, _Accelerated) and type(block) is not _subclass(_own_class(block)):
+    if isinstance(block, _Accelerated) and type(block) is not _subclass(own_class(block)):
         return "another library has put a class over the accelerated one"
     return None
 
 
 def _attach(block: nn.Module, fused: FusedBlock) -> None:
-    block.__class__ = _subclass(_own_class(block))
+    block.__class__ = _subclass(own_class(block))
     vars(block)[STATE] = fused
 
 
 def _detach(block: nn.Module) -> None:
-    block.__class__ = _own_class(block)
+    block.__class__ = own_class(block)
     del vars(block)[STATE]

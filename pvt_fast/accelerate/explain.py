@@ -8,7 +8,7 @@ from torch import nn
 
 from ..dispatch import BackendUnavailable
 from ..ops import packing
-from .api import STATE
+from .api import STATE, own_class
 from .fused import Fused, StandIn
 
 
@@ -51,12 +51,16 @@ def explain(model: nn.Module) -> Explanation:
     dtype of their parameters. What depends on a call (its input, torch.func, tracing) is told in the log of "pvt_fast".
     """
     paths = {module: path for path, module in model.named_modules()}
+    # of transformers' models
+    attentions = bool(getattr(getattr(model, "config", None), "output_attentions", False))
     pieces, seen = [], set()
     for path, module in model.named_modules():
         for owner, fused, root in _pieces_of(module):
             if (owner, root) not in seen:
                 seen.add((owner, root))
-                pieces.append(_explained(".".join(filter(None, (paths.get(owner, path), root))), owner, fused))
+                reason = "" if root else _own_forward(owner, fused, attentions)
+                path_of_it = ".".join(filter(None, (paths.get(owner, path), root)))
+                pieces.append(_explained(path_of_it, owner, reason or fused))
     return Explanation(tuple(pieces))
 
 
@@ -83,6 +87,17 @@ def _pieces_of(module: nn.Module) -> list[tuple[nn.Module, Fused | str, str]]:
         (owner, stand_in.current(owner) or stand_in.refusal, stand_in.roots[0] if stand_in.roots else "")
         for owner, stand_in in stand_ins
     ]
+
+
+def _own_forward(owner: nn.Module, fused: Fused | str, attentions: bool) -> str:
+    """Why a call of the owner does not come to its fused form, if it does not."""
+    if "forward" in vars(owner):
+        return "it has a forward of its own"
+    if isinstance(fused, Fused) and own_class(owner).forward is not fused.forward:
+        return f"the forward of {type(owner).__name__} was replaced"
+    if attentions and STATE in vars(owner) and "attention" in fused.names:  # type: ignore[union-attr]
+        return "its model's configuration asks for attentions"
+    return ""
 
 
 def _explained(path: str, owner: nn.Module, fused: Fused | str) -> Piece:

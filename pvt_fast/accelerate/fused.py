@@ -10,6 +10,7 @@ its blocks. Each returns None where the module's own forward must run, and says 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -59,6 +60,7 @@ class Fused:
     ) -> None:
         self.settings = settings
         self.what = type(owner).__name__
+        self.forward = type(owner).forward  # the owner's own
         # (module, name, shape) of every weight and bias
         self.parameters = [
             (part.module, name, shape) for part in parts for name, shape in zip(part.names, part.shapes, strict=True)
@@ -93,8 +95,10 @@ class Fused:
                 return "it is being exported"
         elif type(x) not in read.PLAIN:
             return f"its input is a {type(x).__name__}"
-        if not torch.compiler.is_compiling() and (reason := ambient()) is not None:
+        if (reason := ambient()) is not None:
             return reason
+        if not torch.compiler.is_compiling() and not _is_dense(x):
+            return "its input has no plain values in memory"
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
         if any(module.training and getattr(module, name) for module, name in self.dropouts):
@@ -108,6 +112,7 @@ class Fused:
                 # tensors of a program that is being exported are fake ones
                 plain = type(tensor) in read.PLAIN or torch.compiler.is_exporting()
                 plain = plain and tensor.dtype is dtype and tensor.shape == shape
+                plain = plain and (torch.compiler.is_compiling() or _is_dense(tensor))
             if not plain or (tensor is not None and tensor.device != device):
                 return f"{name} of a {type(module).__name__} is no longer a plain {shape} tensor, or not one like x"
         return self.disturbance(owner)
@@ -155,7 +160,7 @@ class FusedBlock(Fused):
             [part for half in halves.values() for part in half.parts],
             [rate for name in names for rate in read.dropouts(block, name)],
         )
-        self.layout = layout
+        self.layout, self.forward = layout, forward
         self.arguments = required_parameters(forward)
         self.halves: dict[str, AttentionHalf | MlpHalf] = halves
         self.returns_tuple = False
@@ -239,11 +244,11 @@ class FusedBlock(Fused):
 
     def _run_own(self, block: nn.Module, names: AttentionNames | MlpNames, x: Tensor, hw: HW) -> Tensor:
         """One half on the block's own modules, as peers write it."""
-        module = at(block, names.module)
+        module: Any = functools.reduce(getattr, names.module.split("."), block)
         size: tuple = (hw,) if self.layout.call == PAIR else hw
-        if takes_tokens_only(type(module).forward):  # a plain MLP
+        if isinstance(module, nn.Module) and takes_tokens_only(type(module).forward):  # a plain MLP
             size = ()
-        y = block.get_submodule(names.norm)(x)
+        y = functools.reduce(getattr, names.norm.split("."), block)(x)  # type: ignore[operator]
         if names.residual_inside:
             return module(y, *size, identity=x)
         y = module(y, *size)
@@ -352,6 +357,11 @@ class StandIn:
             self._read_from = seen
         return self.fused
 
+    def follow(self, settings: Settings) -> None:
+        """Take other settings; what was read is read again."""
+        if self.settings is not settings:
+            self.settings, self._read_from = settings, None
+
     def __deepcopy__(self, memo: dict) -> StandIn:
         return StandIn(self.reader, copy.deepcopy(self.settings, memo), self.roots)
 
@@ -364,6 +374,11 @@ def ops_of(backend: str, needs_gradients: bool) -> Any:
     if needs_gradients or torch.compiler.is_compiling():
         return library.registered(backend)
     return dispatch.load(backend)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Does the memory of `tensor` hold its values as they are?"""
+    return tensor.layout is torch.strided and not tensor.is_neg()
 
 
 def _residual_scale(module: nn.Module | None, x: Tensor) -> Tensor | None:

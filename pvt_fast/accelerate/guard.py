@@ -7,6 +7,7 @@ read: another module in place, another class, hooks, a forward of their own, oth
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -33,34 +34,32 @@ _function_modes = torch._C._len_torch_function_stack
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Where transformers keeps hooks that do nothing unless an output is asked for; they stay once one was.
 _CAPTURING = "transformers.utils.output_capturing"
+_HELD = ("_modules", "_parameters", "_buffers")
 
-# Attributes that the forward of a module which the ops stand in for reads.
-SETTINGS = (
-    "normalized_shape",
-    "eps",
-    "stride",
-    "padding",
-    "dilation",
-    "groups",
-    "padding_mode",
-    "approximate",
-    "output_size",
-    "num_heads",
-    "scale",
-)
+# Of a module's attributes: what may change without another forward, or is read at each call.
+_READ_AT_CALLS = ("training", "p", "drop_prob", "inplace")
+# transformers' names of attention as the ops compute it; under another name is a user's function.
+_ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 Edge = tuple[nn.Module | None, str, nn.Module]  # parent (None: the owner of the guard), name, child
 
 
-def ambient() -> str | None:
-    """Why, whatever the modules, every operation must be torch's own now; None where it need not.
+def transformed() -> bool:
+    """Does a transform of torch.func apply? The compiler enters them as it traces."""
+    return _transforms() is not None
 
-    Not asked while torch.compile traces, which has its own ways to see these.
-    """
+
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see library
+
+
+def ambient() -> str | None:
+    """Why, whatever the modules, every operation must be torch's own now; None where it need not."""
+    if transformed():
+        return "it runs under a transform of torch.func"
+    if torch.compiler.is_compiling():  # which has its own ways to see what follows
+        return None
     if torch.jit.is_tracing():
         return "it is being traced"
-    if _transforms() is not None:
-        return "it runs under a transform of torch.func"
     if _dispatch_modes():
         return "a TorchDispatchMode is to see its operations"
     # torch.device(...) and set_default_device say only where new tensors go
@@ -73,6 +72,61 @@ def ambient() -> str | None:
 
 def hooks_on_all_modules() -> bool:
     return any(_GLOBAL_HOOKS)
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """The plain values among a module's attributes, which its forward may read."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, (bool, int, float, str, tuple, list, type(None)))
+        and name not in _READ_AT_CALLS
+        and not name.startswith("_")
+    }
+
+
+_NO_CODE = (lambda: None).__code__
+
+
+def methods_of(kind: type[nn.Module]) -> dict[str, Any]:
+    """What a call of a module of this class runs: its `forward`, and by name the methods that this one calls."""
+    found = {"__call__": kind.__call__, "__getattr__": kind.__getattr__}
+    named = ["forward"]
+    while named:
+        name = named.pop()
+        method = getattr(kind, name, None)
+        if name not in found and inspect.isfunction(method):
+            found[name] = method
+            named += getattr(inspect.unwrap(method), "__code__", _NO_CODE).co_names
+    return found
+
+
+def attention_configs(modules: Iterable[nn.Module]) -> list[Any]:
+    """The configurations of transformers by whose `_attn_implementation` some of the modules choose their attention."""
+    configs = {id(config): config for module in modules if (config := vars(module).get("config")) is not None}
+    return [config for config in configs.values() if hasattr(config, "_attn_implementation")]
+
+
+def own_attention(configs: Iterable[Any]) -> str | None:
+    """The name of an attention that is none of transformers' own, if one is chosen."""
+    return next((name for config in configs if (name := config._attn_implementation) not in _ATTENTIONS), None)
+
+
+class Kinds:
+    """Classes of modules with the methods that they have now."""
+
+    def __init__(self, kinds: Iterable[type[nn.Module]]) -> None:
+        self.kinds = [(kind, methods_of(kind)) for kind in kinds]
+
+    def include(self, module: nn.Module) -> bool:
+        """Is `module` of one of the classes, or of a subclass with all of these methods and no parameter hidden by the
+        class? What its instance hides is for a guard to see.
+        """
+        kind = type(module)
+        return any(
+            isinstance(module, known) and all(getattr(kind, name) is method for name, method in methods.items())
+            for known, methods in self.kinds
+        ) and not any(hasattr(kind, name) for name in module._parameters)
 
 
 def edges(roots: Iterable[tuple[str, nn.Module]], parent: nn.Module | None = None) -> Iterator[Edge]:
@@ -93,15 +147,21 @@ class Guard:
         self.edges = tuple(watched)
         modules = [child for _, _, child in self.edges]
         self.types = [type(module) for module in modules]
-        self.sizes = [len(module._modules) for module in modules]
-        self.settings = [{name: vars(module)[name] for name in SETTINGS if name in vars(module)} for module in modules]
-        self.forwards = {kind: kind.forward for kind in self.types}
+        self.sizes = [_sizes(module) for module in modules]
+        self.settings = [settings_of(module) for module in modules]
+        methods = {kind: methods_of(kind) for kind in self.types}
+        self.methods = [(kind, name, method) for kind in methods for name, method in methods[kind].items()]
+        # what an attribute of the instance would hide
+        self.hidden = [
+            frozenset((*methods[kind], *module._parameters)) for kind, module in zip(self.types, modules, strict=True)
+        ]
+        self.configs = attention_configs(modules)
         self._facts: _C.Facts | None = None
         self._kept: Any = None  # alive while `_facts` is
 
     def intact(self, owner: nn.Module) -> bool:
         """Neither changed nor disturbed?"""
-        if not self.classes_hold():
+        if not self.others_hold():
             return False
         if self._facts is not None and self._kept[0] is owner._modules and self._facts.hold():
             return True
@@ -111,9 +171,15 @@ class Guard:
             self._facts, self._kept = facts(owner, self.edges, self.types)
         return True
 
-    def classes_hold(self) -> bool:
-        """Does nothing hold for all modules, or all of a class, that did not?"""
-        return not hooks_on_all_modules() and all(kind.forward is known for kind, known in self.forwards.items())
+    def others_hold(self) -> bool:
+        """Is all as it was that is not the modules' own: hooks on all of them, their classes' methods, their model's
+        choice of attention?
+        """
+        return (
+            not hooks_on_all_modules()
+            and all(getattr(kind, name) is known for kind, name, known in self.methods)
+            and own_attention(self.configs) is None
+        )
 
     def changed(self, owner: nn.Module) -> str | None:
         """How the modules are others than were seen, or do something else."""
@@ -124,26 +190,29 @@ class Guard:
                 return f"its {name} was replaced"
             if type(child) is not kind:
                 return f"its {name} has become a {type(child).__name__}"
-            if kind.forward is not self.forwards[kind]:
-                return f"the forward of {kind.__name__} was replaced"
-            if len(child._modules) != size:
-                return f"its {name} has other modules within"
+            if _sizes(child) != size:
+                return f"its {name} has other modules, parameters or buffers within"
             for setting, value in settings.items():
                 if (now := vars(child).get(setting)) is not value and now != value:
                     return f"{setting} of its {name} was changed"
+        for kind, name, known in self.methods:  # __call__ and __getattr__ are replaced while torch.export traces
+            if getattr(kind, name) is not known and not (name.startswith("__") and torch.compiler.is_exporting()):
+                return f"the {name} of {kind.__name__} was replaced"
         return None
 
     def disturbed(self) -> str | None:
         """What was done to the modules that only their own forward honours."""
         if hooks_on_all_modules():
             return "there are hooks on all modules"
-        for _, name, child in self.edges:
+        if (attention := own_attention(self.configs)) is not None:
+            return f"its attention is a function of its own, {attention!r}"
+        for (_, name, child), hidden in zip(self.edges, self.hidden, strict=True):
             if (
                 child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
             ) and not _are_idle(child):
                 return f"there are hooks on its {name}"
-            if "forward" in child.__dict__:
-                return f"its {name} has a forward of its own"
+            if not hidden.isdisjoint(child.__dict__):  # of `in` the compiler would keep no guard
+                return f"its {name} has a {sorted(hidden & child.__dict__.keys())[0]} of its own"
         return None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,13 +233,18 @@ def facts(
         values = vars(child)
         kinds.append((child, kind))
         entries.append(((owner if parent is None else parent)._modules, name, child))
-        entries += [(values, "forward", None), (values, "_modules", values["_modules"])]
-        entries += [(values, setting, values[setting]) for setting in SETTINGS if setting in values]
-        sizes.append((values["_modules"], len(values["_modules"])))
+        entries.append((values, "_modules", values["_modules"]))
+        entries += [(values, setting, value) for setting, value in settings_of(child).items()]
+        # of its attributes: one more may hide a method
+        sizes += [(held, len(held)) for held in (values, *(values[kind] for kind in _HELD))]
         for hooks in _HOOKS:
             entries.append((values, hooks, values[hooks]))
             sizes.append((values[hooks], 0))
     return _C.Facts(entries, sizes, kinds, soon), (owner._modules, entries, sizes, kinds)
+
+
+def _sizes(module: nn.Module) -> tuple[int, ...]:
+    return tuple(len(vars(module)[kind]) for kind in _HELD)
 
 
 def _are_idle(module: nn.Module) -> bool:

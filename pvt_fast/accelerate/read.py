@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..config import LINEAR_POOL_SIZE
 from .block_names import AttentionNames, MlpNames, Refusal, at, first
+from .guard import attention_configs, own_attention
 from .halves import AttentionHalf, MlpHalf, Part
 
 Dropout = nn.modules.dropout._DropoutNd
@@ -25,6 +27,8 @@ PLAIN = (nn.Parameter, torch.Tensor)
 def read_attention(block: nn.Module, names: AttentionNames) -> AttentionHalf:
     """Raises Refusal."""
     _require(block, names.required)
+    if attention := own_attention(attention_configs(at(block, names.module).modules())):
+        raise Refusal(f"{names.module} computes its attention by a function of its own, {attention!r}")
     norm = _norm(block, names.norm)
     channels = norm.shapes[0][0]
     if names.in_proj:
@@ -46,6 +50,8 @@ def read_attention(block: nn.Module, names: AttentionNames) -> AttentionHalf:
                 f"{names.pool} must average to {LINEAR_POOL_SIZE}x{LINEAR_POOL_SIZE} before {names.sr}, got {pool}"
             )
         _require_like(at(block, names.act), F.gelu, names.act, "the exact GELU")
+    elif (act := at(block, names.act)) is not None:
+        raise Refusal(f"{names.act} must be left out without {names.pool}, got {act}")
     heads = _attribute(block, names.heads, int)
     if channels % getattr(*heads):
         raise Refusal(f"{names.heads} must divide the {channels} channels, got {getattr(*heads)}")
@@ -154,8 +160,11 @@ def _part(module: Any, where: str, kinds: tuple[type[nn.Module], ...], shape: tu
         or set(module._parameters) != {"weight", "bias"}
         or module._modules
         or module._buffers
+        or any(hasattr(type(module), name) for name in module._parameters)
     ):
         raise Refusal(f"{where} must be a plain {kinds[0].__name__}, got {type(module).__name__}")
+    if is_lazy(module._parameters["weight"]):  # type: ignore[arg-type]
+        raise Refusal(f"{where} has no shape yet")
     part = Part.of(module)
     weight = part.tensors()[0]
     if type(weight) not in PLAIN or not weight.is_floating_point():

@@ -64,13 +64,13 @@ class Sources:
         self,
         tensors: Sequence[Tensor],
         gone: Callable[[Any], object] | None = None,
-        sure: bool = True,
         keep: bool = False,
     ) -> None:
-        """gone: called when the memory of one of the tensors is freed. sure: False leaves a comparison of all for the
-        next use. keep: let the memory live as long as this, for `hold_values`.
+        """gone: called when the memory of one of the tensors is freed. keep: let the memory live as long as this, for
+        `hold_values`.
         """
-        self._sure = _doubts.count if sure else -1
+        # a graph may have raised the version of a weight whose values it changes later
+        self._sure = _UNSURE if _thread.in_graph else _doubts.count
         self._calls = itertools.count()
         self._storages = [ref(tensor.untyped_storage(), gone) for tensor in tensors]
         self._addresses = [tensor.data_ptr() for tensor in tensors]
@@ -88,9 +88,6 @@ class Sources:
         for tensor, storage in zip(tensors, self._storages, strict=True):
             if tensor.untyped_storage() is not storage():
                 return False
-        for tensor, known in zip(tensors, self._objects, strict=True):
-            if id(tensor) != known and not _is(tensor, known):
-                return self._hold_for(tensors)
         return self.hold_values(tensors)
 
     def _hold_for(self, tensors: Sequence[Tensor]) -> bool:
@@ -107,6 +104,9 @@ class Sources:
 
     def hold_values(self, tensors: Sequence[Tensor]) -> bool:
         """The same where the memory was kept, so that no other tensor can have its address."""
+        for tensor, known in zip(tensors, self._objects, strict=True):
+            if tensor._cdata != known and not _is(tensor, known):
+                return self._hold_for(tensors)
         # a plain loop: it runs for every weight of every forward
         for tensor, address, version in zip(tensors, self._addresses, self._versions, strict=True):
             if tensor.data_ptr() != address or (version is not None and tensor._version != version):
@@ -128,16 +128,18 @@ class Sources:
 
     def _same_values(self, tensors: Sequence[Tensor]) -> bool:
         doubts = _doubts.count
-        if doubts != self._sure:
-            if self._first_changed(tensors) >= 0:
+        if doubts != self._sure or _checking.on:
+            if (index := self._first_changed(tensors)) >= 0:
+                if _checking.on and self._sure != _UNSURE:
+                    raise UnannouncedChange(
+                        f"checked_weights: weights must change in ways that torch records, got other values in the "
+                        f"weight of shape {tuple(self._shapes[index][0])} at the same version; call pvt_fast.refresh "
+                        "after such a write"
+                    )
                 return False
-            self._sure = doubts
+            if not _thread.in_graph:
+                self._sure = doubts
             return True
-        if _checking.on and (index := self._first_changed(tensors)) >= 0:
-            raise UnannouncedChange(
-                f"checked_weights: weights must change in ways that torch records, got other values in the weight of "
-                f"shape {tuple(self._shapes[index][0])} at the same version; call pvt_fast.refresh after such a write"
-            )
         return self._watch.next() if isinstance(self._watch, _C.Watch) else self._watch.next(tensors)
 
     def same_memory(self) -> bool:
@@ -178,12 +180,16 @@ class _Snapshot:
 class Record:
     """A packed form and the weights that it was made of."""
 
-    __slots__ = ("addresses", "form", "key", "sources", "trains")
+    __slots__ = ("addresses", "dropped", "form", "key", "sources", "trains")
 
     def __init__(self, key: Any, tensors: Sequence[Tensor], form: Any, sources: Sources) -> None:
         self.key, self.form, self.sources = key, form, sources
+        self.dropped = False  # as its weights were said to have changed
         self.addresses = [tensor.data_ptr() for tensor in tensors]
         self.trains = any(tensor.requires_grad for tensor in tensors)
+
+
+_UNSURE = -1
 
 
 class _Doubts:
@@ -215,9 +221,8 @@ def packed(kind: str, key: Any, tensors: Tensors, build: Callable[[], Any]) -> A
     place = (kind, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
     record = _records.get(place)
     if record is None or record.key != key or not record.sources.hold(present):
-        # A change while the form is built is seen at the next use: what is compared with was read before. What is
-        # packed within a graph may be of a weight whose version the graph has raised and whose values it changes later.
-        sources = Sources(present, lambda _: _records.pop(place, None), sure=not _thread.in_graph)
+        # a change while the form is built is seen at the next use: what is compared with was read before
+        sources = Sources(present, lambda _: _records.pop(place, None))
         record = Record(key, present, build(), sources)
         _records[place] = record
     if _thread.used is not None:
@@ -252,11 +257,21 @@ def doubt() -> None:
 
 def forget(tensors: Sequence[Tensor]) -> None:
     """Drop what is packed of any of `tensors`."""
-    doubt()
-    addresses = {tensor.data_ptr() for tensor in tensors}
+    addresses = {_address(tensor) for tensor in tensors}
+    _drop(lambda record: not addresses.isdisjoint(record.addresses))
+
+
+def _drop(which: Callable[[Record], bool]) -> None:
     for place, record in list(_records.items()):
-        if not addresses.isdisjoint(record.addresses):
+        if which(record):
+            record.dropped = True
             _records.pop(place, None)
+
+
+def _address(tensor: Tensor) -> int:
+    """0 for tensors of which nothing can be packed: of classes of their own, sparse, without values."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
+    return tensor.data_ptr() if plain else 0
 
 
 @contextmanager
@@ -280,15 +295,13 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _object(tensor: Tensor) -> Any:
-    """What tells a tensor from another over the same memory.
+    """What tells a tensor from another over the same memory, each of which counts changes of its own.
 
-    Of a parameter its identity only: torch.utils.swap_tensors refuses tensors that have weak references. A view of a
-    parameter counts changes with it, and is made anew for each call.
+    Of a parameter the address of its C++ part only: torch.utils.swap_tensors refuses tensors that have weak references,
+    and swaps those parts. A view of a parameter counts changes with it, and is made anew for each call.
     """
-    if isinstance(tensor, torch.nn.Parameter):
-        return id(tensor)
-    base = tensor._base  # None where it is no view
-    return id(base) if isinstance(base, torch.nn.Parameter) else ref(tensor)
+    base = tensor if isinstance(tensor, torch.nn.Parameter) else tensor._base  # None where it is no view
+    return base._cdata if isinstance(base, torch.nn.Parameter) else ref(tensor)
 
 
 def _is(tensor: Tensor, known: Any) -> bool:
@@ -302,10 +315,16 @@ def _shape(tensor: Tensor) -> tuple:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """(address, bytes) of the memory that holds the values of a strided tensor."""
+    """(address, bytes) of the memory that holds the values of a strided tensor. RuntimeError where it is too small."""
     if tensor.numel() == 0:
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed, held = tensor.storage_offset() + last + 1, tensor.untyped_storage().nbytes() // tensor.element_size()
+    if needed > held:
+        raise RuntimeError(
+            f"pvt_fast: a weight of shape {tuple(tensor.shape)} must lie within its storage, got one that ends at "
+            f"element {needed} of {held}"
+        )
     return tensor.data_ptr(), (last + 1) * tensor.element_size()
 
 
@@ -313,9 +332,8 @@ def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():  # a graph records its changes
         return
     doubt()
-    for place, record in list(_records.items()):
-        if record.trains:
-            _records.pop(place, None)
+    stepped = {_address(parameter) for group in optimizer.param_groups for parameter in group["params"]} - {0}
+    _drop(lambda record: record.trains or not stepped.isdisjoint(record.addresses))
 
 
 # torch's hook for the steps of all optimizers: its fused ones leave the versions of what they change alone
