@@ -248,7 +248,7 @@ class FusedBlock(Fused):
         size: tuple = (hw,) if self.layout.call == PAIR else hw
         if isinstance(module, nn.Module) and takes_tokens_only(type(module).forward):  # a plain MLP
             size = ()
-        y = functools.reduce(getattr, names.norm.split("."), block)(x)  # type: ignore[operator]
+        y = functools.reduce(getattr, names.norm.split("."), block)(x)
         if names.residual_inside:
             return module(y, *size, identity=x)
         y = module(y, *size)
