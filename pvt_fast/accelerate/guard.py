@@ -10,6 +10,8 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -75,17 +77,16 @@ def hooks_on_all_modules() -> bool:
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
-    """The plain values among a module's attributes, which its forward may read."""
+    """The plain values among a module's attributes that its methods name."""
+    named = _names_in(type(module))  # type: ignore[arg-type]  # classes can be hashed
     return {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, (bool, int, float, str, tuple, list, type(None)))
+        if name in named
+        and isinstance(value, (bool, int, float, str, tuple, list, type(None)))
         and name not in _READ_AT_CALLS
         and not name.startswith("_")
     }
-
-
-_NO_CODE = (lambda: None).__code__
 
 
 def methods_of(kind: type[nn.Module]) -> dict[str, Any]:
@@ -97,8 +98,23 @@ def methods_of(kind: type[nn.Module]) -> dict[str, Any]:
         method = getattr(kind, name, None)
         if name not in found and inspect.isfunction(method):
             found[name] = method
-            named += getattr(inspect.unwrap(method), "__code__", _NO_CODE).co_names
+            named += _names(getattr(inspect.unwrap(method), "__code__", None))
     return found
+
+
+def _names(code: Any) -> Iterator[str]:
+    """The names in a function's code, and in the functions within it."""
+    if isinstance(code, CodeType):
+        yield from code.co_names
+        for constant in code.co_consts:
+            yield from _names(constant)
+
+
+@lru_cache(1024)
+def _names_in(kind: type[nn.Module]) -> frozenset[str]:
+    """The names in the methods of a class; where one of these is replaced, a guard sees that."""
+    methods = (method for name, method in methods_of(kind).items() if not name.startswith("__"))
+    return frozenset(name for method in methods for name in _names(getattr(inspect.unwrap(method), "__code__", None)))
 
 
 def attention_configs(modules: Iterable[nn.Module]) -> list[Any]:

@@ -104,11 +104,12 @@ class Sources:
 
     def hold_values(self, tensors: Sequence[Tensor]) -> bool:
         """The same where the memory was kept, so that no other tensor can have its address."""
-        for tensor, known in zip(tensors, self._objects, strict=True):
+        # a plain loop: it runs for every weight of every forward
+        for tensor, known, address, version in zip(
+            tensors, self._objects, self._addresses, self._versions, strict=True
+        ):
             if tensor._cdata != known and not _is(tensor, known):
                 return self._hold_for(tensors)
-        # a plain loop: it runs for every weight of every forward
-        for tensor, address, version in zip(tensors, self._addresses, self._versions, strict=True):
             if tensor.data_ptr() != address or (version is not None and tensor._version != version):
                 return False
         for index, compact in self._compact:
