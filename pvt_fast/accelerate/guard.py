@@ -77,12 +77,14 @@ def hooks_on_all_modules() -> bool:
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
-    """The plain values among a module's attributes that its methods name."""
+    """The plain values among a module's attributes that its methods name; all of them where it has a configuration, as
+    transformers' attentions do, whose methods hand the module to functions.
+    """
     named = _names_in(type(module))  # type: ignore[arg-type]  # classes can be hashed
     return {
         name: value
         for name, value in vars(module).items()
-        if name in named
+        if (name in named or "config" in vars(module))
         and isinstance(value, (bool, int, float, str, tuple, list, type(None)))
         and name not in _READ_AT_CALLS
         and not name.startswith("_")
