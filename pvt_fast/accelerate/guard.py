@@ -137,14 +137,14 @@ class Kinds:
         self.kinds = [(kind, methods_of(kind)) for kind in kinds]
 
     def include(self, module: nn.Module) -> bool:
-        """Is `module` of one of the classes, or of a subclass with all of these methods and no parameter hidden by the
-        class? What its instance hides is for a guard to see.
+        """Is `module` of one of the classes, or of a subclass with all of these methods? What its instance hides is for
+        a guard to see.
         """
         kind = type(module)
         return any(
             isinstance(module, known) and all(getattr(kind, name) is method for name, method in methods.items())
             for known, methods in self.kinds
-        ) and not any(hasattr(kind, name) for name in module._parameters)
+        )
 
 
 def edges(roots: Iterable[tuple[str, nn.Module]], parent: nn.Module | None = None) -> Iterator[Edge]:
