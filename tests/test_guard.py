@@ -758,7 +758,10 @@ def test_an_image_with_the_negative_bit():
 def test_a_copied_block_follows_its_model():
     model = own()
     model.block1.append(copy.deepcopy(model.block1[0]))
+    for _ in range(2):
+        whole(model)
     model.backend = "reference"
+    assert {stand_in.fused.settings.backend for _, stand_in in model.stand_ins()} == {"reference"}
     assert {piece.backend for piece in pvt_fast.explain(model).pieces} == {"reference"}
 
 

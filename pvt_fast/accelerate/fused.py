@@ -10,10 +10,10 @@ its blocks. Each returns None where the module's own forward must run, and says 
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -244,11 +244,11 @@ class FusedBlock(Fused):
 
     def _run_own(self, block: nn.Module, names: AttentionNames | MlpNames, x: Tensor, hw: HW) -> Tensor:
         """One half on the block's own modules, as peers write it."""
-        module: Any = functools.reduce(getattr, names.module.split("."), block)
+        module: Any = attrgetter(names.module)(block)
         size: tuple = (hw,) if self.layout.call == PAIR else hw
         if isinstance(module, nn.Module) and takes_tokens_only(type(module).forward):  # a plain MLP
             size = ()
-        y = functools.reduce(getattr, names.norm.split("."), block)(x)
+        y = attrgetter(names.norm)(block)(x)
         if names.residual_inside:
             return module(y, *size, identity=x)
         y = module(y, *size)
@@ -358,9 +358,10 @@ class StandIn:
         return self.fused
 
     def follow(self, settings: Settings) -> None:
-        """Take other settings; what was read is read again."""
-        if self.settings is not settings:
-            self.settings, self._read_from = settings, None
+        """Take other settings, also for what was read."""
+        self.settings = settings
+        if self.fused is not None:
+            self.fused.settings = settings
 
     def __deepcopy__(self, memo: dict) -> StandIn:
         return StandIn(self.reader, copy.deepcopy(self.settings, memo), self.roots)

@@ -100,23 +100,25 @@ def methods_of(kind: type[nn.Module]) -> dict[str, Any]:
         method = getattr(kind, name, None)
         if name not in found and inspect.isfunction(method):
             found[name] = method
-            named += _names(getattr(inspect.unwrap(method), "__code__", None))
+            named += _names(method)
     return found
 
 
-def _names(code: Any) -> Iterator[str]:
-    """The names in a function's code, and in the functions within it."""
-    if isinstance(code, CodeType):
-        yield from code.co_names
-        for constant in code.co_consts:
-            yield from _names(constant)
+def _names(function: Any) -> Iterator[str]:
+    """The names in the code of a function, and of the functions within it."""
+    codes = [getattr(inspect.unwrap(function), "__code__", None)]
+    while codes:
+        code = codes.pop()
+        if isinstance(code, CodeType):
+            yield from code.co_names
+            codes += code.co_consts
 
 
 @lru_cache(1024)
 def _names_in(kind: type[nn.Module]) -> frozenset[str]:
     """The names in the methods of a class; where one of these is replaced, a guard sees that."""
     methods = (method for name, method in methods_of(kind).items() if not name.startswith("__"))
-    return frozenset(name for method in methods for name in _names(getattr(inspect.unwrap(method), "__code__", None)))
+    return frozenset(name for method in methods for name in _names(method))
 
 
 def attention_configs(modules: Iterable[nn.Module]) -> list[Any]:
