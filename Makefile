@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # what the editable install is built from
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test test-all lint style wheel cpp-test sanitize amx-test neon-test cross-tools bench-cpu gpu gpu-gates \
+.PHONY: setup demo test test-all test-peers lint style wheel cpp-test sanitize amx-test neon-test cross-tools bench-cpu gpu gpu-gates \
 	gpu-gates-update gpu-gates-all instructions instructions-update clean
 
 setup: $(VENV)/.demo
@@ -18,7 +18,7 @@ demo: $(VENV)/.demo
 
 # test-all: with the whole product of cases, instruction sets and dtypes. A file is one worker's: its fixtures, some of
 # which compile for a minute, are made once
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test: $(VENV)/.test
 	$(PYTEST) $(PYTEST_ARGS)
@@ -27,6 +27,10 @@ test-all: $(VENV)/.test
 	$(PYTEST) --full $(PYTEST_ARGS)
 
 # style first: it needs nothing built and fails within seconds
+# with libraries that fine-tune and quantize, which are not needed for the rest
+test-peers: $(VENV)/.test-peers
+	$(PYTEST) tests/test_adapters.py $(PYTEST_ARGS)
+
 lint: style $(VENV)/.test
 	$(BIN)/mypy
 
@@ -178,6 +182,11 @@ $(VENV)/.test: $(SOURCES) $(VENV)/.torch
 	$(PIP_INSTALL) setuptools pybind11
 	$(PIP_INSTALL) -e '.[demo,test]'
 	touch $@ $(VENV)/.demo
+
+# what the extra test-peers names: the extra itself would have the extension built again
+$(VENV)/.test-peers: constraints.txt | $(VENV)/.test
+	$(PIP_INSTALL) peft torchao
+	touch $@
 
 $(VENV)/.style: constraints.txt | $(VENV)/.created
 	$(PIP_INSTALL) ruff clang-format

@@ -234,7 +234,7 @@ def _require_known(owner: nn.Module, names: tuple[str, ...]) -> None:
             raise Refusal(f"its {name} is a {type(root).__name__}")
         for path, module in root.named_modules(prefix=name):
             if not _KNOWN.include(module):
-                raise Refusal(f"its {path} is a {type(module).__name__}")
+                raise Refusal(f"its {path} is a {_KNOWN.describe(module)}")
 
 
 def _read_block(block: nn.Module, settings: Settings) -> Fused:

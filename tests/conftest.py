@@ -15,6 +15,10 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # workers share the cores: threads of each would wait for one another, fifty times as long as they work
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 if not torch.cuda.is_available():
@@ -36,8 +40,13 @@ INTERPRETER_MAX_TOKENS = 12 * 12
 # Tests marked full are divided into so many parts; a prime, so that runs at the same hour of each day get to all.
 FULL_PARTS = 11
 
-# Tests that only a CUDA device can run; the header names them where there is none.
-collect_ignore = [] if torch.cuda.is_available() else ["test_gpu.py"]
+# Files of tests that cannot run here, and why; the header names them.
+IGNORED: dict[str, str] = {}
+if not torch.cuda.is_available():
+    IGNORED["test_gpu.py"] = "needs a CUDA device"
+if not all(importlib.util.find_spec(name) for name in ("peft", "torchao")):
+    IGNORED["test_adapters.py"] = "needs peft and torchao: make test-peers"
+collect_ignore = list(IGNORED)
 
 DTYPE_IDS = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # The dtypes a backend is tested in: all that it claims on the device it is tested on.
@@ -165,7 +174,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "not_interpreted: not collected for a backend that runs in triton's interpreter, where it takes minutes",
     )
     config.addinivalue_line(
-        "markers", "full: only with --full: shows nothing that no other test shows, but in one more combination"
+        "markers",
+        "full(*backends): only with --full (for these backends): shows nothing that no other test shows, but in one "
+        "more combination",
     )
     config.addinivalue_line("markers", "only(backend): not collected for other backends")
     config.addinivalue_line("markers", "no_target: set here on a test that none of the backends under test can run")
@@ -186,7 +197,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     if not config.getoption("--full"):
         part = config.getoption("--full-part")
         lines.append("of the tests marked full: " + ("none" if part is None else f"part {part} of {FULL_PARTS}"))
-    lines += [f"not runnable here: {file} (needs a CUDA device)" for file in collect_ignore]
+    lines += [f"not runnable here: {file} ({reason})" for file, reason in IGNORED.items()]
     for item in NOT_RUNNABLE:
         lines.append(f"not runnable here: {item.target} ({item.reason})")
     return lines
@@ -225,9 +236,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_wanted(item: pytest.Item, config: pytest.Config) -> bool:
-    if config.getoption("--full") or item.get_closest_marker("full") is None:
+    if config.getoption("--full") or not any(_holds_for(marker, item) for marker in item.iter_markers("full")):
         return True
     return zlib.crc32(item.nodeid.encode()) % FULL_PARTS == config.getoption("--full-part")
+
+
+def _holds_for(full: pytest.Mark, item: pytest.Item) -> bool:
+    return not full.args or item.callspec.params["target"].backend in full.args
 
 
 def _targets_of(test: pytest.Item, targets: list[Target]) -> list[Target]:

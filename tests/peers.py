@@ -19,6 +19,14 @@ SMALL: dict[str, Any] = {
     "qkv_bias": True,
     "linear": False,
 }
+# What takes long for each block, such as compiling and exporting, is seen on two stages, too.
+TWO_STAGES: dict[str, Any] = {
+    "embed_dims": (8, 16),
+    "num_heads": (1, 2),
+    "mlp_ratios": (2, 3),
+    "depths": (1, 2),
+    "sr_ratios": (2, 1),
+}
 LAYOUT_PEERS = ("timm", "transformers")
 
 

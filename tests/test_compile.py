@@ -37,6 +37,16 @@ def tiny(linear: bool = False, **arguments) -> PVT_V2:
     return PVT_V2(**settings | arguments, linear=linear).eval()
 
 
+ONE_STAGE = {
+    "embed_dims": (8,),
+    "num_heads": (1,),
+    "mlp_ratios": (2,),
+    "depths": (1,),
+    "sr_ratios": (2,),
+    "num_stages": 1,
+}
+
+
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch.compiler.reset()
@@ -65,7 +75,7 @@ def test_compiles_into_one_graph(linear, target):
 @pytest.mark.not_interpreted
 @torch.no_grad()
 def test_one_graph_serves_many_sizes(target):
-    model = tiny().to(target.device)
+    model = tiny(**ONE_STAGE).to(target.device)
     model.backend = target.backend
     fast = compiled(model, dynamic=True)
     with target.in_use():
@@ -91,6 +101,7 @@ def test_compiled_gradients(checkpointing, target):
         torch.testing.assert_close(traced, eager)
 
 
+@pytest.mark.full("reference")
 @pytest.mark.not_interpreted
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # inductor's own import
 @torch.no_grad()
@@ -102,19 +113,11 @@ def test_inductor(target, tmp_path, monkeypatch):
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(image), model(image))
 
 
-ONE_STAGE = {
-    "embed_dims": (8,),
-    "num_heads": (1,),
-    "mlp_ratios": (2,),
-    "depths": (1,),
-    "sr_ratios": (2,),
-    "num_stages": 1,
-}
-
-
 @pytest.mark.not_interpreted
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("linear", [False, True], ids=["sr", "linear"])
+@pytest.mark.parametrize(
+    "linear", [pytest.param(False, marks=pytest.mark.full("reference"), id="sr"), pytest.param(True, id="linear")]
+)
 @torch.no_grad()
 def test_inductor_at_any_size(linear, target, tmp_path, monkeypatch):
     """One graph; on the reference too, whose pooling inductor would fix to the first size."""
@@ -212,7 +215,13 @@ def permuted(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim())))
 
 
-STRIDES = pytest.mark.parametrize("strides", [torch.Tensor.contiguous, permuted], ids=["compact", "permuted"])
+STRIDES = pytest.mark.parametrize(
+    "strides",
+    [
+        pytest.param(torch.Tensor.contiguous, id="compact"),
+        pytest.param(permuted, marks=pytest.mark.full("reference"), id="permuted"),
+    ],
+)
 
 
 @pytest.mark.not_interpreted

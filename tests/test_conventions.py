@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torchinfo
-from peers import ours, peer, randomised
+from peers import TWO_STAGES, ours, peer, randomised
 from timm.data import resolve_data_config
 from timm.models import group_modules, group_parameters
 from timm.models._features import FeatureGetterNet, FeatureHookNet
@@ -125,6 +125,7 @@ def test_poolings_that_there_are_not(classes, pool):
 
 
 @pytest.mark.one_isa
+@pytest.mark.not_interpreted
 @torch.no_grad()
 def test_a_linear_head_on_a_map_is_refused(target):
     """On a map of as many columns as there are channels it would run, along the wrong dimension."""
@@ -344,7 +345,7 @@ def test_a_first_convolution_of_other_channels(backend, tmp_path):
 @torch.no_grad()
 def test_sizes_are_those_of_the_modules(compiled):
     """A first stride of 2 leaves maps of images that are too small by the configuration; a reduction's kernel, too."""
-    model = randomised(ours()).eval()
+    model = randomised(ours(**TWO_STAGES | {"sr_ratios": (8, 1)})).eval()
     finer = copy.deepcopy(model)
     finer.patch_embed1.proj.stride = (2, 2)
     coarser = copy.deepcopy(model)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peers import ours, randomised
+from peers import TWO_STAGES, ours, randomised
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -32,7 +32,7 @@ def images(*shape: int) -> Tensor:
 
 
 def small(linear: bool) -> PVT_V2:
-    return randomised(ours(CLASSES, linear=linear, sr_ratios=(4, 2, 1, 1))).eval()
+    return randomised(ours(CLASSES, linear=linear, **TWO_STAGES)).eval()
 
 
 def one_stage(linear: bool) -> PVT_V2:
@@ -103,12 +103,14 @@ def package(model: PVT_V2, directory: Path) -> str:
     return torch._inductor.aoti_compile_and_package(exported, package_path=str(directory / "model.pt2"))
 
 
+@pytest.mark.full
 @pytest.mark.only("reference", "cpp")
 @QUIET_INDUCTOR
+@LINEAR
 @torch.no_grad()
-def test_aot_inductor_packages_run(target, inductor_cache):
+def test_aot_inductor_packages_run(linear, target, inductor_cache):
     """On the cpp backend it calls the registered ops, on the reference it is one library of plain operators."""
-    model = one_stage(linear=True)
+    model = one_stage(linear)
     model.backend = target.backend
     packaged = torch._inductor.aoti_load_package(package(model, inductor_cache))
     for shape in ((2, 3, 48, 64), (3, 3, 100, 36)):
@@ -130,7 +132,7 @@ print("equal")
 @QUIET_INDUCTOR
 @torch.no_grad()
 def test_aot_inductor_package_packs_once_and_runs_in_another_process(target, inductor_cache, monkeypatch):
-    model, image = one_stage(linear=False), images(2, 3, 60, 64)
+    model, image, other = one_stage(linear=True), images(2, 3, 60, 64), images(3, 3, 100, 36)
     model.backend = target.backend
     path = package(model, inductor_cache)
     packaged, built = torch._inductor.aoti_load_package(path), []
@@ -139,9 +141,12 @@ def test_aot_inductor_package_packs_once_and_runs_in_another_process(target, ind
         return packing.packed(kind, key, tensors, lambda: (built.append(kind), build())[1])
 
     monkeypatch.setattr(target.module, "packed", counted)
+    expected = model(other)
+    built.clear()
     first = packaged(image)
     assert len(built) == 5  # patch embed, attention, MLP, norm, head
     assert torch.equal(packaged(image), first)
+    torch.testing.assert_close(packaged(other), expected)
     assert len(built) == 5
 
     files = [str(inductor_cache / name) for name in ("image.pt", "logits.pt")]
@@ -173,31 +178,36 @@ ONNX_WARNINGS = pytest.mark.filterwarnings(
 )
 
 
-def exportable(name: str) -> PVT_V2:
+def exportable(linear: bool) -> PVT_V2:
     """The backend is one whose ops ONNX does not have: the exporter takes the reference all the same."""
-    model = randomised(pvt_fast.pvt_v2_b0(num_classes=CLASSES)).eval() if name == "b0" else small(linear=True)
+    model = small(linear)
     model.backend = "cpp"
     return model
 
 
+# The maps of the second stage are as large as those that linear attention pools to, larger, and smaller.
+ONNX_SIZES = ((56, 56), (90, 130), (21, 33))
+
+
 @ONNX_WARNINGS
-@pytest.mark.parametrize("name", ["b0", "linear"])
-def test_onnx_of_any_batch_and_size(name, tmp_path):
-    model = exportable(name)
+@LINEAR
+def test_onnx_of_any_batch_and_size(linear, tmp_path):
+    model = exportable(linear)
     session = onnx_session(model, images(2, 3, 96, 64), tmp_path / "model.onnx", ANY_SIZE)
-    for shape in ((1, 3, 224, 224), (2, 3, 250, 330), (3, 3, 61, 97)):
-        assert_logits(run_onnx(session, images(*shape)), model, images(*shape))
+    for batch, size in enumerate(ONNX_SIZES, start=1):
+        assert_logits(run_onnx(session, images(batch, 3, *size)), model, images(batch, 3, *size))
 
 
 @ONNX_WARNINGS
-@pytest.mark.parametrize("size", [(224, 224), (250, 330), (61, 97)], ids=str)
+@pytest.mark.parametrize("size", ONNX_SIZES, ids=str)
 def test_onnx_of_one_size_with_a_free_batch(size, tmp_path):
-    model = exportable("linear")
+    model = exportable(linear=True)
     session = onnx_session(model, images(2, 3, *size), tmp_path / "model.onnx", {0: Dim.DYNAMIC})
     for batch in (1, 3):
         assert_logits(run_onnx(session, images(batch, 3, *size)), model, images(batch, 3, *size))
 
 
+@pytest.mark.full
 @ONNX_WARNINGS
 def test_onnx_of_b2_li(tmp_path):
     model = randomised(pvt_fast.pvt_v2_b2_li(num_classes=CLASSES)).eval()

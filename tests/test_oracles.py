@@ -119,7 +119,17 @@ def sizes_of(name: str) -> list[tuple[int, int]]:
     return [(224, 224), *ODD] if thorough else [ODD[list(VARIANTS).index(name) % 2]]
 
 
-GRID = [pytest.param(name, size, id=f"{name}-{size[0]}x{size[1]}") for name in VARIANTS for size in sizes_of(name)]
+# b3 and b4 are b2 with more blocks
+GRID = [
+    pytest.param(
+        name,
+        size,
+        marks=pytest.mark.full if name in ("pvt_v2_b3", "pvt_v2_b4") else [],
+        id=f"{name}-{size[0]}x{size[1]}",
+    )
+    for name in VARIANTS
+    for size in sizes_of(name)
+]
 
 
 @pytest.mark.parametrize(("name", "size"), GRID, scope="module")  # one variant after the other in memory

@@ -62,8 +62,8 @@ MLPS = (
 )
 
 
-# Of these widths, a narrow and a wide one, and of one that is no multiple of anything, every form is tested.
-IN_EVERY_FORM = (64, 160, 50)
+# Of a width of whole heads, and of one that is no multiple of anything, every form is tested.
+IN_EVERY_FORM = (64, 50)
 
 
 def parity_rows():

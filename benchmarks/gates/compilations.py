@@ -178,6 +178,12 @@ def candidate_compilations(variants: Sequence[str], dtype: torch.dtype, chip: Ch
     return [made for key, made in found.items() if key not in defaults]
 
 
+@cache
+def _model(name: str, dtype: torch.dtype, whole: bool) -> pvt_fast.PVT_V2:
+    with torch.device("meta"):
+        return pvt_fast.create_model(name, **({} if whole else {"depths": (2, 2, 2, 2)})).eval().to(dtype)
+
+
 def _compilations(
     variants: Sequence[str],
     dtype: torch.dtype,
@@ -187,8 +193,8 @@ def _compilations(
     whole: bool,
 ) -> Iterator[Compilation]:
     for name in variants:
+        model = _model(name, dtype, whole)
         with torch.device("meta"):
-            model = pvt_fast.create_model(name, **({} if whole else {"depths": (2, 2, 2, 2)})).eval().to(dtype)
             for batch, size in itertools.product(batches, sizes):
                 ahead: list[Launch] = []
                 with torch.no_grad(), recorded(chip, ahead) as launches:

@@ -148,6 +148,17 @@ class Kinds:
             for known, methods in self.kinds
         )
 
+    def describe(self, module: nn.Module) -> str:
+        """What a module is that they do not include: its class, by its full name where one of these has its name."""
+        kind = type(module)
+        for known, methods in self.kinds:
+            if kind is known:
+                replaced = next(name for name, method in methods.items() if getattr(kind, name) is not method)
+                return f"{kind.__name__} whose {replaced} was replaced"
+            if kind.__name__ == known.__name__:
+                return f"{kind.__module__}.{kind.__qualname__}"
+        return kind.__name__
+
 
 def edges(roots: Iterable[tuple[str, nn.Module]], parent: nn.Module | None = None) -> Iterator[Edge]:
     """The children `roots` of an owner and everything below them."""
