@@ -67,45 +67,70 @@ pvt::Image view(Address image, const Size& size, const Strides& strides) {
   return {input(image), batch, height, width, stride_batch, stride_channel, stride_row, stride_column};
 }
 
-// Facts about Python objects: values of dicts, sizes of dicts, and types. A forward leaves nothing of these objects in
-// the inner caches, so all are asked for before the first is looked at. The caller keeps them alive: references from
-// here would be part of cycles that Python's collector cannot see.
+// Facts about Python objects: their types, all names of their attributes, and the values of some; the same of dicts. A
+// forward leaves nothing of these objects in the inner caches, so all are asked for before the first is looked at. The
+// caller keeps them alive: references from here would be part of cycles that Python's collector cannot see.
 class Facts {
  public:
-  using Entry = std::tuple<py::handle, py::handle, py::handle>;  // dict.get(name) is value
-  using Size = std::tuple<py::handle, py::ssize_t>;              // len(dict) == size
-  using Type = std::tuple<py::handle, py::handle>;               // type(object) is type
+  using Items = std::vector<std::pair<py::handle, py::handle>>;  // names and values in order; Ellipsis: any value
+  using Object = std::tuple<py::handle, py::handle, Items>;      // None: the one that `hold` is given; type; attributes
+  using Dict = std::pair<py::handle, Items>;
 
-  Facts(std::vector<Entry> entries, std::vector<Size> sizes, std::vector<Type> types, std::vector<Address> soon)
-      : entries_(std::move(entries)), sizes_(std::move(sizes)), types_(std::move(types)), soon_(std::move(soon)) {}
+  Facts(std::vector<Object> objects, std::vector<Dict> dicts, std::vector<Address> soon)
+      : objects_(std::move(objects)), dicts_(std::move(dicts)), soon_(std::move(soon)) {}
 
-  bool hold() const {
+  bool hold(py::handle given) const {
     for (const Address address : soon_) __builtin_prefetch(input(address));
-    for (const auto& [object, type] : types_) __builtin_prefetch(object.ptr());
-    for (const auto& [dict, size] : sizes_) __builtin_prefetch(dict.ptr());
-    for (const auto& [dict, name, value] : entries_) {
+    for (const auto& [object, type, items] : objects_) prefetch(object.ptr(), items);
+    for (const auto& [dict, items] : dicts_) prefetch(dict.ptr(), items);
+    std::vector<PyObject*> attributes;
+    attributes.reserve(objects_.size());
+    for (const auto& [known, type, items] : objects_) {
+      PyObject* object = known.is_none() ? given.ptr() : known.ptr();
+      if (reinterpret_cast<const PyObject*>(Py_TYPE(object)) != type.ptr()) return false;
+      const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
+      if (!dict) throw py::error_already_set();
+      attributes.push_back(dict.ptr());  // it belongs to its object
       __builtin_prefetch(dict.ptr());
-      __builtin_prefetch(name.ptr());
     }
-    for (const auto& [dict, name, value] : entries_) {
-      const char* keys = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dict.ptr())->ma_keys);
-      for (int line = 0; line < 4; ++line) __builtin_prefetch(keys + 64 * line);
-    }
-    for (const auto& [object, type] : types_)
-      if (reinterpret_cast<const PyObject*>(Py_TYPE(object.ptr())) != type.ptr()) return false;
-    for (const auto& [dict, size] : sizes_)
-      if (PyDict_Size(dict.ptr()) != size) return false;
-    for (const auto& [dict, name, value] : entries_) {
-      const PyObject* found = PyDict_GetItemWithError(dict.ptr(), name.ptr());
-      if ((found != nullptr ? found : Py_None) != value.ptr()) return false;
-    }
+    for (PyObject* dict : attributes) prefetch_values(dict);
+    for (std::size_t i = 0; i < objects_.size(); ++i)
+      if (!holds(attributes[i], std::get<Items>(objects_[i]))) return false;
+    for (const auto& [dict, items] : dicts_)
+      if (!holds(dict.ptr(), items)) return false;
     return true;
   }
 
  private:
-  std::vector<Entry> entries_;
-  std::vector<Size> sizes_;
-  std::vector<Type> types_;
+  static void prefetch(const PyObject* object, const Items& items) {
+    __builtin_prefetch(object);
+    const char* first = reinterpret_cast<const char*>(items.data());
+    for (std::size_t at = 0; at < items.size() * sizeof(Items::value_type); at += 64) __builtin_prefetch(first + at);
+  }
+
+  static void prefetch_values(PyObject* object) {
+    const auto* dict = reinterpret_cast<const PyDictObject*>(object);
+    const char* keys = reinterpret_cast<const char*>(dict->ma_keys);
+    const char* values = reinterpret_cast<const char*>(dict->ma_values);
+    for (int line = 0; line < 4; ++line) {
+      __builtin_prefetch(keys + 64 * line);
+      if (values != nullptr) __builtin_prefetch(values + 64 * line);
+    }
+  }
+
+  static bool holds(PyObject* dict, const Items& items) {
+    if (PyDict_Size(dict) != static_cast<Py_ssize_t>(items.size())) return false;
+    Py_ssize_t position = 0;
+    PyObject *name = nullptr, *value = nullptr;
+    for (const auto& [known_name, known] : items) {
+      if (!PyDict_Next(dict, &position, &name, &value) || name != known_name.ptr()) return false;
+      if (known.ptr() != Py_Ellipsis && known.ptr() != value) return false;
+    }
+    return true;
+  }
+
+  std::vector<Object> objects_;
+  std::vector<Dict> dicts_;
   std::vector<Address> soon_;
 };
 
@@ -167,11 +192,10 @@ PYBIND11_MODULE(_C, m) {
         op.run(input(x), batch, tokens, output(out));
       });
   py::class_<Facts>(m, "Facts")
-      .def(py::init<std::vector<Facts::Entry>, std::vector<Facts::Size>, std::vector<Facts::Type>,
-                    std::vector<Address>>(),
-           py::arg("entries"), py::arg("sizes"), py::arg("types"), py::arg("soon"))
-      .def("hold", &Facts::hold,
-           "Is every (dict, name, value) of `entries` so, every (dict, size) and every (object, type)?");
+      .def(py::init<std::vector<Facts::Object>, std::vector<Facts::Dict>, std::vector<Address>>(), py::arg("objects"),
+           py::arg("dicts"), py::arg("soon"))
+      .def("hold", &Facts::hold, py::arg("given") = py::none(),
+           "Is every (object, type, attributes) so, and every (dict, items)? Items are compared in their order.");
   py::class_<pvt::Watch>(m, "Watch")
       .def(py::init(&watch))
       .def_property_readonly_static("PARTS", [](const py::object&) { return pvt::Watch::kParts; })

@@ -44,12 +44,11 @@ def mlp(isa: str, bf16: bool, weights: dict) -> ResidualOp: ...
 class Facts:
     def __init__(
         self,
-        entries: Sequence[tuple[dict, str, object]],
-        sizes: Sequence[tuple[dict, int]],
-        types: Sequence[tuple[object, type]],
+        objects: Sequence[tuple[object, type, Sequence[tuple[str, object]]]],
+        dicts: Sequence[tuple[dict, Sequence[tuple[str, object]]]],
         soon: Sequence[int],  # addresses of cache lines that are read after `hold`
     ) -> None: ...
-    def hold(self) -> bool: ...
+    def hold(self, given: object = None) -> bool: ...
 
 class Watch:
     PARTS: int

@@ -100,7 +100,7 @@ def _special_head(model: PVT_V2) -> str | None:
     """A head that is no plain linear of the features, in words."""
     head, channels = model.head, model.config.embed_dims[-1]
     kind = next((known for known in (nn.Linear, nn.Identity) if isinstance(head, known)), None)
-    if kind is not None and type(head).forward is kind.forward:
+    if kind is not None and type(head).forward is kind.forward and "forward" not in vars(head):
         state = head.state_dict(keep_vars=True)
         plain = all(_is_plain(value) for value in state.values())
         if not state if kind is nn.Identity else plain and state.keys() <= {"weight", "bias"}:
@@ -122,15 +122,29 @@ def _differences(model: nn.Module, twin: nn.Module) -> Iterator[str]:
             yield f"{name} of shape {tuple(value.shape)} for {tuple(made[name].shape)}"
     yield from (f"no {name}" for name in made if name not in own)
     # what stands beside the trunk (a loss, say) is no part of a forward
-    trunk = {name: module for name, module in model.named_modules() if name.partition(".")[0] in twin._modules}
+    trunk = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name.partition(".")[0] in twin._modules
+    }
     modules = {name.replace(f".{_CHECKPOINTED}", ""): module for name, module in trunk.items()}
-    wanted = _without_head(dict(twin.named_modules()))
+    wanted = _without_head(dict(twin.named_modules(remove_duplicate=False)))
+    for name in ("forward", "forward_features", "forward_head"):
+        if name in vars(model):
+            yield f"a {name} of its own"
     for name, module in _without_head(modules).items():
         if name not in wanted and not isinstance(module, _PASSIVE):
             yield f"a {type(module).__name__} added at {name}"
     for name, module in wanted.items():
         other = modules.get(name)
-        if not name or other is None or (isinstance(other, _PASSIVE) and isinstance(module, _PASSIVE)):
+        if not name or (isinstance(other, (_PASSIVE, type(None))) and isinstance(module, _PASSIVE)):
+            continue
+        if other is None:
+            yield f"no {type(module).__name__} at {name}"
+            continue
+        if isinstance(module, nn.ModuleList):
+            if type(other) is not nn.ModuleList or [*other._modules] != [*module._modules]:
+                yield f"other modules, or another order, in {name}"
             continue
         if type(other).forward is not type(module).forward:
             yield f"{name} as a {type(other).__name__} for a {type(module).__name__}"

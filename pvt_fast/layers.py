@@ -228,13 +228,24 @@ _KNOWN = Kinds(
 )
 
 
+# What these call in any case.
+_CALLED = {
+    SpatialReductionAttention: ("q", "kv", "attn_drop", "proj", "proj_drop"),
+    DWConv: ("dwconv",),
+    DWConvMLP: ("fc1", "dwconv", "act", "fc2", "drop"),
+}
+
+
 def _require_known(owner: nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
-        if not isinstance(root := getattr(owner, name), nn.Module):
+        if not isinstance(root := owner._modules.get(name, vars(owner).get(name)), nn.Module):
             raise Refusal(f"its {name} is a {type(root).__name__}")
         for path, module in root.named_modules(prefix=name):
             if not _KNOWN.include(module):
                 raise Refusal(f"its {path} is a {_KNOWN.describe(module)}")
+            for child in _CALLED.get(type(module), ()):
+                if module._modules.get(child) is None:
+                    raise Refusal(f"its {path} has no {child}")
 
 
 def _read_block(block: nn.Module, settings: Settings) -> Fused:
@@ -243,7 +254,7 @@ def _read_block(block: nn.Module, settings: Settings) -> Fused:
     for name, reader in (("attention", read_attention), ("mlp", read_mlp)):
         names = getattr(layout, name)
         try:
-            _require_known(block, roots(block, names))
+            _require_known(block, (*roots(block, names), "drop_path"))
             halves[name] = reader(block, names)
         except Refusal as refusal:
             refusals[name] = str(refusal)

@@ -127,9 +127,9 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
     def stand_ins(self) -> Iterator[tuple[nn.Module, StandIn]]:
         """What stands in for this model's modules, in order, each with the module that it is called with."""
         for stage, norm in enumerate(self._fused_norms):
-            embed = getattr(self, f"patch_embed{stage + 1}")
-            for module in (embed, *getattr(self, f"block{stage + 1}")):
-                if isinstance(fused := vars(module).get("_fused"), StandIn):
+            embed, blocks = (self._modules.get(f"{name}{stage + 1}") for name in ("patch_embed", "block"))
+            for module in (embed, *(() if blocks is None else blocks.children())):
+                if module is not None and isinstance(fused := vars(module).get("_fused"), StandIn):
                     yield module, fused
             yield self, norm
         yield self, self._fused_head
@@ -356,7 +356,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         return self.calls_its_own() and all(
             _KNOWN.include(module) and "forward" not in vars(module)
             for child in self.children()
-            for module in (child, *(child.children() if isinstance(child, nn.ModuleList) else ()))
+            for module in (child.children() if type(child) is nn.ModuleList else (child,))
         )
 
     def stands_whole(self) -> bool:
@@ -429,7 +429,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
 _METHODS = [
     (name, vars(PVT_V2)[name]) for name in ("forward_features", "forward_head", "_stage", "_prepare", "_on_map")
 ]
-_KNOWN = Kinds((OverlapPatchEmbed, Block, nn.ModuleList, nn.LayerNorm, nn.Linear))
+_KNOWN = Kinds((OverlapPatchEmbed, Block, nn.LayerNorm, nn.Linear))
 
 
 def _layer_norm(norm_layer: Callable, dim: int) -> nn.LayerNorm:

@@ -70,15 +70,9 @@ class Program:
         self.forward = _C.Forward(ops, image.dtype == torch.bfloat16)
         self.settings = model.forward_settings()
         self.guard = guard
-        modules = [child for _, _, child in guard.edges]
         self.parameters = tuple(model.parameters())
-        read: list[tuple[dict, str, Any]] = [
-            (module._parameters, name, tensor) for module in modules for name, tensor in module._parameters.items()
-        ]
-        read += [(vars(module), "_parameters", module._parameters) for module in modules]
-        # of dropout and stochastic depth; to the others it means nothing, and new ones say they train
-        read += [(vars(module), "training", False) for module in modules if {"p", "drop_prob"} & set(vars(module))]
-        self.facts, self.kept = facts(model, guard.edges, guard.types, read, _lines(self.parameters))
+        self.last = next(i for i, parameter in enumerate(self.parameters) if parameter is model.head.weight)
+        self.facts, self.kept = facts(model, guard, parameters=True, soon=_lines(self.parameters))
         self.sources = packing.Sources(self.parameters, keep=True)
 
     def holds(self, model: PVT_V2, image: Tensor, isa: str) -> bool:
@@ -93,7 +87,10 @@ class Program:
             return False
         if any(used.dropped for used in self.records):
             return False
-        if model._modules is not self.kept[0] or not self.guard.others_hold() or not self.facts.hold():
+        if model._modules is not self.kept[0] or not self.guard.others_hold() or not self.facts.hold(model):
+            return False
+        # asked at once, as another number of logits would be returned; other shapes are among the values
+        if self.parameters[self.last].shape[0] != self.forward.classes:
             return False
         if self.sources.hold_values(self.parameters):
             return True
@@ -117,8 +114,8 @@ def fits(model: PVT_V2, image: Tensor) -> bool:
 
 def record(model: PVT_V2, image: Tensor, isa: str, records: list[packing.Record]) -> Program | None:
     """The forward that has just run op by op on `image`, or None where it is more than its packed ops."""
-    guard = Guard(edges((name, child) for name, child in model._modules.items() if child is not None))
-    if not model.is_as_published() or guard.disturbed() is not None:
+    guard = Guard(edges(model._modules.items()))
+    if not model.is_as_published() or guard.disturbed(model) is not None:
         return None
     if len(records) != sum(2 + 2 * len(getattr(model, f"block{n + 1}")) for n in range(model.config.num_stages)) + 1:
         return None

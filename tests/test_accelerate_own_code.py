@@ -337,3 +337,164 @@ def test_models_without_values_can_be_accelerated(ran):
     got = model(image())
     pvt_fast.restore_(model)
     torch.testing.assert_close(got, model(image()), rtol=1e-4, atol=1e-5)
+
+
+# -- modules of users, and state that nobody tells of ------------------------------------------------------------------
+
+
+class Masked(nn.Linear):
+    """Of a user: its mask is no parameter."""
+
+    def __init__(self, like: nn.Linear) -> None:
+        super().__init__(like.in_features, like.out_features)
+        self.load_state_dict(like.state_dict())
+        self.mask = torch.ones_like(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.mask, self.bias)
+
+
+class Tap(nn.Identity):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x
+
+
+class CountedGELU(nn.GELU):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Expected(nn.Module):
+    """Stochastic depth that scales in evaluation, as the paper does."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training else x * (1 - self.drop_prob)
+
+
+class PerToken(nn.Module):
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.drop_prob:
+            return x
+        return x * torch.empty(x.shape[:2]).bernoulli_(1 - self.drop_prob)[..., None]
+
+
+def in_every_block(model: nn.Module, path: str, make: Callable[[nn.Module, int], nn.Module]) -> None:
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    for index, block in enumerate(blocks):
+        block.set_submodule(path, make(block.get_submodule(path), index).eval())
+
+
+OF_USERS: dict[str, tuple[str, Callable[[nn.Module, int], nn.Module], str]] = {
+    "a mask": ("mlp.fc1", lambda old, _: Masked(old), "mlp: mlp.fc1 reads what may change unseen, a Tensor at mask"),
+    "a tap": ("attn.proj_drop", lambda *_: Tap(), "attention: attn.proj_drop has a forward of another package's, Tap"),
+    "an activation": ("mlp.act", lambda *_: CountedGELU(), "mlp: mlp.act has a forward of another package's, Counted"),
+    "a depth": (
+        "drop_path1",
+        lambda _, n: Expected(0.1 * n),
+        "attention: drop_path1 has a forward of another package's",
+    ),
+    "a mask of tokens": ("drop_path2", lambda *_: PerToken(0.5), "mlp: drop_path2 has a forward of another package's"),
+}
+
+
+@pytest.mark.parametrize("name", OF_USERS)
+@torch.no_grad()
+def test_modules_of_users_are_called(name):
+    path, put, reason = OF_USERS[name]
+    model, x = make("timm"), image()
+    in_every_block(model, path, put)
+    expected = model(x)
+    report = pvt_fast.accelerate_(model, backend="cpp")
+    assert reason in str(report)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    module = model.stages[0].blocks[0].get_submodule(path)
+    if hasattr(module, "calls"):
+        before = module.calls
+        model(x)
+        assert module.calls == before + 1
+
+
+@pytest.mark.parametrize(
+    ("depth", "reason"),
+    [(Expected, "something else than its structure suggests"), (PerToken, "must multiply each sample")],
+)
+def test_stochastic_depth_of_a_blocks_own_package_is_tried_out(depth, reason, monkeypatch):
+    """At a rate, though that of the first block is 0; in training, too."""
+    monkeypatch.setattr(depth, "forward", with_module(depth.forward, vendored.__name__))
+    model = make("official")
+    for block in model.modules():
+        if hasattr(block, "drop_path"):
+            block.drop_path = depth(0.0).eval()
+    assert reason in str(pvt_fast.accelerate_(model, backend="cpp"))
+
+
+def with_module(function: Callable, name: str) -> Callable:
+    function.__module__ = name
+    return function
+
+
+class Gated(vendored.Block):
+    """A block with a switch, a number and a method of its own."""
+
+    gain = 1.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.skip, self.factor = False, 1.0
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.factor * self.gain
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        if self.skip:
+            return x
+        return self.scaled(super().forward(x, H, W))
+
+
+BLOCKS_OWN: dict[str, Callable[[nn.Module], Any]] = {
+    "a flag": lambda block: setattr(block, "skip", True),
+    "a number": lambda block: setattr(block, "factor", 2.0),
+    "a method": lambda block: setattr(block, "scaled", lambda x: 2 * x),
+    "a method of the class": lambda block: setattr(type(block), "scaled", lambda self, x: 2 * x),
+    "a number of the class": lambda block: setattr(type(block), "gain", 2.0),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS_OWN)
+@torch.no_grad()
+def test_what_is_the_blocks_own_is_watched(name, monkeypatch):
+    monkeypatch.setattr(vendored, "Block", Gated)
+    model, x = make("official"), image()
+    block = model.block1[0]
+    pvt_fast.accelerate_(model, backend="cpp", strict=True)
+    for _ in range(3):
+        before = answer(model, x)
+    own = pvt_fast.accelerate.api.own_class(block)
+    assert own is Gated
+    kept = {key: vars(Gated)[key] for key in ("scaled", "gain")}
+    try:
+        BLOCKS_OWN[name](block if "class" not in name else own.__new__(own))
+        expected = copy.deepcopy(model)
+        pvt_fast.restore_(expected)
+        for _ in range(3):
+            torch.testing.assert_close(answer(model, x), answer(expected, x), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(answer(model, x), before, rtol=1e-3, atol=1e-3)
+    finally:
+        for key, value in kept.items():
+            setattr(Gated, key, value)

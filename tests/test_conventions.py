@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import warnings
 from functools import partial
 
@@ -18,6 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torchvision.models.feature_extraction import create_feature_extractor
 
+import pvt_fast
 from pvt_fast import PVT_V2, export_weights, load_weights
 from pvt_fast.model_file import load_model, save_model
 from pvt_fast.preprocess import Preprocess
@@ -506,6 +508,15 @@ def tag(model: PVT_V2) -> None:
     model.block1[0].mlp.fc1.weight = nn.Parameter(weight)
 
 
+def turn_around(model: PVT_V2) -> None:
+    model.block2._modules["0"] = model.block2._modules.pop("0")
+
+
+class Backwards(nn.ModuleList):
+    def __iter__(self):
+        return reversed([*super().__iter__()])
+
+
 OTHER_TRUNKS = {
     "an adapter": (replaced("block2.0.attn.q", LowRank), "block2.0.attn.q.base.weight"),
     "a parametrization": (replaced("block1.0.mlp.fc2", parametrizations.weight_norm), "parametrizations.weight"),
@@ -518,6 +529,9 @@ OTHER_TRUNKS = {
     "a forward of an instance": (set_to("block2.0.attn", "forward", torch.tanh), "forward of its own in block2.0.attn"),
     "another stride": (set_to("patch_embed1.proj", "stride", (2, 2)), "a stride of (2, 2) for (4, 4) in patch_embed1"),
     "other heads": (set_to("block3.0.attn", "num_heads", 1), "a num_heads of 1 for 3 in block3.0.attn"),
+    "blocks in another order": (turn_around, "another order, in block2"),
+    "a list of a class": (lambda model: setattr(model.block2, "__class__", Backwards), "another order, in block2"),
+    "features of its own": (lambda model: setattr(model, "forward_features", torch.tanh), "a forward_features of its"),
     "tensors of a class": (tag, "a Tagged at block1.0.mlp.fc1.weight"),
 }
 
@@ -529,6 +543,36 @@ def test_a_trunk_that_would_be_lost_is_refused(change, word, tmp_path):
     for message in refusals(model, tmp_path / "kept"):
         assert "must consist of what PVT_V2(**config) makes, for it to be kept; got" in message
         assert word in message
+
+
+@pytest.mark.parametrize("path", ["block1.0.mlp.relu", "block1.0.attn.act", "block1.0.attn.pool"])
+def test_modules_without_parameters_that_were_taken_away_are_a_loss(path, tmp_path):
+    model = ours(linear=True)
+    replaced_by(path, lambda: None)(model)
+    for message in refusals(model, tmp_path / "kept"):
+        assert f"at {path}" in message
+
+
+def test_a_head_with_a_forward_of_its_own_is_refused(tmp_path):
+    model = ours()
+    model.head.forward = torch.tanh
+    for message in refusals(model, tmp_path / "kept"):
+        assert "model.head must be an nn.Linear" in message
+
+
+@pytest.mark.parametrize("name", ["head", "norm4", "patch_embed1", "block1"])
+def test_a_model_without_one_of_its_modules_is_copied_and_explained(name):
+    """As feature extraction deletes heads; calls that come to it fail as Python's."""
+    model = ours()
+    delattr(model, name)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same(twin.state_dict(), model.state_dict())
+    assert name not in {piece.path.partition(".")[0] for piece in pvt_fast.explain(model).pieces if piece.fused}
+    image = image_of(1, 64, 64)
+    if name == "head":
+        assert torch.equal(model.forward_features(image), copy.deepcopy(model).forward_features(image))
+    with pytest.raises(AttributeError, match=name):
+        model(image)
 
 
 def test_what_changes_no_answer_is_no_loss(tmp_path):

@@ -9,7 +9,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -394,7 +396,7 @@ def hook_on_the_block(model, block):
 
 def agree(guard: Guard, owner: nn.Module) -> bool:
     """What `intact` says, once it is sure that the Python specification says so too."""
-    expected = guard.changed(owner) is None and guard.disturbed() is None
+    expected = guard.changed(owner) is None and guard.disturbed(owner) is None
     assert guard.intact(owner) == expected
     assert guard.intact(owner) == expected
     return expected
@@ -503,6 +505,159 @@ def test_other_children_are_a_change(change):
     assert not agree(guard, block)
     assert_rounding(whole(model), before)
     assert_rounding(whole(model), plain(lambda: whole(model)))
+
+
+# -- what a model was called with before it was changed ---------------------------------------------------------------
+
+# (first change, after which the model is called, second change), each of a block of our linear model.
+TWICE: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module], Any]]] = {}
+
+
+def twice(first: Callable[[nn.Module], Any]) -> Callable:
+    """Decorates the second change."""
+
+    def register(second: Callable[[nn.Module], Any]) -> Callable:
+        TWICE[second.__name__] = (first, second)
+        return second
+
+    return register
+
+
+@twice(lambda block: setattr(block.mlp, "relu", None))
+def a_module_put_back_where_none_was(block):
+    block.mlp.relu = nn.ReLU()
+
+
+@twice(lambda block: setattr(block.attn, "tag", 1))
+def a_forward_for_another_attribute(block):
+    del block.attn.tag
+    block.attn.forward = lambda x, height, width: 0.5 * x
+
+
+@twice(lambda block: setattr(block.mlp.fc1, "tag", 1))
+def a_weight_for_another_attribute(block):
+    del block.mlp.fc1.tag
+    vars(block.mlp.fc1)["weight"] = 2 * block.mlp.fc1._parameters["weight"]
+
+
+def by_a_function(path: str, name: str, function: Callable) -> Callable[[nn.Module], None]:
+    def change(block: nn.Module) -> None:
+        owner = block.get_submodule(path)
+        owner.__delattr__(name)
+        setattr(owner, name, function)
+
+    return change
+
+
+@twice(by_a_function("mlp", "act", nn.functional.gelu))
+def another_function_as_activation(block):
+    block.mlp.act = torch.tanh
+
+
+@twice(by_a_function("mlp", "relu", nn.functional.relu))
+def no_function_where_one_was(block):
+    block.mlp.relu = None
+
+
+@twice(lambda block: None)
+def a_function_as_dropout(block):
+    by_a_function("attn", "attn_drop", lambda probabilities: 0.5 * probabilities)(block)
+
+
+@twice(lambda block: None)
+def a_function_as_the_mlps_dropout(block):
+    by_a_function("mlp", "drop", lambda x: 0.5 * x)(block)
+
+
+@twice(lambda block: setattr(block.norm1, "eps", torch.tensor(1e-5)))
+def a_tensor_as_epsilon(block):
+    block.norm1.eps.fill_(0.5)
+
+
+@twice(lambda block: setattr(block.norm1, "eps", np.float32(1e-5)))
+def a_number_of_numpys_as_epsilon(block):
+    block.norm1.eps = np.float32(0.5)
+
+
+class EpsilonOfTheClass(nn.LayerNorm):
+    eps = 1e-5
+
+
+def take_the_epsilon_from_the_class(block):
+    EpsilonOfTheClass.eps = 1e-5
+    block.norm1.__class__ = EpsilonOfTheClass
+    del block.norm1.eps
+
+
+@twice(take_the_epsilon_from_the_class)
+def an_epsilon_of_the_class(block):
+    EpsilonOfTheClass.eps = 0.5
+
+
+class ComputedEpsilon(nn.LayerNorm):
+    value = 1e-5
+    eps = property(lambda self: self.value, lambda self, value: None)
+
+
+def compute_the_epsilon(block):
+    ComputedEpsilon.value = 1e-5
+    block.norm1.__class__ = ComputedEpsilon
+    del vars(block.norm1)["eps"]
+
+
+@twice(compute_the_epsilon)
+def an_epsilon_that_is_computed(block):
+    ComputedEpsilon.value = 0.5
+
+
+class WeightOnTheWay(nn.Linear):
+    factor = 1.0
+
+    def __getattribute__(self, name: str) -> Any:
+        value = nn.Linear.__getattr__(self, name) if name == "weight" else super().__getattribute__(name)
+        return WeightOnTheWay.factor * value if name == "weight" else value
+
+
+def weigh_on_the_way(block):
+    WeightOnTheWay.factor = 1.0
+    block.mlp.fc1.__class__ = WeightOnTheWay
+
+
+@twice(weigh_on_the_way)
+def a_weight_changed_on_the_way(block):
+    WeightOnTheWay.factor = 2.0
+
+
+@pytest.mark.parametrize("name", TWICE)
+@torch.no_grad()
+def test_a_second_change_is_honoured_after_calls(name):
+    model, (first, second) = own(linear=True), TWICE[name]
+    block = blocks(model)[1]
+    for _ in range(3):
+        whole(model)
+    first(block)
+    for _ in range(3):
+        before = whole(model)
+        assert_rounding(before, plain(lambda: whole(model)))
+    second(block)
+    for _ in range(3):
+        after = whole(model)
+        assert_rounding(after, plain(lambda: whole(model)))
+    assert not torch.allclose(after, before, rtol=1e-3, atol=1e-3)
+
+
+MISSING = {"drop_path": "", "attn_drop": "attn", "proj_drop": "attn", "drop": "mlp"}
+
+
+@pytest.mark.parametrize("name", MISSING)
+@torch.no_grad()
+def test_without_a_module_that_is_called_the_call_fails_as_pythons(name):
+    model = own()
+    whole(model)
+    delattr(blocks(model)[1].get_submodule(MISSING[name]), name)
+    for _ in range(3):
+        with pytest.raises(AttributeError, match=f"has no attribute '{name}'"):
+            whole(model)
 
 
 # -- the pieces around the blocks, and the model itself ----------------------------------------------------------------
@@ -683,6 +838,10 @@ def replace_the_dict_of_modules(model):
     model._modules = {**model._modules, "head": nn.Linear(16, 5)}
 
 
+def another_order_of_a_list(model):
+    model.block1._modules["0"] = model.block1._modules.pop("0")
+
+
 AROUND = [
     append_a_block,
     insert_a_block,
@@ -720,6 +879,7 @@ AROUND = [
     weights_with_the_negative_bit,
     one_module_trains,
     replace_the_dict_of_modules,
+    another_order_of_a_list,
 ]
 
 

@@ -170,6 +170,23 @@ def test_a_failed_build_leaves_no_trace(layer):
     assert use(layer)[1] == 1
 
 
+def test_memory_of_another_address_leaves_no_record_of_the_old(layer):
+    """As FSDP resizes storages around each forward. Weights that other ops share keep their other records."""
+    before, storage = len(packing._records), layer.weight.untyped_storage()
+    other = nn.Linear(3, 4)
+    values = layer.weight.detach().clone()
+    others = [torch.empty(0) for _ in range(4)]
+    for index in range(4):
+        packed("sum", "layout", (layer.weight, layer.bias), lambda: None)
+        packed("sum", "layout", (layer.weight, other.bias), lambda: None)
+        assert len(packing._records) == before + 2
+        size = storage.nbytes()
+        storage.resize_(0)
+        others[index] = torch.empty(size, dtype=torch.uint8)  # takes the address
+        storage.resize_(size)
+        layer.weight.data.copy_(values)
+
+
 def test_records_die_with_their_weights(layer):
     before = len(packing._records)
     use(layer)

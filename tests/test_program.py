@@ -206,3 +206,14 @@ def test_a_new_head_is_recorded_though_it_says_that_it_trains():
     run(model, x)
     assert model._whole.program is not None
     assert torch.equal(run(model, x), op_by_op(model, x))
+
+
+@torch.no_grad()
+def test_a_sliced_head_is_seen_at_once():
+    """Through `.data`, which no version tells: as pruning and trimming do."""
+    model, x = make(), image()
+    for _ in range(3):
+        run(model, x)
+    assert model._whole.program is not None
+    model.head.weight.data, model.head.bias.data = model.head.weight.data[:2], model.head.bias.data[:2]
+    assert run(model, x).shape == (len(x), 2)

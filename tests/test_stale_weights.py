@@ -789,6 +789,54 @@ def test_compiled_steps_of_optimizers_are_seen(options):
     assert_seen(whole, model, before, "a compiled step")
 
 
+def one_element_steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Gradients of zeros, but for one."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    model.block2[0].mlp.fc1.weight.grad[-1, -1] = 1.0
+
+
+@IGNORED
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}], ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize("training", [False, True], ids=["", "training"])
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiled_steps_that_change_one_element_are_seen(compiler, training, options):
+    model = own()
+    optimizer = torch.optim.SGD(model.parameters(), lr=100.0, **options)
+    one_element_steps(optimizer, model)
+    torch._dynamo.reset()
+    step = torch.compile(optimizer.step, backend=compiler)
+    for _ in range(3):
+        for _ in range(3):
+            before = whole(model)
+        if training:
+            model.train()
+            before = model(image())
+        step()
+        if training:
+            assert_rounding(model(image()), plain(lambda: model(image())))
+            model.eval()
+        after = whole(model)
+        assert not torch.allclose(after, before, rtol=1e-3, atol=1e-3)
+        assert_rounding(after, plain(lambda: whole(model)))
+    torch._dynamo.reset()
+
+
+def test_an_optimizers_own_hooks_see_its_step():
+    """They run before torch's hooks for all optimizers; a closure is called within a step, too."""
+    model, seen = own(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=100.0, fused=True)
+    optimizer.register_step_post_hook(lambda *_: seen.append((whole(model), plain(lambda: whole(model)))))
+    one_element_steps(optimizer, model)
+    for _ in range(3):
+        for _ in range(3):
+            before = whole(model)
+        optimizer.step()
+        after, expected = seen.pop()
+        assert not torch.allclose(after, before, rtol=1e-3, atol=1e-3)
+        assert_rounding(after, expected)
+
+
 # -- FSDP --------------------------------------------------------------------------------------------------------------
 
 
@@ -810,6 +858,20 @@ def test_fully_sharded_models_see_their_steps(kind):
             assert not torch.allclose(after, before, rtol=1e-3, atol=1e-3)
             assert_rounding(after, plain(lambda: whole(model)))
             optimizer.zero_grad()
+
+
+def test_fully_sharded_models_do_not_grow():
+    """Their weights get other memory at each forward: what was packed of the old is dropped."""
+    with process_group(free_port()):
+        model = own()
+        for block in blocks(model):
+            fully_shard(block)
+        fully_shard(model)
+        counts = []
+        for _ in range(6):
+            whole(model)
+            counts.append(len(packing._records))
+        assert counts[-1] == counts[1], counts
 
 
 # -- models of inference tensors, which count no changes ---------------------------------------------------------------

@@ -131,7 +131,7 @@ def accelerate_(
         skipped += [SkippedBlock(path, layout.name, f"{half}: {why}") for half, why in outcome.refusals.items()]
         if outcome.fused is not None:
             ready.append((block, outcome.fused))
-            note = outcome.fused.guard.disturbed() or ""
+            note = outcome.fused.guard.disturbed(block) or ""
             accelerated.append(AcceleratedBlock(path, layout.name, tuple(outcome.fused.halves), note))
     report = AccelerationReport(tuple(accelerated), tuple(skipped))
     if strict and (failed or not accelerated):

@@ -36,6 +36,7 @@ from .block_names import (
 )
 from .guard import Guard, ambient, edges
 from .halves import AttentionHalf, MlpHalf, Part, linear_of, norm_of
+from .peers import PVT_FAST
 
 logger = logging.getLogger("pvt_fast")
 
@@ -57,7 +58,9 @@ class Fused:
         roots: Sequence[str],
         parts: Sequence[Part],
         dropouts: Sequence[tuple[nn.Module, str]] = (),
+        watched: bool = False,
     ) -> None:
+        """watched: may the owner's forward read attributes of its own, or call methods?"""
         self.settings = settings
         self.what = type(owner).__name__
         self.forward = type(owner).forward  # the owner's own
@@ -66,7 +69,7 @@ class Fused:
             (part.module, name, shape) for part in parts for name, shape in zip(part.names, part.shapes, strict=True)
         ]
         self.dropouts = dropouts  # (module, name of its attribute)
-        self.guard = Guard(edges((root, getattr(owner, root)) for root in roots))
+        self.guard = Guard(edges((root, owner._modules[root]) for root in roots), owner if watched else None)
 
     def choose(self, owner: nn.Module, x: Any) -> str | None:
         """Name of the backend whose ops run on x; None where the modules' own forwards must."""
@@ -126,7 +129,7 @@ class Fused:
         """Why the modules are not to be passed over."""
         if not torch.compiler.is_compiling() and self.guard.intact(owner):
             return None
-        return self.guard.changed(owner) or self.guard.disturbed()
+        return self.guard.changed(owner) or self.guard.disturbed(owner)
 
     def needs_gradients(self, x: Tensor) -> bool:
         if not torch.is_grad_enabled():
@@ -159,6 +162,7 @@ class FusedBlock(Fused):
             tuple(dict.fromkeys(root for name in names for root in read.roots(block, name))),
             [part for half in halves.values() for part in half.parts],
             [rate for name in names for rate in read.dropouts(block, name)],
+            watched=layout is not PVT_FAST,
         )
         self.layout, self.forward = layout, forward
         self.arguments = required_parameters(forward)
@@ -246,7 +250,8 @@ class FusedBlock(Fused):
         """One half on the block's own modules, as peers write it."""
         module: Any = attrgetter(names.module)(block)
         size: tuple = (hw,) if self.layout.call == PAIR else hw
-        if isinstance(module, nn.Module) and takes_tokens_only(type(module).forward):  # a plain MLP
+        plain_mlp = self.layout is not PVT_FAST and isinstance(module, nn.Module)
+        if plain_mlp and takes_tokens_only(type(module).forward):
             size = ()
         y = attrgetter(names.norm)(block)(x)
         if names.residual_inside:
@@ -348,7 +353,7 @@ class StandIn:
     def current(self, owner: nn.Module) -> Any:
         """The fused form of the owner as it is now; None with a `refusal` where there is none."""
         if self._read_from is None or self._read_from.changed(owner) is not None:
-            children = ((n, m) for n, m in owner._modules.items() if m is not None)
+            children = owner._modules.items()
             seen = Guard(edges((n, m) for n, m in children if self.roots is None or n in self.roots))
             try:
                 self.fused, self.refusal = self.reader(owner, self.settings), ""

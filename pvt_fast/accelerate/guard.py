@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from types import CodeType
+from types import BuiltinFunctionType, CodeType, MappingProxyType
 from typing import Any
 
 import torch
@@ -38,12 +38,19 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _CAPTURING = "transformers.utils.output_capturing"
 _HELD = ("_modules", "_parameters", "_buffers")
 
-# Of a module's attributes: what may change without another forward, or is read at each call.
-_READ_AT_CALLS = ("training", "p", "drop_prob", "inplace")
+# Of a module's attributes: what may change without another forward, or is read at each call; what a convolution keeps
+# for a kind of padding that no op has.
+_READ_AT_CALLS = ("training", "p", "drop_prob", "inplace", "_reversed_padding_repeated_twice")
+_OF_EVERY_MODULE = frozenset((*vars(nn.Module()), "_fused"))  # and what modules of ours have
+# What runs before a module's forward, and where its names are looked up.
+_EVERY_CALL = ("__call__", "_call_impl", "__getattr__", "__getattribute__")
+# Values that cannot become others.
+_PLAIN = (bool, int, float, str, tuple)
+_CONSTANTS = (bool, int, float, str, type(None), type, torch.dtype, torch.device, BuiltinFunctionType)
 # transformers' names of attention as the ops compute it; under another name is a user's function.
 _ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
-Edge = tuple[nn.Module | None, str, nn.Module]  # parent (None: the owner of the guard), name, child
+Edge = tuple[nn.Module | None, str, nn.Module | None]  # parent (None: the owner of the guard), name, child
 
 
 def transformed() -> bool:
@@ -77,36 +84,55 @@ def hooks_on_all_modules() -> bool:
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
-    """The plain values among a module's attributes that its methods name; all of them where it has a configuration, as
-    transformers' attentions do, whose methods hand the module to functions.
+    """Those of a module's attributes that its methods name; all of them where it has a configuration, as transformers'
+    attentions do, whose methods hand the module to functions.
     """
     named = _names_in(type(module))  # type: ignore[arg-type]  # classes can be hashed
     return {
         name: value
         for name, value in vars(module).items()
-        if (name in named or "config" in vars(module))
-        and isinstance(value, (bool, int, float, str, tuple, list, type(None)))
-        and name not in _READ_AT_CALLS
-        and not name.startswith("_")
+        if (name in named or "config" in vars(module)) and name not in _OF_EVERY_MODULE and name not in _READ_AT_CALLS
     }
 
 
+def unseen_change(module: nn.Module) -> str | None:
+    """What `module`'s methods read that may change without another value in its place, in words."""
+    kind = type(module)
+    for name, value in settings_of(module).items():
+        if not is_constant(value) and not hasattr(value, "_attn_implementation"):  # see attention_configs
+            return f"a {type(value).__name__} at {name}"
+    for name in _names_in(kind):  # type: ignore[arg-type]
+        value = inspect.getattr_static(kind, name, None)
+        if hasattr(type(value), "__set__") and name not in vars(module):
+            return f"a {type(value).__name__} at {name}"
+    return None
+
+
+def is_constant(value: Any) -> bool:
+    """Can `value` become another only by putting another in its place?"""
+    if isinstance(value, tuple):
+        return all(map(is_constant, value))
+    if inspect.isfunction(value):
+        return value.__closure__ is None
+    return isinstance(value, _CONSTANTS)
+
+
 def methods_of(kind: type[nn.Module]) -> dict[str, Any]:
-    """What a call of a module of this class runs: its `forward`, and by name the methods that this one calls."""
-    found = {"__call__": kind.__call__, "__getattr__": kind.__getattr__}
+    """What a call of a module of this class runs: its `forward`, and what of the class this names, and so on."""
+    found = {name: getattr(kind, name) for name in _EVERY_CALL}
     named = ["forward"]
     while named:
         name = named.pop()
-        method = getattr(kind, name, None)
-        if name not in found and inspect.isfunction(method):
-            found[name] = method
-            named += _names(method)
+        value = None if name in found or name.startswith("__") else getattr(kind, name, None)
+        if value is not None:
+            found[name] = value
+            named += _names(value)
     return found
 
 
 def _names(function: Any) -> Iterator[str]:
     """The names in the code of a function, and of the functions within it."""
-    codes = [getattr(inspect.unwrap(function), "__code__", None)]
+    codes = [getattr(inspect.unwrap(function), "__code__", None)] if callable(function) else []
     while codes:
         code = codes.pop()
         if isinstance(code, CodeType):
@@ -117,7 +143,7 @@ def _names(function: Any) -> Iterator[str]:
 @lru_cache(1024)
 def _names_in(kind: type[nn.Module]) -> frozenset[str]:
     """The names in the methods of a class; where one of these is replaced, a guard sees that."""
-    methods = (method for name, method in methods_of(kind).items() if not name.startswith("__"))
+    methods = (method for name, method in methods_of(kind).items() if name not in _EVERY_CALL)
     return frozenset(name for method in methods for name in _names(method))
 
 
@@ -160,33 +186,34 @@ class Kinds:
         return kind.__name__
 
 
-def edges(roots: Iterable[tuple[str, nn.Module]], parent: nn.Module | None = None) -> Iterator[Edge]:
-    """The children `roots` of an owner and everything below them."""
+def edges(roots: Iterable[tuple[str, nn.Module | None]], parent: nn.Module | None = None) -> Iterator[Edge]:
+    """The children `roots` of an owner and everything below them, with the places where there is none."""
     for name, child in roots:
         yield parent, name, child
-        yield from edges(((n, m) for n, m in child._modules.items() if m is not None), child)
+        if child is not None:
+            yield from edges(child._modules.items(), child)
 
 
 class Guard:
-    """What was seen of some modules below an owner, to be compared with what is there now.
+    """What was seen of some modules below an owner, to be compared with what is there now; of the owner's own
+    attributes and methods, too, if it is given here.
 
-    The owner is given at each question, not kept: it keeps the guard. `changed` and `disturbed` are the specification;
-    `intact` gives the same answer, at a fraction of the price, by comparing Python objects from C++.
+    The owner is given again at each question, not kept: it keeps the guard. `changed` and `disturbed` are the
+    specification; `intact` gives the same answer, at a fraction of the price, by comparing Python objects from C++.
     """
 
-    def __init__(self, watched: Iterable[Edge]) -> None:
+    def __init__(self, watched: Iterable[Edge], owner: nn.Module | None = None) -> None:
         self.edges = tuple(watched)
-        modules = [child for _, _, child in self.edges]
-        self.types = [type(module) for module in modules]
-        self.sizes = [_sizes(module) for module in modules]
-        self.settings = [settings_of(module) for module in modules]
-        methods = {kind: methods_of(kind) for kind in self.types}
-        self.methods = [(kind, name, method) for kind in methods for name, method in methods[kind].items()]
-        # what an attribute of the instance would hide
-        self.hidden = [
-            frozenset((*methods[kind], *module._parameters)) for kind, module in zip(self.types, modules, strict=True)
-        ]
-        self.configs = attention_configs(modules)
+        self.modules = [(name, child) for _, name, child in self.edges if child is not None]
+        children = [child for _, child in self.modules]
+        self.types = [type(module) for module in children]
+        self.sizes = [_sizes(module) for module in children]
+        self.settings = [settings_of(module) for module in children]
+        self.hidden = [_hidden(module) for module in children]
+        self.owner = None if owner is None else (settings_of(owner), _hidden(owner))
+        kinds = dict.fromkeys(self.types if owner is None else [*self.types, type(owner)])
+        self.methods = [(kind, name, method) for kind in kinds for name, method in methods_of(kind).items()]
+        self.configs = attention_configs(children)
         self._facts: _C.Facts | None = None
         self._kept: Any = None  # alive while `_facts` is
 
@@ -194,12 +221,12 @@ class Guard:
         """Neither changed nor disturbed?"""
         if not self.others_hold():
             return False
-        if self._facts is not None and self._kept[0] is owner._modules and self._facts.hold():
+        if self._facts is not None and self._kept[0] is owner._modules and self._facts.hold(owner):
             return True
-        if self.changed(owner) is not None or self.disturbed() is not None:
+        if self.changed(owner) is not None or self.disturbed(owner) is not None:
             return False
-        if not any(getattr(child, kind) for _, _, child in self.edges for kind in _HOOKS):  # hooks may be idle
-            self._facts, self._kept = facts(owner, self.edges, self.types)
+        if not any(getattr(child, kind) for _, child in self.modules for kind in _HOOKS):  # hooks may be idle
+            self._facts, self._kept = facts(owner, self)
         return True
 
     def others_hold(self) -> bool:
@@ -214,64 +241,83 @@ class Guard:
 
     def changed(self, owner: nn.Module) -> str | None:
         """How the modules are others than were seen, or do something else."""
-        for (parent, name, child), kind, size, settings in zip(
-            self.edges, self.types, self.sizes, self.settings, strict=True
-        ):
+        for parent, name, child in self.edges:
             if (owner if parent is None else parent)._modules.get(name) is not child:
                 return f"its {name} was replaced"
+        for (name, child), kind, size, settings in zip(
+            self.modules, self.types, self.sizes, self.settings, strict=True
+        ):
             if type(child) is not kind:
                 return f"its {name} has become a {type(child).__name__}"
             if _sizes(child) != size:
                 return f"its {name} has other modules, parameters or buffers within"
-            for setting, value in settings.items():
-                if (now := vars(child).get(setting)) is not value and now != value:
-                    return f"{setting} of its {name} was changed"
-        for kind, name, known in self.methods:  # __call__ and __getattr__ are replaced while torch.export traces
-            if getattr(kind, name) is not known and not (name.startswith("__") and torch.compiler.is_exporting()):
+            if (setting := _changed_setting(child, settings)) is not None:
+                return f"{setting} of its {name} was changed"
+        if self.owner is not None and (setting := _changed_setting(owner, self.owner[0])) is not None:
+            return f"its {setting} was changed"
+        for kind, name, known in self.methods:  # some are replaced while torch.export traces
+            if getattr(kind, name) is not known and not (name in _EVERY_CALL and torch.compiler.is_exporting()):
                 return f"the {name} of {kind.__name__} was replaced"
         return None
 
-    def disturbed(self) -> str | None:
+    def disturbed(self, owner: nn.Module) -> str | None:
         """What was done to the modules that only their own forward honours."""
         if hooks_on_all_modules():
             return "there are hooks on all modules"
         if (attention := own_attention(self.configs)) is not None:
             return f"its attention is a function of its own, {attention!r}"
-        for (_, name, child), hidden in zip(self.edges, self.hidden, strict=True):
+        for (name, child), hidden in zip(self.modules, self.hidden, strict=True):
             if (
                 child._forward_hooks or child._forward_pre_hooks or child._backward_hooks or child._backward_pre_hooks
             ) and not _are_idle(child):
                 return f"there are hooks on its {name}"
             if not hidden.isdisjoint(child.__dict__):  # of `in` the compiler would keep no guard
                 return f"its {name} has a {sorted(hidden & child.__dict__.keys())[0]} of its own"
+        if self.owner is not None and not self.owner[1].isdisjoint(owner.__dict__):
+            return f"it has a {sorted(self.owner[1] & owner.__dict__.keys())[0]} of its own"
         return None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_facts": None, "_kept": None}
 
 
-def facts(
-    owner: nn.Module,
-    watched: Iterable[Edge],
-    types: Iterable[type],
-    more: Iterable[tuple[dict, str, Any]] = (),
-    soon: Sequence[int] = (),
-) -> tuple[_C.Facts, tuple]:
-    """What `Guard.changed` and `Guard.disturbed` look at, as it is now, with `more` values of dicts; and what to keep
-    alive for it, beginning with the owner's dict of modules."""
-    entries, sizes, kinds = list(more), [], []
-    for (parent, name, child), kind in zip(watched, types, strict=True):
+def facts(owner: nn.Module, guard: Guard, parameters: bool = False, soon: Sequence[int] = ()) -> tuple[_C.Facts, tuple]:
+    """What `Guard.changed` and `Guard.disturbed` look at, as it is now, with the modules' `parameters` if asked for;
+    and what to keep alive for it, beginning with the owner's dict of modules."""
+    objects: list[tuple] = []
+    dicts: list[tuple[dict, list]] = [(owner._modules, _items(owner._modules, owner._modules))]
+    if guard.owner is not None:
+        objects.append((None, type(owner), _items(vars(owner), settings_of(owner))))
+    for _, child in guard.modules:
         values = vars(child)
-        kinds.append((child, kind))
-        entries.append(((owner if parent is None else parent)._modules, name, child))
-        entries.append((values, "_modules", values["_modules"]))
-        entries += [(values, setting, value) for setting, value in settings_of(child).items()]
-        # of its attributes: one more may hide a method
-        sizes += [(held, len(held)) for held in (values, *(values[kind] for kind in _HELD))]
-        for hooks in _HOOKS:
-            entries.append((values, hooks, values[hooks]))
-            sizes.append((values[hooks], 0))
-    return _C.Facts(entries, sizes, kinds, soon), (owner._modules, entries, sizes, kinds)
+        fixed = {**settings_of(child), **{name: values[name] for name in (*_HELD, *_HOOKS)}}
+        if parameters and not {"p", "drop_prob"}.isdisjoint(values):  # to others it means nothing, and new ones train
+            fixed["training"] = False
+        objects.append((child, type(child), _items(values, fixed)))
+        dicts.append((child._modules, _items(child._modules, child._modules)))
+        dicts.append((child._parameters, _items(child._parameters, child._parameters if parameters else {})))
+        dicts += [(values[name], _items(values[name])) for name in ("_buffers", *_HOOKS)]
+    return _C.Facts(objects, dicts, soon), (owner._modules, objects, dicts)
+
+
+def _items(all_of: Mapping[str, Any], fixed: Mapping[str, Any] = MappingProxyType({})) -> list[tuple[str, Any]]:
+    return [(name, fixed.get(name, ...)) for name in all_of]
+
+
+def _changed_setting(module: nn.Module, settings: dict[str, Any]) -> str | None:
+    """The name of an attribute that has another value now."""
+    for setting, value in settings.items():
+        now = vars(module).get(setting)
+        if now is not value and not (isinstance(value, _PLAIN) and type(now) is type(value) and now == value):
+            return setting
+    return None
+
+
+def _hidden(module: nn.Module) -> frozenset[str]:
+    """Names that an attribute of `module` itself would hide, of what its methods find elsewhere."""
+    kind = type(module)
+    named = _names_in(kind) - {*vars(module), *_READ_AT_CALLS}  # type: ignore[arg-type]
+    return frozenset((*methods_of(kind), *module._parameters, *named))
 
 
 def _sizes(module: nn.Module) -> tuple[int, ...]:

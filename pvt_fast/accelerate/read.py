@@ -16,9 +16,12 @@ from torch.nn.parameter import is_lazy
 
 from ..config import LINEAR_POOL_SIZE
 from .block_names import AttentionNames, MlpNames, Refusal, at, first
-from .guard import attention_configs, own_attention
+from .guard import attention_configs, own_attention, unseen_change
 from .halves import AttentionHalf, MlpHalf, Part
 
+# Packages whose modules are what they are called, beside those that the block is from: of others, and of users, a
+# forward may do more than a trial shows.
+_PACKAGES = ("torch", "timm", "transformers", "mmcv", "mmengine", "mmdet", "mmseg", "segmentation_models_pytorch")
 Dropout = nn.modules.dropout._DropoutNd
 # Tensor: a parameter that torch.func.functional_call, or a compiled graph, put in place of another
 PLAIN = (nn.Parameter, torch.Tensor)
@@ -127,9 +130,7 @@ def drop_path(block: nn.Module, names: AttentionNames | MlpNames) -> nn.Module |
 def roots(block: nn.Module, names: AttentionNames | MlpNames) -> tuple[str, ...]:
     """Names of the block's children that this half is made of."""
     paths = (names.norm, names.module, *names.after, *names.drop_path)
-    return tuple(
-        dict.fromkeys(name for path in paths if isinstance(getattr(block, name := path.split(".")[0], None), nn.Module))
-    )
+    return tuple(dict.fromkeys(name for path in paths if block._modules.get(name := path.split(".")[0]) is not None))
 
 
 def _leaves(block: nn.Module, names: AttentionNames | MlpNames) -> Iterator[nn.Module]:
@@ -139,12 +140,32 @@ def _leaves(block: nn.Module, names: AttentionNames | MlpNames) -> Iterator[nn.M
 
 def _refuse_the_unknown(block: nn.Module, names: AttentionNames | MlpNames, parts: Any, others: list[Any]) -> None:
     known = {id(module) for module in (*(part.module for part in parts), *others, drop_path(block, names))}
-    for root in roots(block, names):
-        for name, module in getattr(block, root).named_modules(prefix=root):
-            own = any(tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values()))
-            passive = bool(module._modules) or isinstance(module, (nn.Identity, Dropout))
-            if id(module) not in known and (own or not passive):
-                raise Refusal(f"{name} is of an unknown purpose, {type(module).__name__}")
+    found = {
+        path: module for root in roots(block, names) for path, module in getattr(block, root).named_modules(prefix=root)
+    }
+    # what leads to the parts is tried out with the block
+    above = {path.rpartition(".")[0] for path, module in found.items() if id(module) in known}
+    above |= {path[:end] for path in above for end, letter in enumerate(path) if letter == "."}
+    packages = {*_PACKAGES, *(kind.__module__.partition(".")[0] for kind in type(block).__mro__)}
+    packages |= {_package(found[path]) for path in above & found.keys()}
+    for path, module in found.items():
+        own = any(tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values()))
+        passive = bool(module._modules) or isinstance(module, (nn.Identity, Dropout))
+        if id(module) not in known and (own or not passive):
+            raise Refusal(f"{path} is of an unknown purpose, {type(module).__name__}")
+        if path not in above and _package(module) not in packages:
+            raise Refusal(f"{path} has a forward of another package's, {type(module).__name__}")
+        _require_seen(module, path)
+
+
+def _package(module: nn.Module) -> str:
+    """Of the forward of the module's class."""
+    return str(getattr(type(module).forward, "__module__", "")).partition(".")[0]
+
+
+def _require_seen(module: nn.Module, where: str) -> None:
+    if (what := unseen_change(module)) is not None:
+        raise Refusal(f"{where} reads what may change unseen, {what}")
 
 
 def _require(block: nn.Module, paths: tuple[str, ...]) -> None:
@@ -163,6 +184,7 @@ def _part(module: Any, where: str, kinds: tuple[type[nn.Module], ...], shape: tu
         or any(hasattr(type(module), name) for name in module._parameters)
     ):
         raise Refusal(f"{where} must be a plain {kinds[0].__name__}, got {type(module).__name__}")
+    _require_seen(module, where)
     if is_lazy(module._parameters["weight"]):  # type: ignore[arg-type]
         raise Refusal(f"{where} has no shape yet")
     part = Part.of(module)

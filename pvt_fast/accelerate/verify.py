@@ -16,30 +16,36 @@ from torch import Tensor, nn
 from ..ops import to_map
 from .block_names import MAP, PAIR, Refusal
 from .fused import FusedBlock
+from .guard import is_constant
+from .read import Dropout
 
 # Relative to what the block adds to its input. Some peers compute the softmax in float32; a different meaning is orders
 # of magnitude away.
 _TOLERANCE = 1e-5
 
 
-# Attributes by which blocks of one kind differ, and which do nothing in evaluation.
-_RATES = ("training", "drop_prob", "p")
+# In place of a block's own rates, some of which are 0: in evaluation none does anything.
+_RATE = 0.25
 
 
 def kind(block: nn.Module) -> tuple:
     """What two blocks have in common that need to be tried out once only."""
 
     def of(module: nn.Module) -> tuple:
-        plain = (bool, int, float, str, type(None))
-        numbers = {k: v for k, v in vars(module).items() if isinstance(v, plain) and k not in _RATES}
+        other = {k: v for k, v in vars(module).items() if is_constant(v) and k not in ("training", _rate(module))}
         shapes = tuple(None if p is None else p.shape for p in module._parameters.values())
-        return type(module), shapes, tuple(sorted(numbers.items(), key=lambda item: item[0]))
+        return type(module), shapes, tuple(sorted(other.items(), key=lambda item: item[0]))
 
     return tuple((name, *of(module)) for name, module in block.named_modules())
 
 
+def _rate(module: nn.Module) -> str:
+    """The name of the attribute that has the rate of dropout or of stochastic depth."""
+    return "p" if isinstance(module, Dropout) else "drop_prob"
+
+
 def twin(block: nn.Module) -> nn.Module:
-    """A copy in float64 on the CPU, with random weights and no hooks, in evaluation mode. Raises Refusal."""
+    """A copy in float64 on the CPU, with random weights and rates and no hooks, in evaluation mode. Raises Refusal."""
     try:
         copied = copy.deepcopy(block).to_empty(device="cpu").double().eval()
     except Exception as error:
@@ -50,6 +56,8 @@ def twin(block: nn.Module) -> nn.Module:
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
             parameter.normal_(0.0 if parameter.dim() > 1 else 0.5, fan_in**-0.5, generator=generator)
     for module in copied.modules():
+        if isinstance(vars(module).get(_rate(module)), (int, float)):
+            setattr(module, _rate(module), _RATE)
         for hooks in (
             module._forward_hooks,
             module._forward_pre_hooks,
@@ -60,9 +68,29 @@ def twin(block: nn.Module) -> nn.Module:
     return copied
 
 
+def _scales_samples(module: nn.Module) -> bool:
+    """Does stochastic depth, in training, multiply each sample by a number that it draws?"""
+    x = torch.randn(8, 3, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    module.train()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for seed in range(4):
+                torch.manual_seed(seed)
+                scaled = module(x)
+                torch.manual_seed(seed)
+                if not torch.allclose(scaled, x * module(torch.ones_like(x[:, :1, :1]))):
+                    return False
+    finally:
+        module.eval()
+    return True
+
+
 @torch.no_grad()
 def verify(block: nn.Module, forward: Any, fused: FusedBlock) -> bool:
     """`forward(block, ...)`, on a `twin`, against the ops of `fused`; whether it returns a tuple. Raises Refusal."""
+    for module in fused.drop_paths.values():
+        if module is not None and not _scales_samples(module):
+            raise Refusal(f"its {type(module).__name__} must multiply each sample by a number")
     ratio = max((m.kernel_size[0] for m in block.modules() if isinstance(m, nn.Conv2d)), default=1)
     hw = (2 * ratio + 3, ratio + 2)  # not square, and with a tail that the reduction drops
     tokens = torch.randn(

@@ -11,8 +11,9 @@ compares on its own). Three things together give it:
 - Comparison of a part, at every use: the values of one part in `CALLS` of every tensor, another part each time, are
   held against what was packed. On devices other than the CPU, where that would wait for the device, all of them at
   every `CALLS`-th use instead.
-- Comparison of all values, at the first use after `doubt`: after a step of any of torch's optimizers, after a module of
-  ours switches between training and evaluation, and after a compiled graph that may have changed what it packed.
+- Comparison of all values, at the first use after `doubt`: after a step of any of torch's optimizers (and at each use
+  within one), after a module of ours switches between training and evaluation, and after a compiled graph that may have
+  changed what it packed.
 
 A step of an optimizer also drops what was packed of parameters that need gradients: in training nothing is packed for
 longer than a step. Records die with their weights; copies and pickles of a model know nothing of them.
@@ -30,7 +31,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .. import _C
 
@@ -129,9 +130,9 @@ class Sources:
 
     def _same_values(self, tensors: Sequence[Tensor]) -> bool:
         doubts = _doubts.count
-        if doubts != self._sure or _checking.on:
+        if doubts != self._sure or _doubts.stepping or _checking.on:
             if (index := self._first_changed(tensors)) >= 0:
-                if _checking.on and self._sure != _UNSURE:
+                if _checking.on and self._sure != _UNSURE and not _doubts.stepping:
                     raise UnannouncedChange(
                         f"checked_weights: weights must change in ways that torch records, got other values in the "
                         f"weight of shape {tuple(self._shapes[index][0])} at the same version; call pvt_fast.refresh "
@@ -194,9 +195,13 @@ _UNSURE = -1
 
 
 class _Doubts:
-    """How often packed forms came into doubt: a form that was compared at another count is compared as a whole."""
+    """How often packed forms came into doubt: a form that was compared at another count is compared as a whole.
+
+    stepping: does an optimizer, or one of its own hooks, run now? Each use is in doubt then.
+    """
 
     count = 0
+    stepping = False
 
 
 class _Checking:
@@ -210,6 +215,8 @@ class _Thread(threading.local):
 
 _doubts, _checking, _thread = _Doubts(), _Checking(), _Thread()
 _records: dict[tuple, Record] = {}
+# By storages: what is given other memory (FSDP does so around each forward) has another place, and leaves the old one.
+_places: dict[tuple, tuple] = {}
 
 
 def packed(kind: str, key: Any, tensors: Tensors, build: Callable[[], Any]) -> Any:
@@ -223,9 +230,16 @@ def packed(kind: str, key: Any, tensors: Tensors, build: Callable[[], Any]) -> A
     record = _records.get(place)
     if record is None or record.key != key or not record.sources.hold(present):
         # a change while the form is built is seen at the next use: what is compared with was read before
-        sources = Sources(present, lambda _: _records.pop(place, None))
-        record = Record(key, present, build(), sources)
-        _records[place] = record
+        memory = (kind, *((tensor.untyped_storage()._cdata, tensor.storage_offset()) for tensor in present))
+
+        def gone(_: Any) -> None:
+            _records.pop(place, None)
+            _places.pop(memory, None)
+
+        record = Record(key, present, build(), Sources(present, gone))
+        if (before := _places.get(memory, place)) != place:
+            _records.pop(before, None)
+        _records[place], _places[memory] = record, place
     if _thread.used is not None:
         _thread.used.append(record)
     return record.form
@@ -329,13 +343,37 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), (last + 1) * tensor.element_size()
 
 
+def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _doubts.stepping = True
+
+
 def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling():  # a graph records its changes
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    if torch.compiler.is_compiling():
+        plain = [parameter for parameter in parameters if type(parameter) in (Tensor, torch.nn.Parameter)]
+        if plain:
+            _stepped_in_graph(plain[0])
         return
+    _doubts.stepping = False
     doubt()
-    stepped = {_address(parameter) for group in optimizer.param_groups for parameter in group["params"]} - {0}
+    stepped = {_address(parameter) for parameter in parameters} - {0}
     _drop(lambda record: record.trains or not stepped.isdisjoint(record.addresses))
 
 
-# torch's hook for the steps of all optimizers: its fused ones leave the versions of what they change alone
+@torch.library.custom_op("pvt_fast::stepped", mutates_args=("parameter",))
+def _stepped_in_graph(parameter: Tensor) -> None:
+    """Runs where an optimizer's step was compiled. That `parameter` is said to change keeps it in the graph."""
+    doubt()
+    _drop(lambda record: record.trains)
+
+
+@_stepped_in_graph.register_fake
+def _(parameter: Tensor) -> None:
+    return None
+
+
+# torch's hooks for the steps of all optimizers: its fused ones leave the versions of what they change alone. An
+# optimizer's own hooks run between them.
+register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_stepped)
