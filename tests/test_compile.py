@@ -85,7 +85,9 @@ def test_one_graph_serves_many_sizes(target):
 
 
 @pytest.mark.not_interpreted
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing", [False, pytest.param(True, marks=pytest.mark.full("reference"))], ids=["", "checkpointing"]
+)
 def test_compiled_gradients(checkpointing, target):
     model, image = tiny().to(target.device), IMAGE.to(target.device)
     model.backend = target.backend
@@ -115,9 +117,8 @@ def test_inductor(target, tmp_path, monkeypatch):
 
 @pytest.mark.not_interpreted
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize(
-    "linear", [pytest.param(False, marks=pytest.mark.full("reference"), id="sr"), pytest.param(True, id="linear")]
-)
+@pytest.mark.full("reference")
+@pytest.mark.parametrize("linear", [False, True], ids=["sr", "linear"])
 @torch.no_grad()
 def test_inductor_at_any_size(linear, target, tmp_path, monkeypatch):
     """One graph; on the reference too, whose pooling inductor would fix to the first size."""
@@ -215,15 +216,10 @@ def permuted(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim())))
 
 
-STRIDES = pytest.mark.parametrize(
-    "strides",
-    [
-        pytest.param(torch.Tensor.contiguous, id="compact"),
-        pytest.param(permuted, marks=pytest.mark.full("reference"), id="permuted"),
-    ],
-)
+STRIDES = pytest.mark.parametrize("strides", [torch.Tensor.contiguous, permuted], ids=["compact", "permuted"])
 
 
+@pytest.mark.full("reference")
 @pytest.mark.not_interpreted
 @STRIDES
 @pytest.mark.parametrize("small", SMALL, ids=str)

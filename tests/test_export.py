@@ -199,7 +199,7 @@ def test_onnx_of_any_batch_and_size(linear, tmp_path):
 
 
 @ONNX_WARNINGS
-@pytest.mark.parametrize("size", ONNX_SIZES, ids=str)
+@pytest.mark.parametrize("size", [pytest.param(ONNX_SIZES[0], marks=pytest.mark.full), *ONNX_SIZES[1:]], ids=str)
 def test_onnx_of_one_size_with_a_free_batch(size, tmp_path):
     model = exportable(linear=True)
     session = onnx_session(model, images(2, 3, *size), tmp_path / "model.onnx", {0: Dim.DYNAMIC})

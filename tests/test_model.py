@@ -81,7 +81,7 @@ SIZES = [(1, (32, 32)), (3, (33, 58)), (1, (45, 31)), (0, (32, 40)), (2, (64, 37
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("kind", ["sr", "linear"])
+@pytest.mark.parametrize("kind", [pytest.param("sr", marks=pytest.mark.full("triton")), "linear"])
 @torch.no_grad()
 def test_parity_of_a_small_image(kind, target, dtype):
     check_parity(randomised(kind, dtype), image_of(1, (18, 16)).to(dtype), target)

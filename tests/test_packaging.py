@@ -126,6 +126,7 @@ def test_a_source_tree_that_shadows_the_install_says_so(installed, fresh_tree):
     assert "run Python from another directory, or work in the tree with `pip install -e .`" in last
 
 
+@pytest.mark.full  # such an install is what these tests run in
 def test_an_editable_install_works_from_any_directory(tmp_path):
     tree = copy_sources(tmp_path / "tree")
     python = environment_beside_this_one(tmp_path / "venv")
