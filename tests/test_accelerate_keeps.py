@@ -180,7 +180,9 @@ def test_a_method_of_an_inner_module_is_called():
     torch.testing.assert_close(after, answer(model, x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("path", ["attn", *(pytest.param(path, marks=pytest.mark.full) for path in ("attn.q", "mlp.fc2"))])
+@pytest.mark.parametrize(
+    "path", ["attn", *(pytest.param(path, marks=pytest.mark.full) for path in ("attn.q", "mlp.fc2"))]
+)
 @torch.no_grad()
 def test_a_forward_set_after_compiling(path):
     """As accelerate's hooks do."""
