@@ -232,8 +232,8 @@ WITHOUT_EFFECT = ("normalized_shape", "output_size", "approximate")
 
 def test_settings_are_the_plain_attributes_of_modules():
     block = blocks(own(linear=True))[1]
-    for name, (path, _) in SETTINGS.items():  # our pooling has one size, whatever this attribute says
-        assert (name in settings_of(block.get_submodule(path))) == (name != "output_size")
+    for name, (path, _) in SETTINGS.items():
+        assert name in settings_of(block.get_submodule(path))
     assert not {"training", "p", "drop_prob"} & settings_of(block.attn.attn_drop).keys()
 
 
@@ -626,6 +626,18 @@ def weigh_on_the_way(block):
 @twice(weigh_on_the_way)
 def a_weight_changed_on_the_way(block):
     WeightOnTheWay.factor = 2.0
+
+
+class Switched(SpatialReductionAttention):
+    switch = 1.0
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        return self.switch * super().forward(x, height, width)
+
+
+@twice(lambda block: setattr(block.attn, "__class__", Switched))
+def an_attribute_of_a_class_above(block):
+    block.attn.switch = 0.5
 
 
 @pytest.mark.parametrize("name", TWICE)

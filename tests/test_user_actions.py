@@ -43,6 +43,7 @@ FOUND: dict[str, tuple[str, list[Action]]] = {
     "an attention without a norm": ("own", [("leave_out", 0, "norm1")]),
     "an mlp without a norm": ("own-linear", [("leave_out", 1, "norm2")]),
     "another forward_features": ("own", [("override", "forward_features")]),
+    "a pickle of blocks accelerated twice": ("accelerated-linear", [("backend", "cpp"), ("copy", "pickle")]),
     "another forward_head": ("own", [("override", "forward_head")]),
 }
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from .. import dispatch
 from ..ops import packing
-from .fused import FusedBlock, Settings, StandIn
+from .fused import ACCELERATED_FROM, FusedBlock, Settings, StandIn, own_class
 from .recognise import HALVES, LAYOUTS, Outcome, adapt, recognise
 
 STATE = "_pvt_fast"
@@ -207,13 +207,7 @@ def _make_subclass(base: type[nn.Module]) -> type[nn.Module]:
         return known(self, *args, **kwargs) if result is None else result
 
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(base.__name__, (_Accelerated, base), {**names, "forward": forward})
-
-
-def own_class(block: nn.Module) -> type[nn.Module]:
-    """The class that a block has, or had before it was accelerated."""
-    kinds = type(block).__mro__
-    return kinds[kinds.index(_Accelerated) + 1] if _Accelerated in kinds else kinds[0]
+    return type(base.__name__, (_Accelerated, base), {**names, "forward": forward, ACCELERATED_FROM: base})
 
 
 def _blank(base: type[nn.Module]) -> nn.Module:

@@ -8,8 +8,8 @@ from torch import nn
 
 from ..dispatch import BackendUnavailable
 from ..ops import packing
-from .api import STATE, own_class
-from .fused import Fused, StandIn
+from .api import STATE
+from .fused import Fused, StandIn, own_class
 
 
 @dataclass(frozen=True)

@@ -124,10 +124,19 @@ def methods_of(kind: type[nn.Module]) -> dict[str, Any]:
     while named:
         name = named.pop()
         value = None if name in found or name.startswith("__") else getattr(kind, name, None)
-        if value is not None:
+        if value is not None and getattr(kind, name) is value:  # a class method is made anew each time
             found[name] = value
-            named += _names(value)
+            named += (other for _, method in definitions(kind, name) for other in _names(method))
     return found
+
+
+def definitions(kind: type[nn.Module], name: str) -> list[tuple[type, Any]]:
+    """(class, method of that name) of a class and of its bases but nn.Module: a method may call those by super()."""
+    return [
+        (base, getattr(base, name))
+        for base in kind.__mro__
+        if base is kind or (name in vars(base) and base not in (nn.Module, object))
+    ]
 
 
 def _names(function: Any) -> Iterator[str]:
@@ -143,7 +152,8 @@ def _names(function: Any) -> Iterator[str]:
 @lru_cache(1024)
 def _names_in(kind: type[nn.Module]) -> frozenset[str]:
     """The names in the methods of a class; where one of these is replaced, a guard sees that."""
-    methods = (method for name, method in methods_of(kind).items() if name not in _EVERY_CALL)
+    called = (name for name in methods_of(kind) if name not in _EVERY_CALL)
+    methods = (method for name in called for _, method in definitions(kind, name))
     return frozenset(name for method in methods for name in _names(method))
 
 
@@ -202,7 +212,10 @@ class Guard:
     specification; `intact` gives the same answer, at a fraction of the price, by comparing Python objects from C++.
     """
 
-    def __init__(self, watched: Iterable[Edge], owner: nn.Module | None = None) -> None:
+    def __init__(
+        self, watched: Iterable[Edge], owner: nn.Module | None = None, kind: type[nn.Module] | None = None
+    ) -> None:
+        """kind: the class whose methods the owner has."""
         self.edges = tuple(watched)
         self.modules = [(name, child) for _, name, child in self.edges if child is not None]
         children = [child for _, child in self.modules]
@@ -211,8 +224,13 @@ class Guard:
         self.settings = [settings_of(module) for module in children]
         self.hidden = [_hidden(module) for module in children]
         self.owner = None if owner is None else (settings_of(owner), _hidden(owner))
-        kinds = dict.fromkeys(self.types if owner is None else [*self.types, type(owner)])
-        self.methods = [(kind, name, method) for kind in kinds for name, method in methods_of(kind).items()]
+        kinds = dict.fromkeys(self.types if kind is None else [*self.types, kind])
+        self.methods = [
+            (definer, name, method)
+            for kind in kinds
+            for name in methods_of(kind)
+            for definer, method in definitions(kind, name)
+        ]
         self.configs = attention_configs(children)
         self._facts: _C.Facts | None = None
         self._kept: Any = None  # alive while `_facts` is
