@@ -87,7 +87,7 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
     """Those of a module's attributes that its methods name; all of them where it has a configuration, as transformers'
     attentions do, whose methods hand the module to functions.
     """
-    named = _names_in(type(module))  # type: ignore[arg-type]  # classes can be hashed
+    named = _names_in(type(module))
     return {
         name: value
         for name, value in vars(module).items()
@@ -101,7 +101,7 @@ def unseen_change(module: nn.Module) -> str | None:
     for name, value in settings_of(module).items():
         if not is_constant(value) and not hasattr(value, "_attn_implementation"):  # see attention_configs
             return f"a {type(value).__name__} at {name}"
-    for name in _names_in(kind):  # type: ignore[arg-type]
+    for name in _names_in(kind):
         value = inspect.getattr_static(kind, name, None)
         if hasattr(type(value), "__set__") and name not in vars(module):
             return f"a {type(value).__name__} at {name}"
@@ -149,9 +149,13 @@ def _names(function: Any) -> Iterator[str]:
             codes += code.co_consts
 
 
-@lru_cache(1024)
 def _names_in(kind: type[nn.Module]) -> frozenset[str]:
     """The names in the methods of a class; where one of these is replaced, a guard sees that."""
+    return _names_with(kind, kind.forward)  # type: ignore[arg-type]  # classes can be hashed
+
+
+@lru_cache(1024)
+def _names_with(kind: type[nn.Module], forward: Any) -> frozenset[str]:
     called = (name for name in methods_of(kind) if name not in _EVERY_CALL)
     methods = (method for name in called for _, method in definitions(kind, name))
     return frozenset(name for method in methods for name in _names(method))
@@ -334,7 +338,7 @@ def _changed_setting(module: nn.Module, settings: dict[str, Any]) -> str | None:
 def _hidden(module: nn.Module) -> frozenset[str]:
     """Names that an attribute of `module` itself would hide, of what its methods find elsewhere."""
     kind = type(module)
-    named = _names_in(kind) - {*vars(module), *_READ_AT_CALLS}  # type: ignore[arg-type]
+    named = _names_in(kind) - {*vars(module), *_READ_AT_CALLS}
     return frozenset((*methods_of(kind), *module._parameters, *named))
 
 
