@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .accelerate.guard import settings_of
+from .accelerate.guard import hidden_by, settings_of
 from .layers import DropPath
 
 if TYPE_CHECKING:
@@ -149,8 +149,8 @@ def _differences(model: nn.Module, twin: nn.Module) -> Iterator[str]:
         if type(other).forward is not type(module).forward:
             yield f"{name} as a {type(other).__name__} for a {type(module).__name__}"
             continue
-        if "forward" in vars(other):
-            yield f"a forward of its own in {name}"
+        for hidden in sorted(hidden_by(other) & vars(other).keys()):
+            yield f"a {hidden} of its own in {name}"
         made = settings_of(module)
         for setting, now in settings_of(other).items():
             if setting in made and setting != "eps" and now != made[setting]:  # epsilons are kept

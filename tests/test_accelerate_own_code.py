@@ -400,16 +400,31 @@ def in_every_block(model: nn.Module, path: str, make: Callable[[nn.Module, int],
         block.set_submodule(path, make(block.get_submodule(path), index).eval())
 
 
+class Called(nn.Conv2d):
+    calls = 0
+
+    def _conv_forward(self, *args: Any) -> Tensor:
+        self.calls += 1
+        return super()._conv_forward(*args)
+
+
+def counted_convolution(old: nn.Conv2d, _: int) -> nn.Conv2d:
+    new = Called(old.in_channels, old.out_channels, 3, padding=1, groups=old.groups)
+    new.load_state_dict(old.state_dict())
+    return new
+
+
 OF_USERS: dict[str, tuple[str, Callable[[nn.Module, int], nn.Module], str]] = {
     "a mask": ("mlp.fc1", lambda old, _: Masked(old), "mlp: mlp.fc1 reads what may change unseen, a Tensor at mask"),
-    "a tap": ("attn.proj_drop", lambda *_: Tap(), "attention: attn.proj_drop has a forward of another package's, Tap"),
-    "an activation": ("mlp.act", lambda *_: CountedGELU(), "mlp: mlp.act has a forward of another package's, Counted"),
+    "a tap": ("attn.proj_drop", lambda *_: Tap(), "attention: attn.proj_drop has methods of another package's, Tap"),
+    "an activation": ("mlp.act", lambda *_: CountedGELU(), "mlp: mlp.act has methods of another package's, Counted"),
+    "a method": ("mlp.dwconv", counted_convolution, "mlp: mlp.dwconv has methods of another package's, Called"),
     "a depth": (
         "drop_path1",
         lambda _, n: Expected(0.1 * n),
-        "attention: drop_path1 has a forward of another package's",
+        "attention: drop_path1 has methods of another package's",
     ),
-    "a mask of tokens": ("drop_path2", lambda *_: PerToken(0.5), "mlp: drop_path2 has a forward of another package's"),
+    "a mask of tokens": ("drop_path2", lambda *_: PerToken(0.5), "mlp: drop_path2 has methods of another package's"),
 }
 
 
@@ -447,6 +462,112 @@ def test_stochastic_depth_of_a_blocks_own_package_is_tried_out(depth, reason, mo
 def with_module(function: Callable, name: str) -> Callable:
     function.__module__ = name
     return function
+
+
+class Adapted(vendored.Block):
+    """Has a place for a module, which does nothing as yet."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.adapter = self.make()
+
+    @staticmethod
+    def make() -> nn.Module | None:
+        return nn.Identity()
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        x = super().forward(x, H, W)
+        return x if self.adapter is None else self.adapter(x)
+
+
+class Placed(Adapted):
+    @staticmethod
+    def make() -> None:
+        return None
+
+
+class Offset(vendored.Block):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("offset", torch.zeros(()))
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        return super().forward(x, H, W) + self.offset
+
+
+class Dropping(vendored.Block):
+    """By a function, in training only."""
+
+    rate = 0.3
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        return nn.functional.dropout(super().forward(x, H, W), self.rate, self.training)
+
+
+class Numbered(vendored.Block):
+    """Its number has the name of a dropout's rate."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.p = 1.0
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        return self.p * super().forward(x, H, W)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Adapted, "adapter is of an unknown purpose, Identity"),
+        (Offset, "offset is of an unknown purpose, a tensor of the block's own"),
+        (Dropping, "something else than its structure suggests"),
+    ],
+)
+def test_blocks_with_more_than_their_halves_are_left(kind, reason, monkeypatch):
+    monkeypatch.setattr(vendored, "Block", kind)
+    report = pvt_fast.accelerate_(make("official"), backend="cpp")
+    assert not report.accelerated
+    assert reason in str(report)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        (Placed, lambda block: setattr(block, "adapter", nn.Hardtanh(-0.1, 0.1))),
+        (Numbered, lambda block: setattr(block, "p", 2.0)),
+    ],
+)
+@torch.no_grad()
+def test_what_a_block_is_given_later_is_used(kind, change, monkeypatch):
+    monkeypatch.setattr(vendored, "Block", kind)
+    model, x = make("official"), image()
+    pvt_fast.accelerate_(model, backend="cpp", strict=True)
+    for _ in range(3):
+        before = answer(model, x)
+    change(model.block1[0])
+    expected = copy.deepcopy(model)
+    pvt_fast.restore_(expected)
+    for _ in range(3):
+        torch.testing.assert_close(answer(model, x), answer(expected, x), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(answer(model, x), before, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_dropout_whose_module_was_frozen_is_in_force_where_its_owner_trains():
+    """timm's attention asks its own mode, and its dropout for the rate only."""
+    model, x = randomised(timm_pvt(attn_drop_rate=0.5)), image()
+    pvt_fast.accelerate_(model, backend="cpp", strict=True)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    expected = copy.deepcopy(model)
+    pvt_fast.restore_(expected)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        ours = model(x)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(ours, expected(x), rtol=1e-4, atol=1e-4)
 
 
 class Gated(vendored.Block):

@@ -850,6 +850,27 @@ def replace_the_dict_of_modules(model):
     model._modules = {**model._modules, "head": nn.Linear(16, 5)}
 
 
+def hide_the_head(model):
+    object.__setattr__(model, "head", nn.Linear(16, 5))
+
+
+def hide_a_stage_norm(model):
+    object.__setattr__(model, "norm2", nn.LayerNorm(16, eps=0.5))
+
+
+def hide_an_mlp(model):
+    object.__setattr__(model.block1[0], "mlp", DWConvMLP(8, 16, False, 0.0).eval())
+
+
+def a_head_of_the_class(model):
+    class Negated(PVT_V2):
+        @property
+        def head(self):
+            return lambda x: -self._modules["head"](x)
+
+    model.__class__ = Negated
+
+
 def another_order_of_a_list(model):
     model.block1._modules["0"] = model.block1._modules.pop("0")
 
@@ -892,6 +913,10 @@ AROUND = [
     one_module_trains,
     replace_the_dict_of_modules,
     another_order_of_a_list,
+    hide_the_head,
+    hide_a_stage_norm,
+    hide_an_mlp,
+    a_head_of_the_class,
 ]
 
 

@@ -187,6 +187,34 @@ def test_memory_of_another_address_leaves_no_record_of_the_old(layer):
         layer.weight.data.copy_(values)
 
 
+def test_a_step_that_raised_mutes_no_check(layer):
+    """torch tells of steps that succeed only."""
+
+    class Fails(torch.optim.SGD):
+        def step(self, closure=None):
+            raise ZeroDivisionError
+
+    use(layer)
+    with pytest.raises(ZeroDivisionError):
+        Fails([layer.weight]).step()
+    packing.doubt()  # as train() and eval() do
+    use(layer)
+    layer.weight.data[0, 0] += 1
+    with packing.checked_weights(), pytest.raises(packing.UnannouncedChange):
+        use(layer)
+
+
+def test_what_was_dropped_leaves_nothing(layer):
+    before = len(packing._places)
+    for drop in (lambda: packing.forget([layer.weight]), torch.optim.SGD([layer.weight], lr=0.1).step):
+        for _ in range(3):
+            use(layer)
+            assert len(packing._places) == before + 1
+            drop()
+            assert len(packing._places) == before
+            layer.weight.data = layer.weight.data.clone()
+
+
 def test_records_die_with_their_weights(layer):
     before = len(packing._records)
     use(layer)

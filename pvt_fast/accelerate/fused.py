@@ -107,7 +107,10 @@ class Fused:
             return "its input has no plain values in memory"
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
-        if any(module.training and getattr(module, name) for module, name in self.dropouts):
+        # whichever of the modules' modes it is that their forwards ask
+        if any(getattr(module, name) for module, name in self.dropouts) and (
+            owner.training or any(child.training for _, child in self.guard.modules)
+        ):
             return "dropout is in force"
         dtype, device = x.dtype, x.device
         for module, name, shape in self.parameters:

@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from types import BuiltinFunctionType, CodeType, MappingProxyType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -38,14 +38,15 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _CAPTURING = "transformers.utils.output_capturing"
 _HELD = ("_modules", "_parameters", "_buffers")
 
-# Of a module's attributes: what may change without another forward, or is read at each call; what a convolution keeps
-# for a kind of padding that no op has.
-_READ_AT_CALLS = ("training", "p", "drop_prob", "inplace", "_reversed_padding_repeated_twice")
+Dropout = nn.modules.dropout._DropoutNd
+# What a convolution keeps for a kind of padding that no op has.
+_UNUSED = "_reversed_padding_repeated_twice"
 _OF_EVERY_MODULE = frozenset((*vars(nn.Module()), "_fused"))  # and what modules of ours have
 # What runs before a module's forward, and where its names are looked up.
 _EVERY_CALL = ("__call__", "_call_impl", "__getattr__", "__getattribute__")
 # Values that cannot become others.
 _PLAIN = (bool, int, float, str, tuple)
+_METHODS = (FunctionType, staticmethod, classmethod)
 _CONSTANTS = (bool, int, float, str, type(None), type, torch.dtype, torch.device, BuiltinFunctionType)
 # transformers' names of attention as the ops compute it; under another name is a user's function.
 _ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -87,12 +88,23 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
     """Those of a module's attributes that its methods name; all of them where it has a configuration, as transformers'
     attentions do, whose methods hand the module to functions.
     """
-    named = _names_in(type(module))
+    named = _names_in(type(module)) - {_UNUSED, rate_of(module), "inplace" if _is_bare(module) else None}
     return {
         name: value
         for name, value in vars(module).items()
-        if (name in named or "config" in vars(module)) and name not in _OF_EVERY_MODULE and name not in _READ_AT_CALLS
+        if (name in named or "config" in vars(module)) and name not in _OF_EVERY_MODULE
     }
+
+
+def rate_of(module: nn.Module) -> str | None:
+    """The name of the attribute that has the rate of a dropout or of a stochastic depth, which is read at each call."""
+    if isinstance(module, Dropout):
+        return "p"
+    return "drop_prob" if _is_bare(module) and "drop_prob" in vars(module) else None
+
+
+def _is_bare(module: nn.Module) -> bool:
+    return not module._modules and not module._parameters and not module._buffers
 
 
 def unseen_change(module: nn.Module) -> str | None:
@@ -101,9 +113,9 @@ def unseen_change(module: nn.Module) -> str | None:
     for name, value in settings_of(module).items():
         if not is_constant(value) and not hasattr(value, "_attn_implementation"):  # see attention_configs
             return f"a {type(value).__name__} at {name}"
-    for name in _names_in(kind):
+    for name in _names_in(kind) - vars(module).keys():
         value = inspect.getattr_static(kind, name, None)
-        if hasattr(type(value), "__set__") and name not in vars(module):
+        if not name.startswith("__") and not isinstance(value, _METHODS) and not is_constant(value):
             return f"a {type(value).__name__} at {name}"
     return None
 
@@ -140,13 +152,31 @@ def definitions(kind: type[nn.Module], name: str) -> list[tuple[type, Any]]:
 
 
 def _names(function: Any) -> Iterator[str]:
-    """The names in the code of a function, and of the functions within it."""
-    codes = [getattr(inspect.unwrap(function), "__code__", None)] if callable(function) else []
-    while codes:
-        code = codes.pop()
-        if isinstance(code, CodeType):
-            yield from code.co_names
-            codes += code.co_consts
+    """The names in the code of a function, of the functions within it, and of those of its module that it calls, to
+    which it may hand the module that it is a method of.
+    """
+    functions, seen = [inspect.unwrap(function)] if callable(function) else [], set()
+    while functions:
+        function = functions.pop()
+        if not inspect.isfunction(function) or function in seen:
+            continue
+        seen.add(function)
+        functions += (cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell))
+        codes: list[Any] = [function.__code__]
+        while codes:
+            code = codes.pop()
+            if isinstance(code, CodeType):
+                yield from code.co_names
+                codes += code.co_consts
+                beside = (function.__globals__.get(name) for name in code.co_names)
+                functions += (f for f in beside if getattr(f, "__module__", None) == function.__module__)
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def _names_in(kind: type[nn.Module]) -> frozenset[str]:
@@ -226,8 +256,13 @@ class Guard:
         self.types = [type(module) for module in children]
         self.sizes = [_sizes(module) for module in children]
         self.settings = [settings_of(module) for module in children]
-        self.hidden = [_hidden(module) for module in children]
-        self.owner = None if owner is None else (settings_of(owner), _hidden(owner))
+        self.hidden = [hidden_by(module) for module in children]
+        self.roots = frozenset(name for parent, name, _ in self.edges if parent is None)
+        self.owner: tuple[dict[str, Any], frozenset[str]] = ({}, self.roots)
+        if owner is not None:
+            self.owner = (settings_of(owner), hidden_by(owner) | self.roots)
+        # places without a module, too; not kept for an owner whose other modules are called
+        self.children = None if owner is None else tuple(owner._modules.items())
         kinds = dict.fromkeys(self.types if kind is None else [*self.types, kind])
         self.methods = [
             (definer, name, method)
@@ -275,8 +310,10 @@ class Guard:
                 return f"its {name} has other modules, parameters or buffers within"
             if (setting := _changed_setting(child, settings)) is not None:
                 return f"{setting} of its {name} was changed"
-        if self.owner is not None and (setting := _changed_setting(owner, self.owner[0])) is not None:
+        if (setting := _changed_setting(owner, self.owner[0])) is not None:
             return f"its {setting} was changed"
+        if self.children is not None and not _same_items(self.children, owner._modules):
+            return "it has other modules"
         for kind, name, known in self.methods:  # some are replaced while torch.export traces
             if getattr(kind, name) is not known and not (name in _EVERY_CALL and torch.compiler.is_exporting()):
                 return f"the {name} of {kind.__name__} was replaced"
@@ -295,8 +332,11 @@ class Guard:
                 return f"there are hooks on its {name}"
             if not hidden.isdisjoint(child.__dict__):  # of `in` the compiler would keep no guard
                 return f"its {name} has a {sorted(hidden & child.__dict__.keys())[0]} of its own"
-        if self.owner is not None and not self.owner[1].isdisjoint(owner.__dict__):
+        if not self.owner[1].isdisjoint(owner.__dict__):
             return f"it has a {sorted(self.owner[1] & owner.__dict__.keys())[0]} of its own"
+        for name in self.roots:
+            if hasattr(type(owner), name):
+                return f"its class has a {name}"
         return None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -308,8 +348,8 @@ def facts(owner: nn.Module, guard: Guard, parameters: bool = False, soon: Sequen
     and what to keep alive for it, beginning with the owner's dict of modules."""
     objects: list[tuple] = []
     dicts: list[tuple[dict, list]] = [(owner._modules, _items(owner._modules, owner._modules))]
-    if guard.owner is not None:
-        objects.append((None, type(owner), _items(vars(owner), settings_of(owner))))
+    own = settings_of(owner) if guard.owner[0] else {}
+    objects.append((None, type(owner), _items(vars(owner), own)))
     for _, child in guard.modules:
         values = vars(child)
         fixed = {**settings_of(child), **{name: values[name] for name in (*_HELD, *_HOOKS)}}
@@ -335,10 +375,14 @@ def _changed_setting(module: nn.Module, settings: dict[str, Any]) -> str | None:
     return None
 
 
-def _hidden(module: nn.Module) -> frozenset[str]:
+def _same_items(known: tuple[tuple[str, Any], ...], items: Mapping[str, Any]) -> bool:
+    return len(known) == len(items) and all(items.get(name) is value for name, value in known)
+
+
+def hidden_by(module: nn.Module) -> frozenset[str]:
     """Names that an attribute of `module` itself would hide, of what its methods find elsewhere."""
     kind = type(module)
-    named = _names_in(kind) - {*vars(module), *_READ_AT_CALLS}
+    named = _names_in(kind) - vars(module).keys()
     return frozenset((*methods_of(kind), *module._parameters, *named))
 
 

@@ -16,13 +16,12 @@ from torch.nn.parameter import is_lazy
 
 from ..config import LINEAR_POOL_SIZE
 from .block_names import AttentionNames, MlpNames, Refusal, at, first
-from .guard import attention_configs, own_attention, unseen_change
+from .guard import Dropout, attention_configs, definitions, methods_of, own_attention, unseen_change
 from .halves import AttentionHalf, MlpHalf, Part
 
 # Packages whose modules are what they are called, beside those that the block is from: of others, and of users, a
 # forward may do more than a trial shows.
 _PACKAGES = ("torch", "timm", "transformers", "mmcv", "mmengine", "mmdet", "mmseg", "segmentation_models_pytorch")
-Dropout = nn.modules.dropout._DropoutNd
 # Tensor: a parameter that torch.func.functional_call, or a compiled graph, put in place of another
 PLAIN = (nn.Parameter, torch.Tensor)
 
@@ -147,20 +146,35 @@ def _refuse_the_unknown(block: nn.Module, names: AttentionNames | MlpNames, part
     above = {path.rpartition(".")[0] for path, module in found.items() if id(module) in known}
     above |= {path[:end] for path in above for end, letter in enumerate(path) if letter == "."}
     packages = {*_PACKAGES, *(kind.__module__.partition(".")[0] for kind in type(block).__mro__)}
-    packages |= {_package(found[path]) for path in above & found.keys()}
+    packages |= {package for path in above & found.keys() for package in _packages(found[path])}
     for path, module in found.items():
         own = any(tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values()))
         passive = bool(module._modules) or isinstance(module, (nn.Identity, Dropout))
         if id(module) not in known and (own or not passive):
             raise Refusal(f"{path} is of an unknown purpose, {type(module).__name__}")
-        if path not in above and _package(module) not in packages:
-            raise Refusal(f"{path} has a forward of another package's, {type(module).__name__}")
+        if path not in above and not _packages(module) <= packages:
+            raise Refusal(f"{path} has methods of another package's, {type(module).__name__}")
         _require_seen(module, path)
 
 
-def _package(module: nn.Module) -> str:
-    """Of the forward of the module's class."""
-    return str(getattr(type(module).forward, "__module__", "")).partition(".")[0]
+def _packages(module: nn.Module) -> set[str]:
+    """Where what runs in a call of the module is defined."""
+    kind = type(module)
+    methods = (method for name in methods_of(kind) for _, method in definitions(kind, name) if callable(method))
+    return {str(getattr(method, "__module__", None) or "torch").partition(".")[0] for method in methods}
+
+
+def require_nothing_else(block: nn.Module, *halves: AttentionNames | MlpNames) -> None:
+    """The block itself must have nothing beside its halves that its forward may use. Raises Refusal."""
+    if (what := unseen_change(block)) is not None:
+        raise Refusal(f"it reads what may change unseen, {what}")
+    known = {root for names in halves for root in roots(block, names)}
+    for name, module in block._modules.items():
+        if module is not None and name not in known:
+            raise Refusal(f"{name} is of an unknown purpose, {type(module).__name__}")
+    for name, tensor in (*block._parameters.items(), *block._buffers.items()):
+        if tensor is not None:
+            raise Refusal(f"{name} is of an unknown purpose, a tensor of the block's own")
 
 
 def _require_seen(module: nn.Module, where: str) -> None:

@@ -9,9 +9,8 @@ from torch import nn
 
 from .block_names import Layout, Refusal
 from .fused import FusedBlock, Settings
-from .guard import unseen_change
 from .peers import LAYOUTS
-from .read import read_attention, read_mlp
+from .read import read_attention, read_mlp, require_nothing_else
 from .verify import kind, twin, verify
 
 HALVES = ("attention", "mlp")
@@ -67,8 +66,10 @@ class Verdict(NamedTuple):
 
 
 def _read(block: nn.Module, layout: Layout, halves: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    if (what := unseen_change(block)) is not None:
-        return {}, dict.fromkeys(halves, f"it reads what may change unseen, {what}")
+    try:
+        require_nothing_else(block, layout.attention, layout.mlp)
+    except Refusal as refusal:
+        return {}, dict.fromkeys(halves, str(refusal))
     readers: dict[str, Any] = {"attention": read_attention, "mlp": read_mlp}
     found, refusals = {}, {}
     for name in halves:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ..ops import to_map
 from .block_names import MAP, PAIR, Refusal
 from .fused import FusedBlock
-from .guard import is_constant
-from .read import Dropout
+from .guard import is_constant, rate_of
 
 # Relative to what the block adds to its input. Some peers compute the softmax in float32; a different meaning is orders
 # of magnitude away.
@@ -32,22 +31,17 @@ def kind(block: nn.Module) -> tuple:
     """What two blocks have in common that need to be tried out once only."""
 
     def of(module: nn.Module) -> tuple:
-        other = {k: v for k, v in vars(module).items() if is_constant(v) and k not in ("training", _rate(module))}
+        other = {k: v for k, v in vars(module).items() if is_constant(v) and k not in ("training", rate_of(module))}
         shapes = tuple(None if p is None else p.shape for p in module._parameters.values())
         return type(module), shapes, tuple(sorted(other.items(), key=lambda item: item[0]))
 
     return tuple((name, *of(module)) for name, module in block.named_modules())
 
 
-def _rate(module: nn.Module) -> str:
-    """The name of the attribute that has the rate of dropout or of stochastic depth."""
-    return "p" if isinstance(module, Dropout) else "drop_prob"
-
-
 def twin(block: nn.Module) -> nn.Module:
-    """A copy in float64 on the CPU, with random weights and rates and no hooks, in evaluation mode. Raises Refusal."""
+    """A copy in float64 on the CPU, with random weights and no hooks. Raises Refusal."""
     try:
-        copied = copy.deepcopy(block).to_empty(device="cpu").double().eval()
+        copied = copy.deepcopy(block).to_empty(device="cpu").double()
     except Exception as error:
         raise Refusal(f"it cannot be copied to be tried out: {type(error).__name__}: {error}") from error
     generator = torch.Generator().manual_seed(0)
@@ -56,8 +50,6 @@ def twin(block: nn.Module) -> nn.Module:
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
             parameter.normal_(0.0 if parameter.dim() > 1 else 0.5, fan_in**-0.5, generator=generator)
     for module in copied.modules():
-        if isinstance(vars(module).get(_rate(module)), (int, float)):
-            setattr(module, _rate(module), _RATE)
         for hooks in (
             module._forward_hooks,
             module._forward_pre_hooks,
@@ -88,9 +80,22 @@ def _scales_samples(module: nn.Module) -> bool:
 @torch.no_grad()
 def verify(block: nn.Module, forward: Any, fused: FusedBlock) -> bool:
     """`forward(block, ...)`, on a `twin`, against the ops of `fused`; whether it returns a tuple. Raises Refusal."""
-    for module in fused.drop_paths.values():
-        if module is not None and not _scales_samples(module):
+    depths = [module for module in fused.drop_paths.values() if module is not None]
+    rates = [*fused.dropouts, *((module, "drop_prob") for module in depths)]
+    for module, name in rates:
+        setattr(module, name, _RATE)
+    for module in depths:
+        if not _scales_samples(module):
             raise Refusal(f"its {type(module).__name__} must multiply each sample by a number")
+    returns_tuple = _compare(block.eval(), forward, fused)
+    for module, name in rates:
+        setattr(module, name, 0.0)
+    _compare(block.train(), forward, fused)  # with no rate in force that is known
+    return returns_tuple
+
+
+def _compare(block: nn.Module, forward: Any, fused: FusedBlock) -> bool:
+    """In the mode that the block is in; whether its forward returns a tuple. Raises Refusal."""
     ratio = max((m.kernel_size[0] for m in block.modules() if isinstance(m, nn.Conv2d)), default=1)
     hw = (2 * ratio + 3, ratio + 2)  # not square, and with a tail that the reduction drops
     tokens = torch.randn(
@@ -99,8 +104,11 @@ def verify(block: nn.Module, forward: Any, fused: FusedBlock) -> bool:
     x = to_map(tokens, hw) if fused.layout.call == MAP else tokens
     size: tuple = {MAP: (), PAIR: (hw,)}.get(fused.layout.call, hw)
     try:
-        own = forward(block, x, *size)
-        ours = fused.compute(block, "reference", tokens, hw)
+        with torch.random.fork_rng(devices=[]):  # what is not among the halves may draw
+            torch.manual_seed(3)
+            own = forward(block, x, *size)
+            torch.manual_seed(3)
+            ours = fused.compute(block, "reference", tokens, hw)
     except Exception as error:
         raise Refusal(f"it cannot be tried out: {type(error).__name__}: {error}") from error
     returns_tuple = isinstance(own, tuple)

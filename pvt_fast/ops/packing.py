@@ -182,10 +182,10 @@ class _Snapshot:
 class Record:
     """A packed form and the weights that it was made of."""
 
-    __slots__ = ("addresses", "dropped", "form", "key", "sources", "trains")
+    __slots__ = ("addresses", "dropped", "form", "key", "memory", "sources", "trains")
 
-    def __init__(self, key: Any, tensors: Sequence[Tensor], form: Any, sources: Sources) -> None:
-        self.key, self.form, self.sources = key, form, sources
+    def __init__(self, key: Any, memory: tuple, tensors: Sequence[Tensor], form: Any, sources: Sources) -> None:
+        self.key, self.memory, self.form, self.sources = key, memory, form, sources
         self.dropped = False  # as its weights were said to have changed
         self.addresses = [tensor.data_ptr() for tensor in tensors]
         self.trains = any(tensor.requires_grad for tensor in tensors)
@@ -236,7 +236,7 @@ def packed(kind: str, key: Any, tensors: Tensors, build: Callable[[], Any]) -> A
             _records.pop(place, None)
             _places.pop(memory, None)
 
-        record = Record(key, present, build(), Sources(present, gone))
+        record = Record(key, memory, present, build(), Sources(present, gone))
         if (before := _places.get(memory, place)) != place:
             _records.pop(before, None)
         _records[place], _places[memory] = record, place
@@ -268,6 +268,7 @@ def within_graph() -> Iterator[None]:
 def doubt() -> None:
     """All values of all packed weights are compared at their next use."""
     _doubts.count += 1
+    _doubts.stepping = False  # no hook tells of a step that raised
 
 
 def forget(tensors: Sequence[Tensor]) -> None:
@@ -281,6 +282,7 @@ def _drop(which: Callable[[Record], bool]) -> None:
         if which(record):
             record.dropped = True
             _records.pop(place, None)
+            _places.pop(record.memory, None)
 
 
 def _address(tensor: Tensor) -> int:
@@ -355,7 +357,6 @@ def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
         if plain:
             _stepped_in_graph(plain[0])
         return
-    _doubts.stepping = False
     doubt()
     stepped = {_address(parameter) for parameter in parameters} - {0}
     _drop(lambda record: record.trains or not stepped.isdisjoint(record.addresses))
