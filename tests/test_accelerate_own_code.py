@@ -515,6 +515,13 @@ class Numbered(vendored.Block):
         return self.p * super().forward(x, H, W)
 
 
+class Weighted(vendored.Block):
+    """Looks for a parameter that it does not have as yet."""
+
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        return getattr(self, "gamma", 1.0) * super().forward(x, H, W)
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -534,6 +541,7 @@ def test_blocks_with_more_than_their_halves_are_left(kind, reason, monkeypatch):
     ("kind", "change"),
     [
         (Placed, lambda block: setattr(block, "adapter", nn.Hardtanh(-0.1, 0.1))),
+        (Weighted, lambda block: block.register_parameter("gamma", nn.Parameter(torch.tensor(2.0)))),
         (Numbered, lambda block: setattr(block, "p", 2.0)),
     ],
 )

@@ -262,7 +262,7 @@ class Guard:
         if owner is not None:
             self.owner = (settings_of(owner), hidden_by(owner) | self.roots)
         # places without a module, too; not kept for an owner whose other modules are called
-        self.children = None if owner is None else tuple(owner._modules.items())
+        self.children = None if owner is None else (tuple(owner._modules.items()), _sizes(owner))
         kinds = dict.fromkeys(self.types if kind is None else [*self.types, kind])
         self.methods = [
             (definer, name, method)
@@ -312,8 +312,10 @@ class Guard:
                 return f"{setting} of its {name} was changed"
         if (setting := _changed_setting(owner, self.owner[0])) is not None:
             return f"its {setting} was changed"
-        if self.children is not None and not _same_items(self.children, owner._modules):
-            return "it has other modules"
+        if self.children is not None:
+            known, sizes = self.children
+            if _sizes(owner) != sizes or not all(owner._modules.get(name) is value for name, value in known):
+                return "it has other modules, parameters or buffers"
         for kind, name, known in self.methods:  # some are replaced while torch.export traces
             if getattr(kind, name) is not known and not (name in _EVERY_CALL and torch.compiler.is_exporting()):
                 return f"the {name} of {kind.__name__} was replaced"
@@ -350,6 +352,8 @@ def facts(owner: nn.Module, guard: Guard, parameters: bool = False, soon: Sequen
     dicts: list[tuple[dict, list]] = [(owner._modules, _items(owner._modules, owner._modules))]
     own = settings_of(owner) if guard.owner[0] else {}
     objects.append((None, type(owner), _items(vars(owner), own)))
+    if guard.children is not None:
+        dicts += [(held, _items(held)) for held in (owner._parameters, owner._buffers)]
     for _, child in guard.modules:
         values = vars(child)
         fixed = {**settings_of(child), **{name: values[name] for name in (*_HELD, *_HOOKS)}}
@@ -373,10 +377,6 @@ def _changed_setting(module: nn.Module, settings: dict[str, Any]) -> str | None:
         if now is not value and not (isinstance(value, _PLAIN) and type(now) is type(value) and now == value):
             return setting
     return None
-
-
-def _same_items(known: tuple[tuple[str, Any], ...], items: Mapping[str, Any]) -> bool:
-    return len(known) == len(items) and all(items.get(name) is value for name, value in known)
 
 
 def hidden_by(module: nn.Module) -> frozenset[str]:

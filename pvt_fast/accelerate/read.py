@@ -172,9 +172,8 @@ def require_nothing_else(block: nn.Module, *halves: AttentionNames | MlpNames) -
     for name, module in block._modules.items():
         if module is not None and name not in known:
             raise Refusal(f"{name} is of an unknown purpose, {type(module).__name__}")
-    for name, tensor in (*block._parameters.items(), *block._buffers.items()):
-        if tensor is not None:
-            raise Refusal(f"{name} is of an unknown purpose, a tensor of the block's own")
+    for name in (*block._parameters, *block._buffers):
+        raise Refusal(f"{name} is of an unknown purpose, a tensor of the block's own")
 
 
 def _require_seen(module: nn.Module, where: str) -> None:
