@@ -129,9 +129,7 @@ def _differences(model: nn.Module, twin: nn.Module) -> Iterator[str]:
     }
     modules = {name.replace(f".{_CHECKPOINTED}", ""): module for name, module in trunk.items()}
     wanted = _without_head(dict(twin.named_modules(remove_duplicate=False)))
-    for name in ("forward", "forward_features", "forward_head"):
-        if name in vars(model):
-            yield f"a {name} of its own"
+    yield from (f"a {hidden} of its own" for hidden in sorted(hidden_by(model) & vars(model).keys()))
     for name, module in _without_head(modules).items():
         if name not in wanted and not isinstance(module, _PASSIVE):
             yield f"a {type(module).__name__} added at {name}"

@@ -238,8 +238,6 @@ _CALLED = {
 
 def _require_known(owner: nn.Module, names: tuple[str, ...]) -> None:
     for name in names:
-        if hasattr(type(owner), name):
-            raise Refusal(f"its {name} is a {type(getattr(type(owner), name)).__name__} of its class")
         if not isinstance(root := owner._modules.get(name, vars(owner).get(name)), nn.Module):
             raise Refusal(f"its {name} is a {type(root).__name__}")
         for path, module in root.named_modules(prefix=name):

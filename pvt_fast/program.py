@@ -71,7 +71,7 @@ class Program:
         self.settings = model.forward_settings()
         self.guard = guard
         self.parameters = tuple(model.parameters())
-        self.last = next(i for i, parameter in enumerate(self.parameters) if parameter is model.head.weight)
+        self.head = next(i for i, parameter in enumerate(self.parameters) if parameter is model.head.weight)
         self.facts, self.kept = facts(model, guard, parameters=True, soon=_lines(self.parameters))
         self.sources = packing.Sources(self.parameters, keep=True)
 
@@ -90,7 +90,7 @@ class Program:
         if model._modules is not self.kept[0] or not self.guard.others_hold() or not self.facts.hold(model):
             return False
         # asked at once, as another number of logits would be returned; other shapes are among the values
-        if self.parameters[self.last].shape[0] != self.forward.classes:
+        if self.parameters[self.head].shape[0] != self.forward.classes:
             return False
         if self.sources.hold_values(self.parameters):
             return True

@@ -22,7 +22,8 @@ from torch import nn
 
 from .. import dispatch
 from ..ops import packing
-from .fused import ACCELERATED_FROM, FusedBlock, Settings, StandIn, own_class
+from .fused import FusedBlock, Settings, StandIn
+from .guard import ACCELERATED_FROM, own_class
 from .recognise import HALVES, LAYOUTS, Outcome, adapt, recognise
 
 STATE = "_pvt_fast"

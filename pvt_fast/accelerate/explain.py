@@ -9,7 +9,8 @@ from torch import nn
 from ..dispatch import BackendUnavailable
 from ..ops import packing
 from .api import STATE
-from .fused import Fused, StandIn, own_class
+from .fused import Fused, StandIn
+from .guard import own_class
 
 
 @dataclass(frozen=True)

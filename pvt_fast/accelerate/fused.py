@@ -39,8 +39,6 @@ from .halves import AttentionHalf, MlpHalf, Part, linear_of, norm_of
 from .peers import PVT_FAST
 
 logger = logging.getLogger("pvt_fast")
-# The attribute of an accelerated block's class that has the block's own.
-ACCELERATED_FROM = "_accelerated_from"
 
 
 class Settings:
@@ -72,7 +70,7 @@ class Fused:
         ]
         self.dropouts = dropouts  # (module, name of its attribute)
         children = edges((root, owner._modules[root]) for root in roots)
-        self.guard = Guard(children, *((owner, own_class(owner)) if watched else ()))
+        self.guard = Guard(children, owner if watched else None)
 
     def choose(self, owner: nn.Module, x: Any) -> str | None:
         """Name of the backend whose ops run on x; None where the modules' own forwards must."""
@@ -379,11 +377,6 @@ class StandIn:
 
     def __reduce__(self) -> tuple:
         return StandIn, (self.reader, self.settings, self.roots)
-
-
-def own_class(block: nn.Module) -> type[nn.Module]:
-    """The class that a block has, or had before it was accelerated."""
-    return getattr(type(block), ACCELERATED_FROM, type(block))
 
 
 def ops_of(backend: str, needs_gradients: bool) -> Any:

@@ -37,6 +37,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 # Where transformers keeps hooks that do nothing unless an output is asked for; they stay once one was.
 _CAPTURING = "transformers.utils.output_capturing"
 _HELD = ("_modules", "_parameters", "_buffers")
+# The attribute of an accelerated block's class that has the block's own.
+ACCELERATED_FROM = "_accelerated_from"
 
 Dropout = nn.modules.dropout._DropoutNd
 # What a convolution keeps for a kind of padding that no op has.
@@ -202,6 +204,11 @@ def own_attention(configs: Iterable[Any]) -> str | None:
     return next((name for config in configs if (name := config._attn_implementation) not in _ATTENTIONS), None)
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module has, or had before it was accelerated."""
+    return getattr(type(module), ACCELERATED_FROM, type(module))
+
+
 class Kinds:
     """Classes of modules with the methods that they have now."""
 
@@ -246,10 +253,7 @@ class Guard:
     specification; `intact` gives the same answer, at a fraction of the price, by comparing Python objects from C++.
     """
 
-    def __init__(
-        self, watched: Iterable[Edge], owner: nn.Module | None = None, kind: type[nn.Module] | None = None
-    ) -> None:
-        """kind: the class whose methods the owner has."""
+    def __init__(self, watched: Iterable[Edge], owner: nn.Module | None = None) -> None:
         self.edges = tuple(watched)
         self.modules = [(name, child) for _, name, child in self.edges if child is not None]
         children = [child for _, child in self.modules]
@@ -263,7 +267,7 @@ class Guard:
             self.owner = (settings_of(owner), hidden_by(owner) | self.roots)
         # places without a module, too; not kept for an owner whose other modules are called
         self.children = None if owner is None else (tuple(owner._modules.items()), _sizes(owner))
-        kinds = dict.fromkeys(self.types if kind is None else [*self.types, kind])
+        kinds = dict.fromkeys(self.types if owner is None else [*self.types, own_class(owner)])
         self.methods = [
             (definer, name, method)
             for kind in kinds
