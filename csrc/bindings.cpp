@@ -1,6 +1,9 @@
-// The only file that knows Python. Tensors come as addresses: the caller keeps them alive for the call.
+// The only file that knows Python. Tensors come as spans of memory: the caller keeps them alive for the call, and has
+// checked them. This is the second wall: nothing is read of a span before it is known to hold what the op will read.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <optional>
 
 #include "forward.h"
 #include "kernels.h"
@@ -12,60 +15,232 @@ namespace py = pybind11;
 namespace {
 
 using Address = std::uintptr_t;
+using Span = std::pair<Address, std::size_t>;  // where a tensor begins, and the bytes from there to its memory's end
 
-const void* input(Address address) { return reinterpret_cast<const void*>(address); }
-void* output(Address address) { return reinterpret_cast<void*>(address); }
-
-pvt::Norm norm(const py::tuple& t) {
-  return {input(t[0].cast<Address>()), input(t[1].cast<Address>()), t[2].cast<float>()};
-}
-pvt::Linear linear(const py::tuple& t) { return {input(t[0].cast<Address>()), input(t[1].cast<Address>())}; }
-
-const pvt::Factories& factories(const std::string& isa, bool bf16) {
-  return pvt::factories(isa, bf16 ? pvt::DType::bf16 : pvt::DType::f32);
+void require(bool holds, const std::string& what) {
+  if (!holds) throw std::invalid_argument(what);
 }
 
-std::unique_ptr<pvt::PatchEmbed> patch_embed(const std::string& isa, bool bf16, const py::tuple& proj,
-                                             const py::tuple& norm_weights, std::tuple<int, int, int, int> sizes,
-                                             bool channels_last) {
-  const auto [in_channels, channels, kernel, stride] = sizes;
-  const pvt::PatchEmbedWeights w{linear(proj), norm(norm_weights), in_channels, channels, kernel, stride};
-  return factories(isa, bf16).patch_embed(w, channels_last);
+// The product of sizes; std::invalid_argument where one is negative or the product does not fit.
+std::int64_t elements(std::initializer_list<std::int64_t> sizes) {
+  std::int64_t product = 1;
+  for (const std::int64_t size : sizes)
+    require(size >= 0 && !__builtin_mul_overflow(product, size, &product), "sizes must be those of a tensor");
+  return product;
 }
 
-std::unique_ptr<pvt::ResidualOp> attention(const std::string& isa, bool bf16, const py::dict& w) {
-  pvt::AttentionWeights weights{};
-  weights.norm = norm(w["norm"]);
-  weights.q = linear(w["q"]);
-  weights.kv = linear(w["kv"]);
-  weights.proj = linear(w["proj"]);
-  if (!w["sr"].is_none()) {
-    weights.sr = linear(w["sr"]);
-    weights.sr_norm = norm(w["sr_norm"]);
+void* memory(const Span& span, std::int64_t count, std::size_t element_size, const char* what) {
+  const std::uint64_t bytes = std::uint64_t(elements({count, std::int64_t(element_size)}));
+  require(bytes <= span.second && (bytes == 0 || span.first != 0),
+          std::string(what) + " must have " + std::to_string(bytes) + " bytes of memory, got " +
+              std::to_string(span.first ? span.second : 0));
+  return reinterpret_cast<void*>(span.first);
+}
+
+// Reads weights of one element type.
+class Weights {
+ public:
+  explicit Weights(bool bf16) : dtype_(bf16 ? pvt::DType::bf16 : pvt::DType::f32), size_(bf16 ? 2 : 4) {}
+
+  const pvt::Factories& factories(const std::string& isa) const { return pvt::factories(isa, dtype_); }
+  std::size_t element_size() const { return size_; }
+
+  pvt::Norm norm(const py::tuple& t, std::int64_t channels) const {
+    return {memory(t[0].cast<Span>(), channels, size_, "norm weight"),
+            memory(t[1].cast<Span>(), channels, size_, "norm bias"), t[2].cast<float>()};
   }
-  weights.channels = w["channels"].cast<int>();
+  pvt::Linear linear(const py::tuple& t, std::int64_t out, std::int64_t in) const {
+    const auto bias = t[1].cast<std::optional<Span>>();
+    return {memory(t[0].cast<Span>(), elements({out, in}), size_, "weight"),
+            bias ? memory(*bias, out, size_, "bias") : nullptr};
+  }
+
+ private:
+  pvt::DType dtype_;
+  std::size_t size_;
+};
+
+// An op and the size of its activations' elements.
+template <class Op>
+struct Packed {
+  std::shared_ptr<const Op> op;
+  std::size_t element_size;
+
+  Packed(std::unique_ptr<Op> made, const Weights& from) : op(std::move(made)), element_size(from.element_size()) {}
+};
+
+void require_positive(std::initializer_list<int> sizes) {
+  for (const int size : sizes) require(size >= 1, "sizes must be at least 1");
+}
+
+Packed<pvt::PatchEmbed> patch_embed(const std::string& isa, bool bf16, const py::tuple& proj, const py::tuple& norm,
+                                    std::tuple<int, int, int, int> sizes, bool channels_last) {
+  const auto [in_channels, channels, kernel, stride] = sizes;
+  require_positive({in_channels, channels, kernel, stride});
+  const Weights from(bf16);
+  const pvt::PatchEmbedWeights w{from.linear(proj, channels, elements({in_channels, kernel, kernel})),
+                                 from.norm(norm, channels),
+                                 in_channels,
+                                 channels,
+                                 kernel,
+                                 stride};
+  return {from.factories(isa).patch_embed(w, channels_last), from};
+}
+
+Packed<pvt::ResidualOp> attention(const std::string& isa, bool bf16, const py::dict& w) {
+  const Weights from(bf16);
+  pvt::AttentionWeights weights{};
+  const int channels = weights.channels = w["channels"].cast<int>();
   weights.heads = w["heads"].cast<int>();
   weights.sr_ratio = w["sr_ratio"].cast<int>();
   weights.linear = w["linear"].cast<bool>();
   weights.scale = w["scale"].cast<float>();
-  return factories(isa, bf16).attention(weights);
+  require_positive({channels, weights.heads, weights.sr_ratio});
+  require(channels % weights.heads == 0, "channels must be divisible by heads");
+  require(!w["sr"].is_none() || (weights.sr_ratio == 1 && !weights.linear), "sr must be there to reduce the map");
+  require(!weights.linear || weights.sr_ratio == 1, "sr must be 1x1 in the linear form");
+  weights.norm = from.norm(w["norm"], channels);
+  weights.q = from.linear(w["q"], channels, channels);
+  weights.kv = from.linear(w["kv"], 2 * std::int64_t{channels}, channels);
+  weights.proj = from.linear(w["proj"], channels, channels);
+  if (!w["sr"].is_none()) {
+    weights.sr = from.linear(w["sr"], channels, elements({channels, weights.sr_ratio, weights.sr_ratio}));
+    weights.sr_norm = from.norm(w["sr_norm"], channels);
+  }
+  return {from.factories(isa).attention(weights), from};
 }
 
-std::unique_ptr<pvt::ResidualOp> mlp(const std::string& isa, bool bf16, const py::dict& w) {
-  const pvt::MlpWeights weights{norm(w["norm"]),       linear(w["fc1"]),          linear(w["dwconv"]),
-                                linear(w["fc2"]),      w["channels"].cast<int>(), w["hidden"].cast<int>(),
+Packed<pvt::ResidualOp> mlp(const std::string& isa, bool bf16, const py::dict& w) {
+  const Weights from(bf16);
+  const int channels = w["channels"].cast<int>(), hidden = w["hidden"].cast<int>();
+  require_positive({channels, hidden});
+  const pvt::MlpWeights weights{from.norm(w["norm"], channels),
+                                from.linear(w["fc1"], hidden, channels),
+                                from.linear(w["dwconv"], hidden, 9),
+                                from.linear(w["fc2"], channels, hidden),
+                                channels,
+                                hidden,
                                 w["relu"].cast<bool>()};
-  return factories(isa, bf16).mlp(weights);
+  return {from.factories(isa).mlp(weights), from};
+}
+
+Packed<pvt::LayerNorm> layer_norm(const std::string& isa, bool bf16, const py::tuple& norm, int channels) {
+  require_positive({channels});
+  const Weights from(bf16);
+  return {from.factories(isa).layer_norm(from.norm(norm, channels), channels), from};
+}
+
+Packed<pvt::Head> head(const std::string& isa, bool bf16, const std::optional<py::tuple>& classifier, int channels,
+                       int classes) {
+  require_positive({channels, classes});
+  const Weights from(bf16);
+  const pvt::Linear linear = classifier ? from.linear(*classifier, classes, channels) : pvt::Linear{};
+  return {from.factories(isa).head(linear, channels, classes), from};
 }
 
 using Size = std::tuple<std::int64_t, std::int64_t, std::int64_t>;                   // batch, height, width
 using Strides = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;  // of batch, channel, row, column
 
-pvt::Image view(Address image, const Size& size, const Strides& strides) {
+pvt::Image view(const Span& image, const Size& size, const Strides& strides, std::int64_t channels,
+                std::size_t element_size) {
   const auto [batch, height, width] = size;
   const auto [stride_batch, stride_channel, stride_row, stride_column] = strides;
-  return {input(image), batch, height, width, stride_batch, stride_channel, stride_row, stride_column};
+  require(std::min(height, width) >= 1 && std::max(height, width) <= pvt::kMostSide,
+          "image must have sides of 1 to 2^20 pixels");
+  std::int64_t needed = elements({batch, 1});
+  if (batch > 0)
+    needed = 1 + elements({batch - 1, stride_batch}) + elements({channels - 1, stride_channel}) +
+             elements({height - 1, stride_row}) + elements({width - 1, stride_column});
+  return {memory(image, needed, element_size, "image"),
+          batch,
+          height,
+          width,
+          stride_batch,
+          stride_channel,
+          stride_row,
+          stride_column};
 }
+
+void run_patch_embed(const Packed<pvt::PatchEmbed>& packed, const Span& image, const Size& size, const Strides& strides,
+                     const Span& out) {
+  const pvt::PatchEmbed& op = *packed.op;
+  const pvt::Image from = view(image, size, strides, op.in_channels(), packed.element_size);
+  require(op.accepts(from), "PatchEmbed: image strides must fit the packed layout");
+  const pvt::Map map = op.map(from);
+  require(pvt::fits(map, op.channels()), "PatchEmbed: map must have fewer than 2^31 elements");
+  void* to = memory(out, elements({map.batch, map.height, map.width, op.channels()}), packed.element_size, "out");
+  py::gil_scoped_release release;
+  op.run(from, to);
+}
+
+void run_residual(const Packed<pvt::ResidualOp>& packed, const Span& x, std::int64_t batch, int height, int width,
+                  const std::optional<Span>& residual_scale, const Span& out) {
+  const pvt::ResidualOp& op = *packed.op;
+  require(std::min(height, width) >= op.least_side(), "ResidualOp: map must be at least sr_ratio each way");
+  require(pvt::fits({batch, height, width}, op.channels()), "ResidualOp: map must have fewer than 2^31 elements");
+  const std::int64_t count = elements({batch, height, width, op.channels()});
+  const void* from = memory(x, count, packed.element_size, "x");
+  void* to = memory(out, count, packed.element_size, "out");
+  const void* scale = residual_scale ? memory(*residual_scale, batch, packed.element_size, "residual_scale") : nullptr;
+  py::gil_scoped_release release;
+  op.run(from, {batch, height, width}, scale, to);
+}
+
+void run_layer_norm(const Packed<pvt::LayerNorm>& packed, const Span& x, std::int64_t rows, const Span& out) {
+  require(rows < pvt::kMostElements, "LayerNorm: x must have fewer than 2^31 rows");
+  const std::int64_t count = elements({rows, packed.op->channels()});
+  const void* from = memory(x, count, packed.element_size, "x");
+  void* to = memory(out, count, packed.element_size, "out");
+  py::gil_scoped_release release;
+  packed.op->run(from, rows, to);
+}
+
+void run_head(const Packed<pvt::Head>& packed, const Span& x, std::int64_t batch, std::int64_t tokens,
+              const Span& out) {
+  const void* from = memory(x, elements({batch, tokens, packed.op->channels()}), packed.element_size, "x");
+  void* to = memory(out, elements({batch, packed.op->classes()}), packed.element_size, "out");
+  py::gil_scoped_release release;
+  packed.op->run(from, batch, tokens, to);
+}
+
+// A model's ops, held for as long as it is.
+class Forward {
+ public:
+  explicit Forward(const py::iterable& ops) {
+    std::vector<pvt::Op> all;
+    for (const py::handle op : ops) all.push_back(add(op));
+    forward_ = std::make_unique<pvt::Forward>(all, element_size_);
+  }
+  int in_channels() const { return forward_->in_channels(); }
+  int classes() const { return forward_->classes(); }
+
+  void run(const Span& image, const Size& size, const Strides& strides, const Span& out) const {
+    const pvt::Image from = view(image, size, strides, in_channels(), element_size_);
+    void* to = memory(out, elements({from.batch, classes()}), element_size_, "out");
+    py::gil_scoped_release release;
+    forward_->run(from, to);
+  }
+
+ private:
+  pvt::Op add(const py::handle op) {
+    if (py::isinstance<Packed<pvt::PatchEmbed>>(op)) return hold(op.cast<Packed<pvt::PatchEmbed>>());
+    if (py::isinstance<Packed<pvt::ResidualOp>>(op)) return hold(op.cast<Packed<pvt::ResidualOp>>());
+    if (py::isinstance<Packed<pvt::LayerNorm>>(op)) return hold(op.cast<Packed<pvt::LayerNorm>>());
+    return hold(op.cast<Packed<pvt::Head>>());
+  }
+
+  template <class Op>
+  const Op* hold(const Packed<Op>& packed) {
+    require(element_size_ == 0 || element_size_ == packed.element_size, "Forward: ops must be of one element type");
+    element_size_ = packed.element_size;
+    held_.push_back(packed.op);
+    return packed.op.get();
+  }
+
+  std::vector<std::shared_ptr<const void>> held_;
+  std::size_t element_size_ = 0;
+  std::unique_ptr<pvt::Forward> forward_;
+};
 
 // Facts about Python objects: their types, all names of their attributes, and the values of some; the same of dicts. A
 // forward leaves nothing of these objects in the inner caches, so all are asked for before the first is looked at. The
@@ -80,7 +255,7 @@ class Facts {
       : objects_(std::move(objects)), dicts_(std::move(dicts)), soon_(std::move(soon)) {}
 
   bool hold(py::handle given) const {
-    for (const Address address : soon_) __builtin_prefetch(input(address));
+    for (const Address address : soon_) __builtin_prefetch(reinterpret_cast<const void*>(address));
     for (const auto& [object, type, items] : objects_) prefetch(object.ptr(), items);
     for (const auto& [dict, items] : dicts_) prefetch(dict.ptr(), items);
     std::vector<PyObject*> attributes;
@@ -134,18 +309,12 @@ class Facts {
   std::vector<Address> soon_;
 };
 
-std::unique_ptr<pvt::Watch> watch(const std::vector<std::pair<Address, std::size_t>>& regions) {
+std::unique_ptr<pvt::Watch> watch(const std::vector<Span>& regions) {
   std::vector<pvt::Watch::Region> all;
-  for (const auto& [address, bytes] : regions) {
-    if (address == 0 && bytes != 0) throw std::invalid_argument("Watch: regions must have addresses, got a null one");
-    all.push_back({static_cast<const unsigned char*>(input(address)), bytes});
-  }
+  for (const Span& region : regions)
+    all.push_back(
+        {static_cast<const unsigned char*>(memory(region, std::int64_t(region.second), 1, "region")), region.second});
   return std::make_unique<pvt::Watch>(all);
-}
-
-// Memory that another object describes: refused before it is read where that cannot be so.
-void require(bool holds, const char* what) {
-  if (!holds) throw std::invalid_argument(what);
 }
 
 }  // namespace
@@ -156,41 +325,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("runnable_isas", &pvt::runnable_isas, "Those that this CPU runs, best first.");
   m.def("threads", &pvt::max_threads, "Threads that the next op uses.");
 
-  py::class_<pvt::PatchEmbed>(m, "PatchEmbed")
-      .def(py::init(&patch_embed))
-      .def("run", [](const pvt::PatchEmbed& op, Address image, const Size& size, const Strides& strides, Address out) {
-        const pvt::Image from = view(image, size, strides);
-        require(op.accepts(from), "PatchEmbed: image strides must fit the packed layout");
-        require(from.batch == 0 || (image != 0 && out != 0), "PatchEmbed: image and out must have addresses");
-        py::gil_scoped_release release;
-        op.run(from, output(out));
-      });
-  py::class_<pvt::ResidualOp>(m, "ResidualOp")
-      .def("run", [](const pvt::ResidualOp& op, Address x, std::int64_t batch, int height, int width,
-                     Address residual_scale, Address out) {
-        require(std::min(height, width) >= op.least_side(), "ResidualOp: map must be at least sr_ratio each way");
-        require(batch == 0 || (x != 0 && out != 0), "ResidualOp: x and out must have addresses");
-        py::gil_scoped_release release;
-        op.run(input(x), {batch, height, width}, input(residual_scale), output(out));
-      });
+  py::class_<Packed<pvt::PatchEmbed>>(m, "PatchEmbed").def(py::init(&patch_embed)).def("run", &run_patch_embed);
+  py::class_<Packed<pvt::ResidualOp>>(m, "ResidualOp").def("run", &run_residual);
+  py::class_<Packed<pvt::LayerNorm>>(m, "LayerNorm").def(py::init(&layer_norm)).def("run", &run_layer_norm);
+  py::class_<Packed<pvt::Head>>(m, "Head").def(py::init(&head)).def("run", &run_head);
   m.def("attention", &attention);
   m.def("mlp", &mlp);
-  py::class_<pvt::LayerNorm>(m, "LayerNorm")
-      .def(py::init([](const std::string& isa, bool bf16, const py::tuple& weights, int channels) {
-        return factories(isa, bf16).layer_norm(norm(weights), channels);
-      }))
-      .def("run", [](const pvt::LayerNorm& op, Address x, std::int64_t rows, Address out) {
-        py::gil_scoped_release release;
-        op.run(input(x), rows, output(out));
-      });
-  py::class_<pvt::Head>(m, "Head")
-      .def(py::init([](const std::string& isa, bool bf16, const py::tuple& classifier, int channels, int classes) {
-        return factories(isa, bf16).head(linear(classifier), channels, classes);
-      }))
-      .def("run", [](const pvt::Head& op, Address x, std::int64_t batch, std::int64_t tokens, Address out) {
-        py::gil_scoped_release release;
-        op.run(input(x), batch, tokens, output(out));
-      });
   py::class_<Facts>(m, "Facts")
       .def(py::init<std::vector<Facts::Object>, std::vector<Facts::Dict>, std::vector<Address>>(), py::arg("objects"),
            py::arg("dicts"), py::arg("soon"))
@@ -201,16 +341,9 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly_static("PARTS", [](const py::object&) { return pvt::Watch::kParts; })
       .def("next", &pvt::Watch::next, py::call_guard<py::gil_scoped_release>())
       .def("first_changed", &pvt::Watch::first_changed, py::call_guard<py::gil_scoped_release>());
-  // its ops are the caller's to keep alive
-  py::class_<pvt::Forward>(m, "Forward")
-      .def(py::init(
-          [](const std::vector<pvt::Op>& ops, bool bf16) { return std::make_unique<pvt::Forward>(ops, bf16 ? 2 : 4); }))
-      .def_property_readonly("in_channels", &pvt::Forward::in_channels)
-      .def_property_readonly("classes", &pvt::Forward::classes)
-      .def("run", [](const pvt::Forward& op, Address image, const Size& size, const Strides& strides, Address out) {
-        const pvt::Image from = view(image, size, strides);
-        require(from.batch == 0 || (image != 0 && out != 0), "Forward: image and out must have addresses");
-        py::gil_scoped_release release;
-        op.run(from, output(out));
-      });
+  py::class_<Forward>(m, "Forward")
+      .def(py::init<py::iterable>())
+      .def_property_readonly("in_channels", &Forward::in_channels)
+      .def_property_readonly("classes", &Forward::classes)
+      .def("run", &Forward::run);
 }

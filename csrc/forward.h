@@ -64,6 +64,7 @@ class Forward {
                                     std::to_string(least) + " from " + std::to_string(image.height) + "x" +
                                     std::to_string(image.width));
       }
+      require(fits(map, stage.embed->channels()), "take an image whose maps have fewer than 2^31 elements");
       largest = std::max(largest, std::size_t(map.batch * map.tokens() * stage.embed->channels()) * element_size_);
       next = tokens_of(nullptr, map, stage.embed->channels());
     }

@@ -6,6 +6,7 @@
 // code only; running it is thread-safe.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -64,6 +65,13 @@ struct Map {
   int height, width;
   std::int64_t tokens() const { return std::int64_t{height} * width; }
 };
+
+// What the kernels' arithmetic with int is for: sides of images and maps, elements of one image's map, rows.
+constexpr std::int64_t kMostSide = 1 << 20, kMostElements = std::int64_t{1} << 31;
+inline bool fits(const Map& map, std::int64_t channels) {
+  return std::max(map.height, map.width) <= kMostSide && map.tokens() < kMostElements / channels &&
+         map.batch <= kMostElements / std::max<std::int64_t>(map.tokens(), 1);
+}
 
 struct PatchEmbed {
   virtual ~PatchEmbed() = default;

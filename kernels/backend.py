@@ -11,9 +11,7 @@ a sum depends on the batch, and so do a result's last bits.
 
 from __future__ import annotations
 
-import torch
-
-from pvt_fast.dispatch import BackendUnavailable, Facts
+from pvt_fast.dispatch import BackendUnavailable
 
 try:
     import triton as _triton  # noqa: F401
@@ -21,29 +19,9 @@ except ImportError as error:
     raise BackendUnavailable(f"triton is not installed ({error}); pip install 'pvt-fast[triton]'") from error
 
 from .dwconv_mlp import dwconv_mlp
-from .launch import INTERPRETED
+from .launch import unsupported
 from .norm_head import head, layer_norm
 from .overlap_patch_embed import overlap_patch_embed
 from .sr_attention import sr_attention
 
 __all__ = ["dwconv_mlp", "head", "layer_norm", "overlap_patch_embed", "sr_attention", "unsupported"]
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def unsupported(facts: Facts) -> str | None:
-    """Why these kernels cannot run on such an input, or None."""
-    if facts.device != "cuda" and not INTERPRETED:
-        return f"the kernels need a CUDA device, got {facts.device} (TRITON_INTERPRET=1 interprets them on any)"
-    if facts.dtype not in _DTYPES:
-        return f"the kernels take float32, bfloat16 and float16, got {str(facts.dtype).removeprefix('torch.')}"
-    if facts.dropout:
-        return "the kernels have no dropout; set drop_rate and attn_drop_rate to 0 or use backend 'reference'"
-    if facts.autocast:
-        return "the kernels run in the dtype of the weights; cast the model (model.bfloat16()) instead of autocast"
-    if not INTERPRETED and torch.version.hip is not None:
-        return "the kernels are not for ROCm yet: its barrier, in Triton 3.6, does not wait for a program's stores"
-    if not INTERPRETED and torch.cuda.get_device_capability() < (8, 0):
-        major, minor = torch.cuda.get_device_capability()
-        return f"the kernels need a GPU of compute capability 8.0, got {major}.{minor}"
-    return None

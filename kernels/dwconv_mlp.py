@@ -22,7 +22,7 @@ from torch import Tensor
 from pvt_fast.ops import HW, Linear, MlpSpec, MlpWeights, check_mlp
 
 from . import config, tuning
-from .launch import Chip, chip_of, dense, dot_precision, first_time, launch, packed_apart, warm, workspace
+from .launch import Chip, chip_of, dense, dot_precision, first_time, launch, operands, packed_apart, warm, workspace
 from .linear import linear
 from .primitives import (
     add_residual,
@@ -330,8 +330,8 @@ class _Call(NamedTuple):
 
 def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None) -> Tensor:
     """See `pvt_fast.ops`."""
-    check_mlp(x, hw, w, residual_scale)
-    x, residual_scale = x.contiguous(), None if residual_scale is None else residual_scale.contiguous()
+    check_mlp(x, hw, w, spec, residual_scale, plain=True)
+    x, residual_scale = operands("dwconv_mlp", x, residual_scale, spec.drop)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out

@@ -13,9 +13,12 @@ import torch
 import triton
 from torch import Tensor
 
+from pvt_fast.dispatch import BackendUnavailable, Facts
 from pvt_fast.ops.packing import packed
 
 T = TypeVar("T")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # With TRITON_INTERPRET=1 kernels run in Python on tensors of any device. Triton reads it when a kernel is defined.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -112,6 +115,43 @@ def workspace(device: torch.device, elements: int, tiles: int) -> tuple[Tensor, 
     return sums, _counters(torch.cuda.current_device() if device.index is None else device.index).take(tiles)
 
 
+def unsupported(facts: Facts) -> str | None:
+    """Why these kernels cannot run on such an input, or None."""
+    if facts.device != "cuda" and not INTERPRETED:
+        return f"the kernels need a CUDA device, got {facts.device} (TRITON_INTERPRET=1 interprets them on any)"
+    if facts.dtype not in _DTYPES:
+        return f"the kernels take float32, bfloat16 and float16, got {str(facts.dtype).removeprefix('torch.')}"
+    if facts.dropout:
+        return "the kernels have no dropout; set drop_rate and attn_drop_rate to 0 or use backend 'reference'"
+    if facts.autocast:
+        return "the kernels run in the dtype of the weights; cast the model (model.bfloat16()) instead of autocast"
+    return None if INTERPRETED or _recording is not None else _unsupported_gpu()
+
+
+@cache
+def _unsupported_gpu() -> str | None:
+    if torch.version.hip is not None:
+        return "the kernels are not for ROCm yet: its barrier, in Triton 3.6, does not wait for a program's stores"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (8, 0):
+        return f"the kernels need a GPU of compute capability 8.0, got {major}.{minor}"
+    return None
+
+
+def require_runs(op: str, x: Tensor, *rates: float) -> None:
+    """BackendUnavailable unless the kernels run on x, at these rates of dropout. A recording needs no device."""
+    device = x.device.type if _recording is None else "cuda"
+    if (reason := unsupported(Facts(device, x.dtype, dropout=any(rates)))) is not None:
+        raise BackendUnavailable(f"{op}: backend 'triton' cannot run: {reason}")
+
+
+def operands(op: str, x: Tensor, residual_scale: Tensor | None = None, *rates: float) -> tuple[Tensor, Tensor | None]:
+    """x and residual_scale as the kernels read them, of one dtype and dense; BackendUnavailable as `require_runs`."""
+    require_runs(op, x, *rates)
+    scale = None if residual_scale is None else residual_scale.to(x.dtype).resolve_neg().contiguous()
+    return x.resolve_neg().contiguous(), scale
+
+
 class _Counters:
     """Counters of one device, cut from blocks that live as long as the process: graphs keep addresses, not tensors."""
 
@@ -204,7 +244,7 @@ def packed_apart(kind: str, tensors: tuple[Tensor | None, ...], build: Callable[
 
 def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Weights as kernels read them, one element after another; views of others' memory may be spread over it."""
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+    return tuple(None if tensor is None else tensor.resolve_neg().contiguous() for tensor in tensors)
 
 
 def inputs_last(weight: Tensor) -> Tensor:

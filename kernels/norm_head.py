@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pvt_fast.ops import Linear, Norm, check_layer_norm
+from pvt_fast.ops import Linear, Norm, check_head, check_layer_norm
 
 from . import config
-from .launch import dense, launch
+from .launch import dense, launch, operands
 from .primitives import bound, load_rows, norm_tile, round_to, row_offsets
 
 
@@ -46,8 +46,8 @@ def token_mean_kernel(x_ptr, out_ptr, tokens, C: tl.constexpr, BLOCK_T: tl.const
 
 def layer_norm(x: Tensor, w: Norm) -> Tensor:
     """See `pvt_fast.ops`."""
-    check_layer_norm(x, w)
-    x = x.contiguous()
+    check_layer_norm(x, w, plain=True)
+    x, _ = operands("layer_norm", x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         channels = x.shape[-1]
@@ -60,7 +60,8 @@ def layer_norm(x: Tensor, w: Norm) -> Tensor:
 
 def head(x: Tensor, w: Linear | None) -> Tensor:
     """See `pvt_fast.ops`. The classifier is torch's: one product of (B, C) by (C, num_classes)."""
-    x = x.contiguous()
+    check_head(x, w, plain=True)
+    x, _ = operands("head", x)
     images, tokens, channels = x.shape
     mean = torch.empty((images, channels), dtype=x.dtype, device=x.device)
     if mean.numel():

@@ -19,7 +19,7 @@ from torch import Tensor
 from pvt_fast.ops import HW, AttentionSpec, AttentionWeights, check_attention
 
 from . import config, tuning
-from .launch import Chip, chip_of, dense, dot_precision, first_time, launch, warm
+from .launch import Chip, chip_of, dense, dot_precision, first_time, launch, operands, warm
 from .linear import linear, norm_linear
 from .primitives import (
     add_residual,
@@ -237,8 +237,8 @@ def sr_attention(
     x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, residual_scale: Tensor | None = None
 ) -> Tensor:
     """See `pvt_fast.ops`."""
-    check_attention(x, hw, w, spec, residual_scale)
-    x, residual_scale = x.contiguous(), None if residual_scale is None else residual_scale.contiguous()
+    check_attention(x, hw, w, spec, residual_scale, plain=True)
+    x, residual_scale = operands("sr_attention", x, residual_scale, spec.attn_drop, spec.proj_drop)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out

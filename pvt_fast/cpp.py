@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _C
 from .dispatch import BackendMisconfigured, BackendUnavailable, Facts
@@ -36,7 +36,7 @@ from .ops import (
     check_mlp,
     check_patch_embed,
 )
-from .ops.packing import packed
+from .ops.packing import packed, span
 
 logger = logging.getLogger("pvt_fast")
 
@@ -95,8 +95,9 @@ def unsupported(facts: Facts) -> str | None:
 
 def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
     """LayerNorm(conv(image)); see `reference.overlap_patch_embed`."""
-    hw = check_patch_embed(image, w, stride)
-    dtype, image = image.dtype, _widened(image)
+    hw = check_patch_embed(image, w, stride, plain=True)
+    _require_runs("overlap_patch_embed", image)
+    isa, dtype, image = _isa, image.dtype, _held(image)
     channels, in_channels, kernel, _ = w.proj.weight.shape
     strides = image.stride()
     channels_last = strides[1] == 1 and strides[3] == in_channels
@@ -105,15 +106,16 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
         strides = image.stride()
 
     def build() -> Any:
-        with _Addresses() as at:
-            sizes = (in_channels, channels, kernel, stride)
-            return _C.PatchEmbed(_isa, at.bf16(image), at.linear(w.proj), at.norm(w.norm), sizes, channels_last)
+        held = _dense(w)
+        check_patch_embed(image, held, stride)
+        sizes = (in_channels, channels, kernel, stride)
+        return _C.PatchEmbed(isa, _is_bf16(image), _linear(held.proj), _norm(held.norm), sizes, channels_last)
 
     tensors = (*w.proj[:2], *w.norm[:2])
     kind = "patch_embed channels_last" if channels_last else "patch_embed"
-    op = packed(kind, (_isa, w.norm.eps, stride), tensors, build)
+    op = packed(kind, (isa, w.norm.eps, stride), tensors, build)
     out = torch.empty((image.shape[0], hw[0] * hw[1], channels), dtype=image.dtype, device=image.device)
-    op.run(image.data_ptr(), (image.shape[0], *image.shape[2:]), strides, out.data_ptr())
+    op.run(span(image), (image.shape[0], *image.shape[2:]), strides, span(out))
     return out.to(dtype), hw
 
 
@@ -121,105 +123,128 @@ def sr_attention(
     x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, residual_scale: Tensor | None = None
 ) -> Tensor:
     """x + proj(softmax(q k^T * scale) v); see `reference.sr_attention`."""
-    check_attention(x, hw, w, spec, residual_scale)
-    _refuse_dropout("sr_attention", spec.attn_drop, spec.proj_drop)
+    check_attention(x, hw, w, spec, residual_scale, plain=True)
+    _require_runs("sr_attention", x, spec.attn_drop, spec.proj_drop)
+    isa, dtype, x = _isa, x.dtype, _held(x).contiguous()
 
     def build() -> Any:
-        with _Addresses() as at:
-            weights = {
-                "norm": at.norm(w.norm),
-                "q": at.linear(w.q),
-                "kv": at.linear(w.kv),
-                "sr": None if w.sr is None else at.linear(w.sr),
-                "sr_norm": None if w.sr_norm is None else at.norm(w.sr_norm),
-                "proj": at.linear(w.proj),
-                "channels": x.shape[2],
-                "heads": spec.num_heads,
-                "sr_ratio": 1 if w.sr is None else w.sr.weight.shape[2],
-                "linear": spec.linear,
-                "scale": spec.scale,
-            }
-            return _C.attention(_isa, at.bf16(x), weights)
+        held = _dense(w)
+        check_attention(x, hw, held, spec, None)
+        weights = {
+            "norm": _norm(held.norm),
+            "q": _linear(held.q),
+            "kv": _linear(held.kv),
+            "sr": None if held.sr is None else _linear(held.sr),
+            "sr_norm": None if held.sr_norm is None else _norm(held.sr_norm),
+            "proj": _linear(held.proj),
+            "channels": x.shape[2],
+            "heads": spec.num_heads,
+            "sr_ratio": 1 if held.sr is None else held.sr.weight.shape[2],
+            "linear": spec.linear,
+            "scale": spec.scale,
+        }
+        return _C.attention(isa, _is_bf16(x), weights)
 
     sr = () if w.sr is None or w.sr_norm is None else (*w.sr[:2], *w.sr_norm[:2])
     tensors = (*w.norm[:2], *w.q[:2], *w.kv[:2], *w.proj[:2], *sr)
     eps = (w.norm.eps, None if w.sr_norm is None else w.sr_norm.eps)
-    op = packed("attention", (_isa, eps, spec), tensors, build)
-    return _run_residual(op, x, hw, residual_scale)
+    op = packed("attention", (isa, eps, spec), tensors, build)
+    return _run_residual(op, x, hw, residual_scale).to(dtype)
 
 
 def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None) -> Tensor:
     """x + fc2(gelu(dwconv3x3([relu] fc1(LayerNorm(x))))); see `reference.dwconv_mlp`."""
-    check_mlp(x, hw, w, residual_scale)
-    _refuse_dropout("dwconv_mlp", spec.drop)
+    check_mlp(x, hw, w, spec, residual_scale, plain=True)
+    _require_runs("dwconv_mlp", x, spec.drop)
+    isa, dtype, x = _isa, x.dtype, _held(x).contiguous()
 
     def build() -> Any:
-        with _Addresses() as at:
-            weights = {
-                "norm": at.norm(w.norm),
-                "fc1": at.linear(w.fc1),
-                "dwconv": at.linear(w.dwconv),
-                "fc2": at.linear(w.fc2),
-                "channels": x.shape[2],
-                "hidden": w.fc1.weight.shape[0],
-                "relu": spec.relu,
-            }
-            return _C.mlp(_isa, at.bf16(x), weights)
+        held = _dense(w)
+        check_mlp(x, hw, held, spec, None)
+        weights = {
+            "norm": _norm(held.norm),
+            "fc1": _linear(held.fc1),
+            "dwconv": _linear(held.dwconv),
+            "fc2": _linear(held.fc2),
+            "channels": x.shape[2],
+            "hidden": held.fc1.weight.shape[0],
+            "relu": spec.relu,
+        }
+        return _C.mlp(isa, _is_bf16(x), weights)
 
     tensors = (*w.norm[:2], *w.fc1[:2], *w.dwconv[:2], *w.fc2[:2])
-    op = packed("mlp", (_isa, w.norm.eps, spec), tensors, build)
-    return _run_residual(op, x, hw, residual_scale)
+    op = packed("mlp", (isa, w.norm.eps, spec), tensors, build)
+    return _run_residual(op, x, hw, residual_scale).to(dtype)
 
 
 def layer_norm(x: Tensor, w: Norm) -> Tensor:
     """LayerNorm over the last dimension; see `reference.layer_norm`."""
-    check_layer_norm(x, w)
-    dtype, x = x.dtype, _widened(x).contiguous()
+    check_layer_norm(x, w, plain=True)
+    _require_runs("layer_norm", x)
+    isa, dtype, x = _isa, x.dtype, _held(x).contiguous()
 
     def build() -> Any:
-        with _Addresses() as at:
-            return _C.LayerNorm(_isa, at.bf16(x), at.norm(w), x.shape[-1])
+        held = _dense(w)
+        check_layer_norm(x, held)
+        return _C.LayerNorm(isa, _is_bf16(x), _norm(held), x.shape[-1])
 
-    op = packed("layer_norm", (_isa, w.eps), w[:2], build)
-    out = torch.empty_like(x)
-    op.run(x.data_ptr(), x.numel() // x.shape[-1], out.data_ptr())
+    op = packed("layer_norm", (isa, w.eps), w[:2], build)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    op.run(span(x), x.numel() // x.shape[-1], span(out))
     return out.to(dtype)
 
 
 def head(x: Tensor, w: Linear | None) -> Tensor:
     """Mean over tokens, then the classifier; see `reference.head`."""
-    check_head(x, w)
-    dtype, x = x.dtype, _widened(x).contiguous()
+    check_head(x, w, plain=True)
+    _require_runs("head", x)
+    isa, dtype, x = _isa, x.dtype, _held(x).contiguous()
     batch, tokens, channels = x.shape
     classes = channels if w is None else w.weight.shape[0]
 
     def build() -> Any:
-        with _Addresses() as at:
-            return _C.Head(_isa, at.bf16(x), (0, 0) if w is None else at.linear(w), channels, classes)
+        held = None if w is None else _dense(w)
+        check_head(x, held)
+        return _C.Head(isa, _is_bf16(x), None if held is None else _linear(held), channels, classes)
 
-    op = build() if w is None else packed("head", _isa, w[:2], build)
+    op = build() if w is None else packed("head", (isa,), w[:2], build)
     out = torch.empty((batch, classes), dtype=x.dtype, device=x.device)
-    op.run(x.data_ptr(), batch, tokens, out.data_ptr())
+    op.run(span(x), batch, tokens, span(out))
     return out.to(dtype)
 
 
 def _run_residual(op: Any, x: Tensor, hw: HW, residual_scale: Tensor | None) -> Tensor:
-    dtype, x = x.dtype, _widened(x).contiguous()
-    out = torch.empty_like(x)
-    if residual_scale is None:
-        op.run(x.data_ptr(), x.shape[0], *hw, 0, out.data_ptr())
-    else:
-        residual_scale = residual_scale.to(x.dtype).contiguous()
-        op.run(x.data_ptr(), x.shape[0], *hw, residual_scale.data_ptr(), out.data_ptr())
-    return out.to(dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    scale = None if residual_scale is None else _held(residual_scale).to(x.dtype).contiguous()
+    op.run(span(x), x.shape[0], *hw, None if scale is None else span(scale), span(out))
+    return out
 
 
-def _widened(x: Tensor) -> Tensor:
-    """The tensor in a dtype that the kernels have: float16 as float32."""
+def _require_runs(op: str, x: Tensor, *rates: float) -> None:
+    reason = unsupported(Facts(x.device.type, x.dtype, dropout=any(rates)))
+    if reason is not None:
+        raise BackendUnavailable(f"{op}: backend 'cpp' cannot run: {reason}")
+
+
+def _held(x: Tensor) -> Tensor:
+    """The same values in memory that the kernels read, which stays what it is whatever is put into `x` meanwhile.
+
+    float16 becomes float32.
+    """
+    x = x.detach()
+    if x.is_neg():
+        x = x.resolve_neg()
     if x.dtype != torch.float16:
         return x
     _log_float16()
     return x.float()
+
+
+def _dense(weights: Any) -> Any:
+    """Weights as packing reads them: each tensor `_held`, one element after another."""
+    if isinstance(weights, Tensor):
+        return _held(weights).contiguous()
+    return type(weights)(*map(_dense, weights)) if isinstance(weights, tuple) else weights
 
 
 @cache
@@ -227,34 +252,13 @@ def _log_float16() -> None:
     logger.info("backend 'cpp' computes float16 in float32, by conversion")
 
 
-def _refuse_dropout(op: str, *rates: float) -> None:
-    if any(rates):
-        raise BackendUnavailable(f"{op}: dropout must be 0 on the cpp backend, got {max(rates)}")
+def _is_bf16(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
 
 
-class _Addresses:
-    """Addresses of dense weights for the packing call inside the `with` block, which keeps the tensors alive."""
+def _norm(w: Norm) -> tuple:
+    return span(w.weight), span(w.bias), w.eps
 
-    def __enter__(self) -> _Addresses:
-        self._alive: list[Tensor] = []
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._alive.clear()
-
-    def bf16(self, x: Tensor) -> bool:
-        return x.dtype == torch.bfloat16
-
-    def norm(self, w: Norm) -> tuple[int, int, float]:
-        return self._of(w.weight), self._of(w.bias), w.eps
-
-    def linear(self, w: Linear) -> tuple[int, int]:
-        return self._of(w.weight), self._of(w.bias)
-
-    def _of(self, tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
-            raise TypeError(f"cpp: weights must be plain tensors on the CPU, got a {type(tensor).__name__}")
-        self._alive.append(_widened(tensor.detach()).contiguous())
-        return self._alive[-1].data_ptr()
+def _linear(w: Linear) -> tuple:
+    return span(w.weight), None if w.bias is None else span(w.bias)

@@ -110,6 +110,18 @@ def load(name: str) -> ModuleType | BackendUnavailable:
         return error
 
 
+def named(name: str, source: str) -> ModuleType:
+    """The module of a backend asked for by name. ValueError where there is none of that name; BackendUnavailable, with
+    why, where it cannot be loaded here.
+    """
+    if name not in ORDER:
+        raise ValueError(f"{source} must be one of {', '.join(ORDER)}; got {name!r}")
+    module = load(name)
+    if isinstance(module, BackendUnavailable):
+        raise BackendUnavailable(f"backend {name!r} cannot run: {module}")
+    return module
+
+
 def select(facts: Facts, own: str = "auto") -> ModuleType:
     """The backend module that runs for these facts; `own` is a model's own choice.
 

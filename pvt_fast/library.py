@@ -53,9 +53,7 @@ def _register(
     def run(*flat: Any) -> Tensor:
         *given, named = flat
         backend = named.removesuffix(_IN_GRAPH)
-        module = dispatch.load(backend)
-        if isinstance(module, dispatch.BackendUnavailable):
-            raise dispatch.BackendUnavailable(f"backend {backend!r} cannot run: {module}")
+        module = dispatch.named(backend, f"pvt_fast::{name}: backend")
         with within_graph() if named != backend else nullcontext():
             output = getattr(module, name)(*arguments(*given))
         return _tokens(output).contiguous()  # the fake implementations promise compact strides
@@ -300,16 +298,18 @@ class RegisteredOps:
     def dwconv_mlp(
         self, x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None
     ) -> Tensor:
-        ops.check_mlp(x, hw, w, residual_scale)
+        ops.check_mlp(x, hw, w, spec, residual_scale)
         if spec.drop:
             raise ValueError(f"dwconv_mlp: spec must be without dropout on {self.backend!r}, got {spec}")
         tensors = (*w.norm[:2], *w.fc1[:2], *w.dwconv[:2], *w.fc2[:2], residual_scale)
         return _mlp(x, *hw, *tensors, w.norm.eps, spec.relu, self.backend)
 
     def layer_norm(self, x: Tensor, w: Norm) -> Tensor:
+        ops.check_layer_norm(x, w)
         return _layer_norm(x, *w[:3], self.backend)
 
     def head(self, x: Tensor, w: Linear | None) -> Tensor:
+        ops.check_head(x, w)
         return _head(x, *((None, None) if w is None else w[:2]), self.backend)
 
 

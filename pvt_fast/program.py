@@ -1,13 +1,15 @@
 """A model's whole forward as one call into C++.
 
 For a small model on one image, Python's part of running it op by op is a tenth of the time and more. A `Program` is
-recorded after such a forward, from the packed weights that it used, in their order. It holds while nothing that the
-forward read has changed: modules, their classes, hooks and settings, parameters and their values; it looks at all of
-them in a fraction of the time that the ops' Python takes.
+recorded from such a forward: what the forward reads is noted before it, and the packed weights that it used, in their
+order, belong to that if all is still so after it. A program holds while nothing of it has changed: modules, their
+classes, hooks and settings, parameters and their values; it looks at all of them in a fraction of the time that the
+ops' Python takes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +41,8 @@ class Whole:
             return library.run_whole(model, image)
         if type(image) is not Tensor or image.is_neg():
             return None
+        if not torch.is_grad_enabled():
+            image = image.detach()  # over the same memory to the end, whatever another thread does to the caller's
         if model.training:
             self.program = None  # nothing is packed for longer than a step
         cpp = dispatch.select(model.facts(image), model.backend)
@@ -46,12 +50,13 @@ class Whole:
             return None
         if _needs_gradients(model, image) or not fits(model, image):
             return None
-        program = self.program
-        if program is not None and program.holds(model, image, cpp.isa()):
+        program, isa = self.program, cpp.isa()
+        if program is not None and program.holds(model, image, isa):
             return program.run(image)
+        state = State.of(model, image, isa)
         with packing.collected() as records:
             logits = model.forward_head(model.forward_features(image))
-        self.program = record(model, image, cpp.isa(), records)
+        self.program = None if state is None else record(model, image, state, records)
         return logits
 
     def __deepcopy__(self, memo: dict) -> Whole:
@@ -61,33 +66,47 @@ class Whole:
         return Whole, ()
 
 
-class Program:
-    """What `record` saw: the packed ops, and all that must still be so for them to be the model's forward."""
+class State:
+    """All that a model's forward on an image reads but for the parameters' values, as it was at one moment."""
 
-    def __init__(self, model: PVT_V2, image: Tensor, isa: str, guard: Guard, records: list[packing.Record]) -> None:
-        self.isa, self.dtype, self.layout = isa, image.dtype, _layout(image)
-        self.records, ops = records, [used.form for used in records]  # alive while `forward` is
-        self.forward = _C.Forward(ops, image.dtype == torch.bfloat16)
+    def __init__(self, model: PVT_V2, image: Tensor, isa: str, guard: Guard) -> None:
+        self.isa, self.dtype, self.layout, self.channels = isa, image.dtype, _layout(image), image.shape[1]
+        self.stages = model.config.num_stages  # asked first: the configuration follows a replaced head when it is asked
         self.settings = model.forward_settings()
         self.guard = guard
         self.parameters = tuple(model.parameters())
-        self.head = next(i for i, parameter in enumerate(self.parameters) if parameter is model.head.weight)
         self.facts, self.kept = facts(model, guard, parameters=True, soon=_lines(self.parameters))
+
+    @classmethod
+    def of(cls, model: PVT_V2, image: Tensor, isa: str) -> State | None:
+        """None where a forward is more than ops."""
+        guard = Guard(edges(model._modules.items()))
+        if not model.is_as_published() or guard.disturbed(model) is not None:
+            return None
+        return cls(model, image, isa, guard)
+
+    def holds(self, model: PVT_V2, image: Tensor, isa: str) -> bool:
+        """Would a forward read the same now?"""
+        if image.dtype != self.dtype or isa != self.isa or _layout(image) != self.layout:
+            return False
+        if image.shape[1] != self.channels or not model.calls_its_own() or model.forward_settings() != self.settings:
+            return False
+        return model._modules is self.kept[0] and self.guard.others_hold() and self.facts.hold(model)
+
+
+class Program:
+    """The packed ops of a forward, and all that must still be so for them to be the model's forward."""
+
+    def __init__(self, model: PVT_V2, state: State, records: list[packing.Record]) -> None:
+        self.state, self.records = state, records
+        self.forward = _C.Forward([used.form for used in records])
+        self.parameters = state.parameters
+        self.head = next(i for i, parameter in enumerate(self.parameters) if parameter is model.head.weight)
         self.sources = packing.Sources(self.parameters, keep=True)
 
     def holds(self, model: PVT_V2, image: Tensor, isa: str) -> bool:
         """Would running op by op do the same?"""
-        if image.dtype != self.dtype or isa != self.isa or _layout(image) != self.layout:
-            return False
-        if (
-            not model.calls_its_own()
-            or model.forward_settings() != self.settings
-            or image.shape[1] != self.forward.in_channels
-        ):
-            return False
-        if any(used.dropped for used in self.records):
-            return False
-        if model._modules is not self.kept[0] or not self.guard.others_hold() or not self.facts.hold(model):
+        if any(used.dropped for used in self.records) or not self.state.holds(model, image, isa):
             return False
         # asked at once, as another number of logits would be returned; other shapes are among the values
         if self.parameters[self.head].shape[0] != self.forward.classes:
@@ -101,7 +120,7 @@ class Program:
         """image (B, Cin, H, W) -> logits (B, num_classes)."""
         batch, _, height, width = image.shape
         out = torch.empty((batch, self.forward.classes), dtype=image.dtype, device=image.device)
-        self.forward.run(image.data_ptr(), (batch, height, width), image.stride(), out.data_ptr())
+        self.forward.run(packing.span(image), (batch, height, width), image.stride(), packing.span(out))
         return out
 
 
@@ -112,23 +131,36 @@ def fits(model: PVT_V2, image: Tensor) -> bool:
     return small and image.dtype in (torch.float32, torch.bfloat16) and _layout(image) is not None
 
 
-def record(model: PVT_V2, image: Tensor, isa: str, records: list[packing.Record]) -> Program | None:
-    """The forward that has just run op by op on `image`, or None where it is more than its packed ops."""
-    guard = Guard(edges(model._modules.items()))
-    if not model.is_as_published() or guard.disturbed(model) is not None:
-        return None
-    if len(records) != sum(2 + 2 * len(getattr(model, f"block{n + 1}")) for n in range(model.config.num_stages)) + 1:
-        return None
+def record(model: PVT_V2, image: Tensor, state: State, records: list[packing.Record]) -> Program | None:
+    """The forward that has just run op by op on `image`, in a model that was in `state` before it.
+
+    None where it is more than its packed ops, or where another thread changed something meanwhile.
+    """
     # weights that are computed at each forward (parametrizations, say) are packed at each forward
-    own = {parameter.data_ptr() for parameter in model.parameters()}
-    if any(not own.issuperset(used.addresses) for used in records):
+    pieces = [{parameter.data_ptr() for parameter in piece} for piece in _pieces(model, state.stages)]
+    if [set(used.addresses) for used in records] != pieces or any(used.key[0] != state.isa for used in records):
         return None
-    program = Program(model, image, isa, guard, records)
+    program = Program(model, state, records)
     # It compares with the values of now. What the ops were packed from may have changed since, unseen as yet.
     if not all(used.sources.same_memory() for used in records):
         packing.doubt()
         return None
-    return program if program.holds(model, image, isa) else None
+    return program if program.holds(model, image, state.isa) else None
+
+
+def _pieces(model: PVT_V2, stages: int) -> Iterator[list[Tensor]]:
+    """The parameters of each op of a forward, in order."""
+
+    def of(*modules: nn.Module) -> list[Tensor]:
+        return [parameter for module in modules for parameter in module.parameters()]
+
+    for stage in range(stages):
+        yield of(getattr(model, f"patch_embed{stage + 1}"))
+        for block in getattr(model, f"block{stage + 1}"):
+            yield of(block.norm1, block.attn)
+            yield of(block.norm2, block.mlp)
+        yield of(getattr(model, f"norm{stage + 1}"))
+    yield of(model.head)
 
 
 def _needs_gradients(model: nn.Module, image: Tensor) -> bool:

@@ -74,7 +74,7 @@ def sr_attention(
 
 def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None) -> Tensor:
     """x + fc2(gelu(dwconv3x3(h))), h = fc1(LayerNorm(x)), or relu of it. The convolution pads h with zeros."""
-    check_mlp(x, hw, w, residual_scale)
+    check_mlp(x, hw, w, spec, residual_scale)
     h = F.linear(layer_norm(x, w.norm), w.fc1.weight, w.fc1.bias)
     if spec.relu:
         h = F.relu(h)

@@ -279,7 +279,7 @@ def test_a_change_all_over_is_seen_by_the_next_part(change):
 def test_regions_may_be_empty_and_must_have_addresses():
     assert watch(np.zeros(0, np.float32)).next()
     assert _C.Watch([(0, 0)]).first_changed() == -1
-    with pytest.raises(ValueError, match="Watch: regions must have addresses"):
+    with pytest.raises(ValueError, match="region must have 4 bytes of memory, got 0"):
         _C.Watch([(0, 4)])
 
 

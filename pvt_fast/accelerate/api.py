@@ -102,9 +102,8 @@ def accelerate_(
     A block accelerated before takes the new settings.
     """
     dispatch._check_name(backend, "accelerate_: backend")
-    module = dispatch.load(backend) if backend != "auto" else None
-    if isinstance(module, dispatch.BackendUnavailable):
-        raise dispatch.BackendUnavailable(f"backend {backend!r} cannot run: {module}")
+    if backend != "auto":
+        dispatch.named(backend, "accelerate_: backend")
     halves = tuple(name for name, wanted in zip(HALVES, (attention, mlp), strict=True) if wanted)
     if not halves:
         raise ValueError("accelerate_: attention or mlp must be True, got False for both")

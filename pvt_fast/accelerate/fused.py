@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch, library, reference
-from ..ops import HW, PatchEmbedWeights, to_map, to_tokens
+from ..ops import HW, PLAIN, PatchEmbedWeights, to_map, to_tokens
 from . import read
 from .block_names import (
     MAP,
@@ -97,7 +97,7 @@ class Fused:
         if torch.compiler.is_exporting():
             if not self.exports or reference.exporting_to_onnx():
                 return "it is being exported"
-        elif type(x) not in read.PLAIN:
+        elif type(x) not in PLAIN:
             return f"its input is a {type(x).__name__}"
         if (reason := ambient()) is not None:
             return reason
@@ -117,7 +117,7 @@ class Fused:
                 plain = shape is None
             else:
                 # tensors of a program that is being exported are fake ones
-                plain = type(tensor) in read.PLAIN or torch.compiler.is_exporting()
+                plain = type(tensor) in PLAIN or torch.compiler.is_exporting()
                 plain = plain and tensor.dtype is dtype and tensor.shape == shape
                 plain = plain and (torch.compiler.is_compiling() or _is_dense(tensor))
             if not plain or (tensor is not None and tensor.device != device):

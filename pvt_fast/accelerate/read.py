@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..config import LINEAR_POOL_SIZE
+from ..ops import PLAIN
 from .block_names import AttentionNames, MlpNames, Refusal, at, first
 from .guard import Dropout, attention_configs, definitions, methods_of, own_attention, unseen_change
 from .halves import AttentionHalf, MlpHalf, Part
@@ -22,8 +23,6 @@ from .halves import AttentionHalf, MlpHalf, Part
 # Packages whose modules are what they are called, beside those that the block is from: of others, and of users, a
 # forward may do more than a trial shows.
 _PACKAGES = ("torch", "timm", "transformers", "mmcv", "mmengine", "mmdet", "mmseg", "segmentation_models_pytorch")
-# Tensor: a parameter that torch.func.functional_call, or a compiled graph, put in place of another
-PLAIN = (nn.Parameter, torch.Tensor)
 
 
 def read_attention(block: nn.Module, names: AttentionNames) -> AttentionHalf:

@@ -1,5 +1,6 @@
-"""The ops that models are made of: their contract, and the packed forms of their weights."""
+"""The ops that models are made of: their contract, the checks of their arguments, and packed forms of their weights."""
 
+from .checks import PLAIN, check_attention, check_head, check_layer_norm, check_mlp, check_patch_embed
 from .contract import (
     HW,
     AttentionSpec,
@@ -10,17 +11,13 @@ from .contract import (
     MlpWeights,
     Norm,
     PatchEmbedWeights,
-    check_attention,
-    check_head,
-    check_layer_norm,
-    check_mlp,
-    check_patch_embed,
     to_map,
     to_tokens,
 )
 
 __all__ = [
     "HW",
+    "PLAIN",
     "AttentionSpec",
     "AttentionWeights",
     "Backend",

@@ -82,12 +82,14 @@ class Sources:
         self._shapes = [_shape(tensor) for tensor in tensors]
         self._kept = [tensor.detach() for tensor in tensors] if keep else None
         on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-        self._watch = _C.Watch([_span(tensor) for tensor in tensors]) if on_cpu else _Snapshot(tensors)
+        self._watch = _C.Watch([_extent(tensor) for tensor in tensors]) if on_cpu else _Snapshot(tensors)
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         """Are `tensors` these, with the values that they had, as far as the module's guarantee goes?"""
-        for tensor, storage in zip(tensors, self._storages, strict=True):
-            if tensor.untyped_storage() is not storage():
+        # alive until the values have been compared, whatever another thread puts into the tensors
+        storages = [storage() for storage in self._storages]
+        for tensor, storage in zip(tensors, storages, strict=True):
+            if tensor.untyped_storage() is not storage:
                 return False
         return self.hold_values(tensors)
 
@@ -229,14 +231,16 @@ def packed(kind: str, key: Any, tensors: Tensors, build: Callable[[], Any]) -> A
     place = (kind, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
     record = _records.get(place)
     if record is None or record.key != key or not record.sources.hold(present):
-        # a change while the form is built is seen at the next use: what is compared with was read before
         memory = (kind, *((tensor.untyped_storage()._cdata, tensor.storage_offset()) for tensor in present))
 
         def gone(_: Any) -> None:
             _records.pop(place, None)
             _places.pop(memory, None)
 
-        record = Record(key, memory, present, build(), Sources(present, gone))
+        sources = Sources(
+            present, gone
+        )  # before they are read: another thread's change meanwhile is seen at the next use
+        record = Record(key, memory, present, build(), sources)
         if (before := _places.get(memory, place)) != place:
             _records.pop(before, None)
         _records[place], _places[memory] = record, place
@@ -331,18 +335,24 @@ def _shape(tensor: Tensor) -> tuple:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """(address, bytes) of the memory that holds the values of a strided tensor. RuntimeError where it is too small."""
+def span(tensor: Tensor) -> tuple[int, int]:
+    """Address of a strided tensor's first value, and the bytes from there to the end of its memory."""
+    offset = int(tensor.storage_offset()) * tensor.element_size()
+    return tensor.data_ptr(), max(int(tensor.untyped_storage().nbytes()) - offset, 0)
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The part of its span in which a strided tensor's values lie. RuntimeError where the memory is too small."""
     if tensor.numel() == 0:
         return 0, 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed, held = tensor.storage_offset() + last + 1, tensor.untyped_storage().nbytes() // tensor.element_size()
+    address, held = span(tensor)
+    needed = (last + 1) * tensor.element_size()
     if needed > held:
         raise RuntimeError(
-            f"pvt_fast: a weight of shape {tuple(tensor.shape)} must lie within its storage, got one that ends at "
-            f"element {needed} of {held}"
+            f"pvt_fast: a weight of shape {tuple(tensor.shape)} must have {needed} bytes of memory, got {held}"
         )
-    return tensor.data_ptr(), (last + 1) * tensor.element_size()
+    return address, needed
 
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:

@@ -1,0 +1,265 @@
+"""What must hold of the ops' arguments, derived from one table: the shapes of all weights.
+
+Each `check_*` raises before anything is allocated or read: TypeError for a class or a dtype, ValueError for a shape, a
+device or a number, as `op: argument must condition, got value`. A backend that reads memory asks for `plain` tensors
+besides: strided ones of torch's own classes, whose memory holds their values.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import conv_size
+from .contract import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
+
+# Classes whose instances are what they look like. Tensor: a parameter that torch.func.functional_call, or a compiled
+# graph, put in place of another
+PLAIN = (torch.nn.Parameter, Tensor)
+
+Size = str | int  # the name of a size, or a number
+
+
+class Operand(NamedTuple):
+    """A tensor among an op's weights: field `field` of the norm or linear that is field `part`, or of the weights."""
+
+    name: str
+    part: int | None
+    kind: type  # of the part
+    field: int
+    shape: tuple[Size, ...]
+    optional: bool  # may the tensor be None?
+    part_optional: bool = False  # may the whole part?
+
+
+def _operands(name: str, part: int | None, shape: tuple[Size, ...], part_optional: bool = False) -> list[Operand]:
+    """A norm's weight and bias, where there is one size, or a linear's, whose bias may be None."""
+    kind, optional = (Norm, False) if len(shape) == 1 else (Linear, True)
+    return [
+        Operand(f"{name}.weight", part, kind, 0, shape, False, part_optional),
+        Operand(f"{name}.bias", part, kind, 1, shape[:1], optional, part_optional),
+    ]
+
+
+def _declare(weights: Any, may_be_absent: tuple[str, ...] = (), **shapes: tuple[Size, ...]) -> list[Operand]:
+    assert tuple(shapes) == weights._fields, "a field without a shape would go unchecked"
+    return [
+        operand
+        for part, (name, shape) in enumerate(shapes.items())
+        for operand in _operands(f"w.{name}", part, shape, name in may_be_absent)
+    ]
+
+
+OPERANDS: dict[str, list[Operand]] = {
+    "overlap_patch_embed": _declare(PatchEmbedWeights, proj=("C", "Cin", "k", "k"), norm=("C",)),
+    "sr_attention": _declare(
+        AttentionWeights,
+        ("sr", "sr_norm"),
+        norm=("C",),
+        q=("C", "C"),
+        kv=("2C", "C"),
+        sr=("C", "C", "R", "R"),
+        sr_norm=("C",),
+        proj=("C", "C"),
+    ),
+    "dwconv_mlp": _declare(
+        MlpWeights, norm=("C",), fc1=("hidden", "C"), dwconv=("hidden", 1, 3, 3), fc2=("C", "hidden")
+    ),
+    "layer_norm": _operands("w", None, ("C",)),
+    "head": _operands("w", None, ("classes", "C")),
+}
+
+
+def check_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int, *, plain: bool = False) -> HW:
+    """Check the arguments of `overlap_patch_embed`; return the size of the output map."""
+    op = "overlap_patch_embed"
+    _check_activations(op, "image", image, 4, "(B, Cin, H, W)")
+    _check_class(op, "w", w, PatchEmbedWeights)
+    weight = _weight(op, "w.proj", w.proj)
+    _check_count(op, "stride", stride)
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"{op}: w.proj.weight must have shape (C, Cin, k, k), got {tuple(weight.shape)}")
+    if image.shape[1] != weight.shape[1]:
+        raise ValueError(f"{op}: image must have {weight.shape[1]} channels, got {image.shape[1]}")
+    _check_like(op, "image", image, weight, "the weights'")
+    channels, in_channels, kernel, _ = weight.shape
+    _check_weights(op, w, {"C": channels, "Cin": in_channels, "k": kernel}, "image", image, plain)
+    hw = (conv_size(image.shape[2], kernel, stride), conv_size(image.shape[3], kernel, stride))
+    if any(
+        size < 1 for size in (*image.shape[2:], *hw)
+    ):  # not by min(), which a compiler takes for a comparison of sizes
+        raise ValueError(
+            f"{op}: image must give at least one token with a {kernel}x{kernel} kernel of stride {stride}, "
+            f"got {image.shape[2]}x{image.shape[3]}"
+        )
+    return hw
+
+
+def check_attention(
+    x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, scale: Tensor | None, *, plain: bool = False
+) -> None:
+    """Check the arguments of `sr_attention`; scale: its `residual_scale`."""
+    op = "sr_attention"
+    _check_class(op, "w", w, AttentionWeights)
+    _check_class(op, "spec", spec, AttentionSpec)
+    _check_tokens(op, x, hw, _weight(op, "w.q", w.q), scale, plain)
+    channels = x.shape[2]
+    _check_count(op, "spec.num_heads", spec.num_heads)
+    if channels % spec.num_heads:
+        raise ValueError(f"{op}: channels must be divisible by num_heads = {spec.num_heads}, got {channels}")
+    _check_number(op, "spec.scale", spec.scale)
+    if spec.linear and w.sr is None:
+        raise ValueError(f"{op}: w.sr must be a 1x1 convolution in the linear form, got None")
+    if (w.sr is None) != (w.sr_norm is None):
+        raise ValueError(f"{op}: w.sr and w.sr_norm must be given together, got one of them")
+    ratio = 1
+    if w.sr is not None and not spec.linear:
+        kernel = _weight(op, "w.sr", w.sr)
+        if kernel.dim() != 4:
+            raise ValueError(f"{op}: w.sr.weight must have shape (C, C, R, R), got {tuple(kernel.shape)}")
+        ratio = kernel.shape[2]
+    _check_weights(op, w, {"C": channels, "2C": 2 * channels, "R": ratio}, "x", x, plain)
+    if min(hw) < ratio:
+        raise ValueError(f"{op}: hw must be at least sr_ratio = {ratio} each way, got {hw}")
+
+
+def check_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, scale: Tensor | None, *, plain: bool = False) -> None:
+    """Check the arguments of `dwconv_mlp`; scale: its `residual_scale`."""
+    op = "dwconv_mlp"
+    _check_class(op, "w", w, MlpWeights)
+    _check_class(op, "spec", spec, MlpSpec)
+    weight = _weight(op, "w.fc1", w.fc1)
+    _check_tokens(op, x, hw, weight, scale, plain)
+    _check_weights(op, w, {"C": x.shape[2], "hidden": weight.shape[0]}, "x", x, plain)
+
+
+def check_layer_norm(x: Tensor, w: Norm, *, plain: bool = False) -> None:
+    """Check the arguments of `layer_norm`."""
+    op = "layer_norm"
+    _check_floating(op, "x", x)
+    _check_class(op, "w", w, Norm)
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x must have a last dimension of channels, got a scalar")
+    _check_weights(op, w, {"C": x.shape[-1]}, "x", x, plain)
+
+
+def check_head(x: Tensor, w: Linear | None, *, plain: bool = False) -> None:
+    """Check the arguments of `head`."""
+    op = "head"
+    _check_activations(op, "x", x, 3, "(B, N, C)")
+    if w is None:
+        _check_plain(op, "x", x, plain)
+        return
+    weight = _weight(op, "w", w)
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: w.weight must have shape (classes, C), got {tuple(weight.shape)}")
+    _check_weights(op, w, {"classes": weight.shape[0], "C": x.shape[2]}, "x", x, plain)
+
+
+def _check_weights(op: str, w: Any, sizes: dict[str, int], name: str, x: Tensor, plain: bool) -> None:
+    """Every operand must have its declared shape, and dtype and device of the activations x, of that name."""
+    if any(size < 1 for size in sizes.values()):
+        raise ValueError(f"{op}: {name} and weights must have at least one element each way, got {sizes}")
+    _check_plain(op, name, x, plain)
+    dtype, device = x.dtype, x.device
+    for operand, index, kind, field, shape, optional, part_optional in OPERANDS[
+        op
+    ]:  # a plain loop: it runs at each call
+        part = w if index is None else w[index]
+        if part is None and part_optional:
+            continue
+        if type(part) is not kind:
+            _check_class(op, operand.rpartition(".")[0], part, kind)
+        tensor = part[field]
+        if tensor is None and optional:
+            continue
+        _check_class(op, operand, tensor, Tensor)
+        expected = tuple([size if isinstance(size, int) else sizes[size] for size in shape])
+        if tensor.shape != expected:
+            raise ValueError(f"{op}: {operand} must have shape {expected}, got {tuple(tensor.shape)}")
+        if tensor.dtype is not dtype or tensor.device != device:
+            _check_like(op, operand, tensor, x, f"{name}'s")
+        _check_plain(op, operand, tensor, plain)
+        if kind is Norm:
+            _check_number(op, f"{operand.rpartition('.')[0]}.eps", part.eps)
+
+
+def _check_tokens(op: str, x: Tensor, hw: HW, weight: Tensor, scale: Tensor | None, plain: bool) -> None:
+    _check_activations(op, "x", x, 3, "(B, N, C)")
+    _check_like(op, "x", x, weight, "the weights'")
+    if not isinstance(hw, (tuple, list)) or len(hw) != 2:
+        raise TypeError(f"{op}: hw must be two ints (H, W), got {hw!r}")
+    for side in hw:
+        _check_count(op, "hw", side)
+    if x.shape[1] != hw[0] * hw[1]:
+        raise ValueError(f"{op}: x must have H * W = {hw[0]} * {hw[1]} tokens, got {x.shape[1]}")
+    if weight.dim() != 2 or x.shape[2] != weight.shape[1]:
+        raise ValueError(f"{op}: x must have {weight.shape[-1]} channels, got {x.shape[2]}")
+    if scale is not None:
+        _check_floating(op, "residual_scale", scale)
+        if scale.shape != (x.shape[0],):
+            raise ValueError(f"{op}: residual_scale must have shape (B,) = ({x.shape[0]},), got {tuple(scale.shape)}")
+        _check_device(op, "residual_scale", scale, x, "x's")
+        _check_plain(op, "residual_scale", scale, plain)
+
+
+def _check_activations(op: str, name: str, x: Tensor, rank: int, shape: str) -> None:
+    _check_floating(op, name, x)
+    if x.dim() != rank:
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def _weight(op: str, name: str, linear: Any) -> Tensor:
+    """The weight of a linear that tells an op's sizes."""
+    _check_class(op, name, linear, Linear)
+    _check_class(op, f"{name}.weight", linear.weight, Tensor)
+    if linear.weight.dim() < 1:
+        raise ValueError(f"{op}: {name}.weight must have dimensions, got a scalar")
+    return linear.weight
+
+
+def _check_class(op: str, name: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{op}: {name} must be a {kind.__name__}, got {_describe(value)}")
+
+
+def _check_floating(op: str, name: str, x: Tensor) -> None:
+    _check_class(op, name, x, Tensor)
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{op}: {name} must have a floating-point dtype, got {x.dtype}")
+
+
+def _check_like(op: str, name: str, tensor: Tensor, other: Tensor, whose: str) -> None:
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{op}: {name} must have {whose} dtype {other.dtype}, got {tensor.dtype}")
+    _check_device(op, name, tensor, other, whose)
+
+
+def _check_device(op: str, name: str, tensor: Tensor, other: Tensor, whose: str) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{op}: {name} must be on {whose} device {other.device}, got {tensor.device}")
+
+
+def _check_plain(op: str, name: str, tensor: Tensor, asked: bool) -> None:
+    if asked and (type(tensor) not in PLAIN or tensor.layout is not torch.strided):
+        raise TypeError(f"{op}: {name} must be a strided torch.Tensor, got {_describe(tensor)}")
+
+
+def _check_count(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{op}: {name} must be at least 1, got {value}")
+
+
+def _check_number(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {type(value).__name__} of layout {value.layout}"
+    return f"a {type(value).__name__}" if value is not None else "None"
