@@ -47,6 +47,8 @@ KERNELS := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp)) $(wildcard csr
 # for GCC's time, most of which goes into few huge functions where all is inlined: -g1 is enough for the lines of a report,
 # -g follows every variable, and points-to analysis takes a quarter of the rest
 SANITIZED := -O1 -g1 -fno-tree-pta -fsanitize=address,undefined -fno-sanitize-recover=undefined
+# threads of the test's own, see csrc/parallel.cpp
+THREAD_SANITIZED := -O1 -g1 -fno-tree-pta -fsanitize=thread
 # of the ISAs those that this CPU runs: the others would take most of the time, and nothing of them is executed
 NATIVE := $(shell $(CXX) -march=native -dM -E -x c++ /dev/null | cut -d' ' -f2)
 NEEDED_BY_avx2 := __AVX2__
@@ -72,6 +74,9 @@ build/optimised/%.o: %.cpp Makefile
 build/sanitized/%.o: %.cpp Makefile
 	$(call compile,$(CXX),$(SANITIZED))
 
+build/threads/%.o: %.cpp Makefile
+	$(call compile,$(CXX),$(THREAD_SANITIZED))
+
 build/amx/%.o: %.cpp Makefile
 	$(call compile,$(CXX),$(EMULATED_AMX))
 
@@ -85,6 +90,9 @@ build/test_kernels: $(call objects,optimised,$(KERNELS) csrc/tests/test_kernels.
 
 build/test_kernels_sanitized: $(call objects,sanitized,$(SANITIZED_KERNELS) csrc/tests/test_kernels.cpp)
 	$(CXX) -fopenmp $(SANITIZED) $^ -o $@
+
+build/test_kernels_threads: $(call objects,threads,$(SANITIZED_KERNELS) csrc/tests/test_kernels.cpp)
+	$(CXX) -fopenmp $(THREAD_SANITIZED) $^ -o $@
 
 build/test_kernels_amx: $(call objects,amx,$(KERNELS) csrc/tests/test_kernels.cpp)
 	$(CXX) -fopenmp $^ -o $@
@@ -100,8 +108,9 @@ cpp-test:
 	build/test_kernels
 
 sanitize:
-	$(BUILD) build/test_kernels_sanitized
+	$(BUILD) build/test_kernels_sanitized build/test_kernels_threads
 	build/test_kernels_sanitized
+	OMP_NUM_THREADS=4 build/test_kernels_threads
 
 amx-test:
 	$(BUILD) build/test_kernels_amx

@@ -7,6 +7,7 @@
 
 #include "forward.h"
 #include "kernels.h"
+#include "memory.h"
 #include "parallel.h"
 #include "watch.h"
 
@@ -138,6 +139,12 @@ Packed<pvt::Head> head(const std::string& isa, bool bf16, const std::optional<py
   return {from.factories(isa).head(linear, channels, classes), from};
 }
 
+// While an op runs: other Python threads may, too; and what a huge image needed is given back.
+struct Running {
+  py::gil_scoped_release release;
+  ~Running() { pvt::trim_scratch(); }
+};
+
 using Size = std::tuple<std::int64_t, std::int64_t, std::int64_t>;                   // batch, height, width
 using Strides = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;  // of batch, channel, row, column
 
@@ -169,7 +176,7 @@ void run_patch_embed(const Packed<pvt::PatchEmbed>& packed, const Span& image, c
   const pvt::Map map = op.map(from);
   require(pvt::fits(map, op.channels()), "PatchEmbed: map must have fewer than 2^31 elements");
   void* to = memory(out, elements({map.batch, map.height, map.width, op.channels()}), packed.element_size, "out");
-  py::gil_scoped_release release;
+  const Running running;
   op.run(from, to);
 }
 
@@ -182,8 +189,8 @@ void run_residual(const Packed<pvt::ResidualOp>& packed, const Span& x, std::int
   const void* from = memory(x, count, packed.element_size, "x");
   void* to = memory(out, count, packed.element_size, "out");
   const void* scale = residual_scale ? memory(*residual_scale, batch, packed.element_size, "residual_scale") : nullptr;
-  py::gil_scoped_release release;
-  op.run(from, {batch, height, width}, scale, to);
+  const Running running;
+  pvt::with_team([&] { op.run(from, {batch, height, width}, scale, to); });
 }
 
 void run_layer_norm(const Packed<pvt::LayerNorm>& packed, const Span& x, std::int64_t rows, const Span& out) {
@@ -191,7 +198,7 @@ void run_layer_norm(const Packed<pvt::LayerNorm>& packed, const Span& x, std::in
   const std::int64_t count = elements({rows, packed.op->channels()});
   const void* from = memory(x, count, packed.element_size, "x");
   void* to = memory(out, count, packed.element_size, "out");
-  py::gil_scoped_release release;
+  const Running running;
   packed.op->run(from, rows, to);
 }
 
@@ -199,7 +206,7 @@ void run_head(const Packed<pvt::Head>& packed, const Span& x, std::int64_t batch
               const Span& out) {
   const void* from = memory(x, elements({batch, tokens, packed.op->channels()}), packed.element_size, "x");
   void* to = memory(out, elements({batch, packed.op->classes()}), packed.element_size, "out");
-  py::gil_scoped_release release;
+  const Running running;
   packed.op->run(from, batch, tokens, to);
 }
 
@@ -217,7 +224,7 @@ class Forward {
   void run(const Span& image, const Size& size, const Strides& strides, const Span& out) const {
     const pvt::Image from = view(image, size, strides, in_channels(), element_size_);
     void* to = memory(out, elements({from.batch, classes()}), element_size_, "out");
-    py::gil_scoped_release release;
+    const Running running;
     forward_->run(from, to);
   }
 

@@ -11,6 +11,7 @@
 
 #include "kernels.h"
 #include "memory.h"
+#include "parallel.h"
 
 namespace pvt {
 
@@ -68,6 +69,18 @@ class Forward {
       largest = std::max(largest, std::size_t(map.batch * map.tokens() * stage.embed->channels()) * element_size_);
       next = tokens_of(nullptr, map, stage.embed->channels());
     }
+    with_team([&] { run_in_team(image, largest, out); });
+  }
+
+ private:
+  struct Stage {
+    const PatchEmbed* embed;
+    std::vector<const ResidualOp*> ops;
+    const LayerNorm* norm;
+  };
+
+  // largest: bytes of the largest map.
+  void run_in_team(Image image, std::size_t largest, void* out) const {
     thread_local Scratch scratch;
     scratch.reset(2 * Scratch::bytes_for<char>(largest));
     char* x = scratch.take<char>(largest);
@@ -84,13 +97,6 @@ class Forward {
     }
     head_->run(image.data, image.batch, image.height * image.width, out);
   }
-
- private:
-  struct Stage {
-    const PatchEmbed* embed;
-    std::vector<const ResidualOp*> ops;
-    const LayerNorm* norm;
-  };
 
   static void require(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(std::string("Forward: ops must ") + what);

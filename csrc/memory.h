@@ -49,10 +49,16 @@ class Buffer {
   std::size_t size_ = 0;
 };
 
-// Scratch memory handed out in order and given back all at once. It grows to the largest need seen and stays: an op's
-// need is bounded by its tile sizes, so a thread holds a few MiB whatever the batch.
+// Scratch memory handed out in order and given back all at once. It grows to the largest need seen and stays, up to
+// kKept: an op's need is bounded by its tile sizes, but for maps of huge images.
 class Scratch {
  public:
+  static constexpr std::size_t kKept = std::size_t{64} << 20;
+
+  // Gives back what a huge image needed.
+  void trim() {
+    if (buffer_.size() > kKept) buffer_ = Buffer<char>();
+  }
   // Makes room for `bytes` and forgets what was handed out before.
   void reset(std::size_t bytes) {
     if (bytes > buffer_.size()) buffer_ = Buffer<char>(bytes);
@@ -86,6 +92,11 @@ inline Scratch& thread_scratch() {
 inline Scratch& shared_scratch() {
   thread_local Scratch scratch;
   return scratch;
+}
+
+inline void trim_scratch() {
+  thread_scratch().trim();
+  shared_scratch().trim();
 }
 
 }  // namespace pvt

@@ -3,13 +3,19 @@
 #include <omp.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <exception>
+#include <mutex>
+#include <thread>
+#include <utility>
 #include <vector>
 
-namespace pvt {
+#include "memory.h"
 
-int max_threads() { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
+namespace pvt {
 
 std::size_t l2_bytes() {
   static const std::size_t bytes = [] {
@@ -53,7 +59,8 @@ class alignas(64) Range {
   std::atomic<std::uint64_t> word_{0};
 };
 
-class Thief final : public Worker {
+// A thread at the items of a job.
+class Thief : public Worker {
  public:
   Thief(std::vector<Range>& ranges, std::size_t own) : ranges_(ranges), own_(own) {}
 
@@ -74,33 +81,204 @@ class Thief final : public Worker {
   std::size_t own_;
 };
 
+void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Longer than a job of a small model takes, and what the caller does alone between jobs; shorter than a core that other
+// processes use comes back.
+constexpr auto kSpin = std::chrono::microseconds(50);
+
+// Waits until `done()`: looks again and again for a while, then sleeps until `wake`.
+class Waiting {
+ public:
+  template <class Done>
+  void wait(const Done& done) {
+    if (done()) return;
+    const auto until = std::chrono::steady_clock::now() + kSpin;
+    do {
+      for (int i = 0; i < 16; ++i) {
+        if (done()) return;
+        pause_briefly();
+      }
+    } while (std::chrono::steady_clock::now() < until);
+    std::unique_lock<std::mutex> lock(mutex_);
+    asleep_.fetch_add(1);  // before `done` is asked once more: who made it so sees a sleeper, or the sleeper sees that
+    condition_.wait(lock, done);
+    asleep_.fetch_sub(1);
+  }
+  bool anyone() const { return asleep_.load() > 0; }
+  void wake() {
+    if (!anyone()) return;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+    }
+    condition_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable condition_;
+  std::atomic<int> asleep_{0};
+};
+
+// Threads of one parallel region: the caller publishes jobs, one after another, and the others join the one that is
+// open. One word says which job that is and how many have joined, so that nobody joins a job whose end has been seen.
+class Team {
+ public:
+  explicit Team(int threads) : ranges_(threads) {}
+
+  int threads() const { return int(ranges_.size()); }
+
+  // Of the caller, for two items or more: every one is done when this returns.
+  void run(std::int64_t items, void (*body)(void*, Worker&), void* context) {
+    share_out(items);
+    body_ = body, context_ = context;
+    job_ += kJob;
+    state_.store(job_ | kOpen);
+    if (items <= threads()) others_.wake();
+    Caller worker(*this);
+    work(worker);
+    state_.fetch_and(~kOpen);
+    caller_.wait([&] { return (state_.load() & kJoined) == 0; });
+    failed_.clear();
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  }
+
+  // Of every other thread, until the caller dismisses it.
+  void serve(std::size_t own) {
+    std::uint64_t last = 0, state;
+    for (;;) {
+      others_.wait([&] { return job_of(state = state_.load()) != last; });
+      last = job_of(state);
+      if (last == kDismissed) return;
+      if (!join(state)) continue;
+      Thief worker(ranges_, own);
+      work(worker);
+      if ((state_.fetch_sub(1) & (kJoined | kOpen)) == 1) caller_.wake();
+    }
+  }
+  void dismiss() {
+    state_.store(kDismissed);
+    others_.wake();
+  }
+
+ private:
+  static constexpr std::uint64_t kJoined = 0xffff, kOpen = 0x10000, kJob = 0x20000, kDismissed = ~(kJob - 1);
+  static std::uint64_t job_of(std::uint64_t state) { return state & kDismissed; }
+
+  // Wakes who sleeps once it has seen that items are left: what is done within one item is not worth it.
+  class Caller final : public Thief {
+   public:
+    explicit Caller(Team& team) : Thief(team.ranges_, 0), team_(team) {}
+    std::int64_t next() override {
+      const std::int64_t item = Thief::next();
+      if (begun_ && team_.others_.anyone() && team_.is_left()) team_.others_.wake();
+      begun_ = true;
+      return item;
+    }
+
+   private:
+    Team& team_;
+    bool begun_ = false;
+  };
+
+  void share_out(std::int64_t items) {
+    const std::int64_t shares = std::min<std::int64_t>(items, threads());
+    for (std::int64_t t = 0; t < threads(); ++t)
+      ranges_[t].set(t < shares ? std::uint32_t(items * t / shares) : 0,
+                     t < shares ? std::uint32_t(items * (t + 1) / shares) : 0);
+  }
+  bool is_left() const {
+    return std::any_of(ranges_.begin(), ranges_.end(), [](const Range& range) { return range.left() > 0; });
+  }
+  bool join(std::uint64_t state) {
+    const std::uint64_t job = job_of(state);
+    while (job_of(state) == job && (state & kOpen))
+      if (state_.compare_exchange_weak(state, state + 1)) return true;
+    return false;
+  }
+  // An exception (out of memory) may not leave a parallel region: the first one is carried to the caller by hand.
+  void work(Worker& worker) {
+    try {
+      body_(context_, worker);
+    } catch (...) {
+      if (!failed_.test_and_set()) error_ = std::current_exception();
+    }
+  }
+
+  std::vector<Range> ranges_;
+  void (*body_)(void*, Worker&) = nullptr;
+  void* context_ = nullptr;
+  std::uint64_t job_ = 0;
+  alignas(64) std::atomic<std::uint64_t> state_{0};
+  Waiting others_, caller_;
+  std::atomic_flag failed_ = ATOMIC_FLAG_INIT;
+  std::exception_ptr error_;
+};
+
+thread_local Team* current_team = nullptr;  // of the thread that calls
+
+// body(thread) on `threads` threads, the calling one with 0.
+template <class Body>
+void on_threads(int threads, const Body& body) {
+#ifdef __SANITIZE_THREAD__  // which does not see how OpenMP's threads wait for one another
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back(body, t);
+  body(0);
+  for (std::thread& other : others) other.join();
+#else
+#pragma omp parallel num_threads(threads)
+  body(omp_get_thread_num());
+#endif
+}
+
 }  // namespace
 
+int max_threads() {
+  if (current_team) return current_team->threads();
+  return omp_in_parallel() ? 1 : omp_get_max_threads();
+}
+
+void with_team(void (*body)(void*), void* context) {
+  if (current_team || max_threads() == 1) {
+    body(context);
+    return;
+  }
+  Team team(max_threads());
+  std::exception_ptr error;
+  on_threads(team.threads(), [&](int thread) {
+    if (thread != 0) {
+      team.serve(thread);
+      trim_scratch();
+      return;
+    }
+    current_team = &team;
+    try {
+      body(context);
+    } catch (...) {
+      error = std::current_exception();
+    }
+    current_team = nullptr;
+    team.dismiss();
+  });
+  if (error) std::rethrow_exception(error);
+}
+
 void parallel_workers(std::int64_t items, void (*body)(void*, Worker&), void* context) {
-  const std::int64_t threads = items < max_threads() ? items : max_threads();
-  if (threads <= 0) return;
-  std::vector<Range> ranges(threads);
-  for (std::int64_t t = 0; t < threads; ++t)
-    ranges[t].set(std::uint32_t(items * t / threads), std::uint32_t(items * (t + 1) / threads));
-  if (threads == 1) {
-    Thief worker(ranges, 0);
+  if (items <= 0) return;
+  if (items == 1 || max_threads() == 1) {
+    std::vector<Range> all(1);
+    all[0].set(0, std::uint32_t(items));
+    Thief worker(all, 0);
     body(context, worker);
     return;
   }
-  // an exception (out of memory) may not leave an OpenMP region: the first one is carried out by hand
-  std::exception_ptr error;
-  std::atomic_flag failed = ATOMIC_FLAG_INIT;
-#pragma omp parallel num_threads(static_cast<int>(threads))
-  {
-    try {
-      // the region may have been given fewer threads than asked for: what they leave is stolen
-      Thief worker(ranges, omp_get_thread_num());
-      body(context, worker);
-    } catch (...) {
-      if (!failed.test_and_set()) error = std::current_exception();
-    }
-  }
-  if (error) std::rethrow_exception(error);
+  with_team([&] { current_team->run(items, body, context); });
 }
 
 }  // namespace pvt

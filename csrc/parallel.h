@@ -1,4 +1,4 @@
-// Work items over threads. The number of threads is OpenMP's, which torch shares: torch.set_num_threads rules.
+// Work items over threads. The threads are OpenMP's, which torch shares: torch.set_num_threads rules.
 #pragma once
 
 #include <cstddef>
@@ -6,6 +6,7 @@
 
 namespace pvt {
 
+// Threads that the next items are shared out to.
 int max_threads();
 
 // Bytes of one core's second-level cache, read from the machine; 1 MiB where it does not tell.
@@ -22,6 +23,17 @@ class Worker {
  protected:
   ~Worker() = default;
 };
+
+// body() on the calling thread, with the others at hand: items within it are shared out by a word in memory, not by a
+// parallel region of OpenMP for each, whose end waits for every thread, whether it did anything or not. A thread that
+// the system does not run costs nothing but its help: the caller does what nobody else has begun, and who waits long
+// sleeps.
+void with_team(void (*body)(void* context), void* context);
+
+template <class Body>
+void with_team(const Body& body) {
+  with_team([](void* context) { (*static_cast<const Body*>(context))(); }, const_cast<Body*>(&body));
+}
 
 void parallel_workers(std::int64_t items, void (*body)(void* context, Worker& worker), void* context);
 
