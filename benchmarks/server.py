@@ -25,6 +25,11 @@ class Server:
         self._process.start()
         child.close()
 
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
     def receive(self, seconds: float | None = None) -> Any:
         """The next answer; raises Failed, also where there is none within `seconds`, and then the process is ended."""
         if not self._connection.poll(seconds):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import _C, dispatch, library
 from .accelerate.guard import Guard, ambient, edges, facts
-from .ops import packing
+from .ops import is_plain, packing
 
 if TYPE_CHECKING:
     from .model import PVT_V2
@@ -82,6 +82,8 @@ class State:
         """None where a forward is more than ops."""
         guard = Guard(edges(model._modules.items()))
         if not model.is_as_published() or guard.disturbed(model) is not None:
+            return None
+        if not all(is_plain(parameter) for parameter in model.parameters()):
             return None
         return cls(model, image, isa, guard)
 

@@ -1,6 +1,6 @@
 """The ops that models are made of: their contract, the checks of their arguments, and packed forms of their weights."""
 
-from .checks import PLAIN, check_attention, check_head, check_layer_norm, check_mlp, check_patch_embed
+from .checks import PLAIN, check_attention, check_head, check_layer_norm, check_mlp, check_patch_embed, is_plain
 from .contract import (
     HW,
     AttentionSpec,
@@ -31,6 +31,7 @@ __all__ = [
     "check_layer_norm",
     "check_mlp",
     "check_patch_embed",
+    "is_plain",
     "to_map",
     "to_tokens",
 ]

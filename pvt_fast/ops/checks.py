@@ -22,6 +22,11 @@ PLAIN = (torch.nn.Parameter, Tensor)
 Size = str | int  # the name of a size, or a number
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Does memory hold the values of `tensor`, one for each element (or, of its negative-bit views, their negatives)?"""
+    return type(tensor) in PLAIN and tensor.layout is torch.strided
+
+
 class Operand(NamedTuple):
     """A tensor among an op's weights: field `field` of the norm or linear that is field `part`, or of the weights."""
 
@@ -243,7 +248,7 @@ def _check_device(op: str, name: str, tensor: Tensor, other: Tensor, whose: str)
 
 
 def _check_plain(op: str, name: str, tensor: Tensor, asked: bool) -> None:
-    if asked and (type(tensor) not in PLAIN or tensor.layout is not torch.strided):
+    if asked and not is_plain(tensor):
         raise TypeError(f"{op}: {name} must be a strided torch.Tensor, got {_describe(tensor)}")
 
 
