@@ -23,7 +23,7 @@ Size = str | int  # the name of a size, or a number
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Does memory hold the values of `tensor`, one for each element (or, of its negative-bit views, their negatives)?"""
+    """Does memory hold a value for each element of `tensor` (of negative-bit views its negative)?"""
     return type(tensor) in PLAIN and tensor.layout is torch.strided
 
 
