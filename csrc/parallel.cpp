@@ -237,21 +237,12 @@ void on_threads(int threads, const Body& body) {
 #endif
 }
 
-}  // namespace
-
-int max_threads() {
-  if (current_team) return current_team->threads();
-  return omp_in_parallel() ? 1 : omp_get_max_threads();
-}
-
-void with_team(void (*body)(void*), void* context) {
-  if (current_team || max_threads() == 1) {
-    body(context);
-    return;
-  }
-  Team team(max_threads());
+// body() on the calling thread, as the caller of a team of so many threads.
+template <class Body>
+void open_team(int threads, const Body& body) {
+  Team team(threads);
   std::exception_ptr error;
-  on_threads(team.threads(), [&](int thread) {
+  on_threads(threads, [&](int thread) {
     if (thread != 0) {
       team.serve(thread);
       trim_scratch();
@@ -259,7 +250,7 @@ void with_team(void (*body)(void*), void* context) {
     }
     current_team = &team;
     try {
-      body(context);
+      body();
     } catch (...) {
       error = std::current_exception();
     }
@@ -269,16 +260,33 @@ void with_team(void (*body)(void*), void* context) {
   if (error) std::rethrow_exception(error);
 }
 
+}  // namespace
+
+int max_threads() {
+  if (current_team) return current_team->threads();
+  return omp_in_parallel() ? 1 : omp_get_max_threads();
+}
+
+void with_team(void (*body)(void*), void* context) {
+  if (current_team || max_threads() == 1)
+    body(context);
+  else
+    open_team(max_threads(), [&] { body(context); });
+}
+
 void parallel_workers(std::int64_t items, void (*body)(void*, Worker&), void* context) {
-  if (items <= 0) return;
-  if (items == 1 || max_threads() == 1) {
+  const std::int64_t threads = std::min<std::int64_t>(items, max_threads());
+  if (threads <= 0) return;
+  if (threads == 1) {
     std::vector<Range> all(1);
     all[0].set(0, std::uint32_t(items));
     Thief worker(all, 0);
     body(context, worker);
-    return;
+  } else if (current_team) {
+    current_team->run(items, body, context);
+  } else {
+    open_team(int(threads), [&] { current_team->run(items, body, context); });
   }
-  with_team([&] { current_team->run(items, body, context); });
 }
 
 }  // namespace pvt
