@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import os
+import reprlib
+import threading
+import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 # Metadata entry of a file of `model_file.save_model`.
 METADATA_KEY = "pvt_fast"
-# Names under which training scripts nest the state dict.
+# Names under which training scripts nest the state dict, and how often at most.
 _NESTS = ("state_dict", "model", "module")
+_DEEPEST = 8
 _PICKLES = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *_PICKLES)
+_LONGEST_REASON = 300
+# torch's list of what a pickle may name is one for all threads.
+_LOADING = threading.Lock()
 
 
 def load_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(state dict on the CPU, metadata) of a .safetensors, .pth, .pt or .bin file; only safetensors has metadata.
 
     Pickled files are read with `weights_only=True`: one that would run code is refused. The state dict may be nested
-    under "state_dict", "model" or "module". Raises ValueError for a file that holds no state dict.
+    under "state_dict", "model" or "module". No more memory is taken than the file has bytes, and what its pickle
+    itself takes. Raises ValueError for a file that holds no state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -33,39 +42,112 @@ def load_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, st
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"load_state: path must be a safetensors file, got {str(path)!r} ({error})") from error
+        except Exception as error:  # its own, the system's, and torch's for a dtype that it lacks
+            raise ValueError(
+                f"load_state: path must be a safetensors file, got {str(path)!r} ({reason(error)})"
+            ) from error
     if path.suffix not in _PICKLES:
         raise ValueError(f"load_state: path must end in {', '.join(_PICKLES)} or .safetensors, got {str(path)!r}")
     try:
-        # the official training script keeps its arguments, a plain Namespace, beside the weights
-        with torch.serialization.safe_globals([Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _unpickle(path)
     except Exception as error:  # on a damaged file torch's unpickler fails in whatever it does next
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"load_state: path must be a checkpoint of tensors only, got {str(path)!r} ({reason[0]})"
+            f"load_state: path must be a checkpoint of tensors only, got {str(path)!r} ({reason(error)})"
         ) from error
     try:
-        return unnest(content), {}
+        state = unnest(content)
+        for name, value in state.items():
+            if _not_values(value) is None and is_expanded(value):
+                raise ValueError(
+                    f"{printable(name)} has fewer elements in memory than the {value.numel()} of its shape"
+                )
+        return state, {}
     except ValueError as error:
         raise ValueError(
-            f"load_state: path must hold a state dict, bare or under one of {', '.join(_NESTS)}; got {str(path)!r}"
+            f"load_state: path must hold a state dict, bare or under one of {', '.join(_NESTS)}; got {str(path)!r} "
+            f"({reason(error)})"
         ) from error
+
+
+def _unpickle(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > path.stat().st_size:  # torch compresses nothing, and each entry has bytes of its own
+            raise ValueError(f"its entries unpack to {size} bytes, more than it has")
+    with _LOADING:
+        # the official training script keeps its arguments, a plain Namespace, beside the weights
+        allowed = Namespace in torch.serialization.get_safe_globals()
+        with nullcontext() if allowed else torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def unnest(content: Any) -> dict[str, Tensor]:
     """The state dict in what a training script saved. ValueError if there is none."""
-    while isinstance(content, Mapping):
-        inner = [content[name] for name in _NESTS if isinstance(content.get(name), Mapping)]
+    for _ in range(_DEEPEST + 1):
+        inner = [content[name] for name in _NESTS if name in content] if isinstance(content, Mapping) else []
+        inner = [nested for nested in inner if isinstance(nested, Mapping)]
         if not inner:
             break
         content = inner[0]
+    else:
+        raise ValueError(f"load_weights: source must nest its state dict at most {_DEEPEST} deep, got a deeper one")
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"load_weights: source must hold a state dict, got {type(content).__name__} without one")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(
-                f"load_weights: source must be a state dict, names to tensors, got {name!r}: {type(value).__name__}"
+                f"load_weights: source must be a state dict, names to tensors, got {reprlib.repr(name)}: "
+                f"{type(value).__name__}"
             )
     return dict(content)
+
+
+def require_values(op: str, name: str, value: Tensor) -> None:
+    """Raise ValueError, as `op`, where a tensor is no plain one with real floating-point values in memory."""
+    if (got := _not_values(value)) is not None:
+        raise ValueError(f"{op}: {printable(name)} must be a plain tensor of floating-point values, got {got}")
+
+
+def _not_values(value: Tensor) -> str | None:
+    if not _is_plain(value):
+        return f"a {type(value).__name__} of layout {value.layout}"
+    if not value.dtype.is_floating_point:
+        return f"one of {value.dtype}"
+    if value.is_meta:
+        return "one on the meta device"
+    if value.numel() and (_last(value) + 1) * value.element_size() > value.untyped_storage().nbytes():
+        return "one whose memory was released"
+    return None
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Has a tensor its values, and nothing else, in one storage?"""
+    wrapper = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return not (wrapper or value.is_nested or value.is_quantized) and value.layout == torch.strided
+
+
+def _last(value: Tensor) -> int | torch.SymInt:
+    """The place of the last element in the storage."""
+    return value.storage_offset() + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+
+
+def memory_of(value: Tensor) -> int | None:
+    """The address of a plain tensor's storage, by which two are known to share it."""
+    return value.untyped_storage().data_ptr() if _is_plain(value) else None
+
+
+def is_expanded(value: Tensor) -> bool:
+    """Has a plain tensor more elements than its memory? Then it is as large as anybody says."""
+    return value.numel() * value.element_size() > value.untyped_storage().nbytes()
+
+
+def reason(error: Exception) -> str:
+    """An error's first line, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:_LONGEST_REASON]
+
+
+def printable(name: str) -> str:
+    """A name from a file as it can stand in a sentence."""
+    return name if len(name) <= _LONGEST_REASON and name.isprintable() else reprlib.repr(name)

@@ -336,5 +336,5 @@ def test_other_libraries_repositories_point_to_load_weights(cache, timm_b0, tmp_
 def test_a_directory_without_weights(tmp_path):
     saved_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"must hold model\.safetensors or pytorch_model\.bin, got neither"):
+    with pytest.raises(ValueError, match=r"must hold model\.safetensors or pytorch_model\.bin, got directory"):
         PVT_V2.from_pretrained(tmp_path)

@@ -67,11 +67,11 @@ def test_uneven_epsilons_cannot_be_saved(model, tmp_path):
 
 def test_damaged_descriptions_are_refused(model, tmp_path):
     save_model(model, tmp_path / "model.safetensors", PREPROCESS)
-    _, metadata = load_state(tmp_path / "model.safetensors")
+    state, metadata = load_state(tmp_path / "model.safetensors")
     good = json.loads(metadata[METADATA_KEY])
     damaged = {
-        "{": "build_model: metadata must describe",
-        "[]": "build_model: metadata must describe",
+        "{": "build_model: metadata must be a JSON object, got Expecting property name",
+        "[]": "build_model: metadata must be a JSON object, got a list",
         json.dumps({**good, "config": {**good["config"], "depth": 3}}): "unexpected keyword argument 'depth'",
         json.dumps({**good, "config": {**good["config"], "embed_dims": [8]}}): "embed_dims must have num_stages",
         json.dumps({**good, "preprocess": {}}): "preprocess must give the model's 1 channels, got 3",
@@ -79,7 +79,7 @@ def test_damaged_descriptions_are_refused(model, tmp_path):
     }
     for text, message in damaged.items():
         with pytest.raises(ValueError, match=message):
-            build_model({METADATA_KEY: text})
+            build_model(state, {METADATA_KEY: text})
 
 
 def test_description_of_images_too_small_for_the_model_is_refused(tmp_path):
