@@ -54,15 +54,16 @@ class HubMixin(
         OSError where the directory cannot be written.
         """
         described = self._described("save_pretrained")
-        card = str(self.generate_model_card(**(model_card_kwargs or {})))
+        folder = Path(save_directory)
+        has_card = (folder / _CARD).exists()
+        card = "" if has_card else str(self.generate_model_card(**(model_card_kwargs or {})))
         state = tensors(cast("PVT_V2", self))
         text = config_text("save_pretrained", described, state)
-        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing("save_pretrained", folder / WEIGHT_FILES[0], folder / CONFIG_FILE) as (weights, config):
             write_tensors("save_pretrained", state, weights, {CONFIG_FILE: text})
             config.write_text(text, encoding="utf-8")
-        if not (folder / _CARD).exists():
+        if not has_card:
             with replacing("save_pretrained", folder / _CARD) as (readme,):
                 readme.write_text(card, encoding="utf-8")
         if not push_to_hub:
