@@ -24,6 +24,8 @@ _DEEPEST = 8
 _PICKLES = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *_PICKLES)
 _LONGEST_REASON = 300
+# How torch begins to advise to read a refused pickle as code.
+_ADVICE = "Weights only load failed"
 # torch's list of what a pickle may name is one for all threads.
 _LOADING = threading.Lock()
 
@@ -109,22 +111,40 @@ def require_values(op: str, name: str, value: Tensor) -> None:
         raise ValueError(f"{op}: {printable(name)} must be a plain tensor of floating-point values, got {got}")
 
 
+def require_memory(op: str, name: str, parameter: Tensor) -> None:
+    """Raise ValueError, as `op`, for a plain tensor that cannot be written into; of others their class decides."""
+    if not _is_plain(parameter):
+        return
+    if parameter.is_inference() and not torch.is_inference_mode_enabled():
+        got = "an inference tensor outside torch.inference_mode()"
+    elif _is_released(parameter):
+        got = "one whose memory was released"
+    elif is_expanded(parameter):
+        got = "one with more elements than memory"
+    else:
+        return
+    raise ValueError(f"{op}: model must have memory of its own to write for {name}, got {got}")
+
+
 def _not_values(value: Tensor) -> str | None:
     if not _is_plain(value):
-        return f"a {type(value).__name__} of layout {value.layout}"
+        kind = "quantized" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
+        return f"a {type(value).__name__} ({kind})"
     if not value.dtype.is_floating_point:
         return f"one of {value.dtype}"
     if value.is_meta:
         return "one on the meta device"
-    if value.numel() and (_last(value) + 1) * value.element_size() > value.untyped_storage().nbytes():
-        return "one whose memory was released"
-    return None
+    return "one whose memory was released" if _is_released(value) else None
 
 
 def _is_plain(value: Tensor) -> bool:
     """Has a tensor its values, and nothing else, in one storage?"""
     wrapper = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
     return not (wrapper or value.is_nested or value.is_quantized) and value.layout == torch.strided
+
+
+def _is_released(value: Tensor) -> bool:
+    return value.numel() > 0 and (_last(value) + 1) * value.element_size() > value.untyped_storage().nbytes()
 
 
 def _last(value: Tensor) -> int | torch.SymInt:
@@ -143,9 +163,11 @@ def is_expanded(value: Tensor) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """An error's first line, or its kind where it says nothing."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:_LONGEST_REASON]
+    """An error's first line, or its kind where it says nothing; of torch's unpickler what it met, not its advice."""
+    said = str(error).partition("WeightsUnpickler error: ")
+    lines = [line for line in (said[2] or said[0]).splitlines() if line.strip() and not line.startswith(_ADVICE)]
+    lines = lines or [type(error).__name__]
+    return "".join(filter(str.isprintable, lines[0].partition(". Please use")[0]))[:_LONGEST_REASON]
 
 
 def printable(name: str) -> str:

@@ -18,8 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import reprlib
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from numbers import Real
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("pvt_fast")
 
 NORM_EPS, HEAD_BIAS, GLOBAL_POOL = "norm_eps", "head_bias", "global_pool"
+TRANSFORMERS_EPS = "layer_norm_eps"  # of its config.json
 _WEIGHTS_ID = "weights_id"
 EPS_KINDS = ("block", "patch_embed", "reduction")
 _LONGEST = 1 << 20  # bytes of a description, which has some hundred
@@ -75,7 +76,7 @@ def to_text(op: str, described: Mapping[str, Any], indent: int | None = None) ->
     try:
         return json.dumps(described, sort_keys=True, indent=indent, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{op}: model.config must consist of finite Python numbers, got {reason(error)}") from error
+        raise ValueError(f"{op}: the description must consist of finite numbers, got {reason(error)}") from error
 
 
 def config_text(op: str, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
@@ -123,6 +124,8 @@ def from_text(op: str, text: str | bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{op}: {where} must be a JSON object, got {reason(error)}") from error
     if NORM_EPS in found:
         found[NORM_EPS] = valid_eps(op, found[NORM_EPS])
+    if TRANSFORMERS_EPS in found:
+        found[TRANSFORMERS_EPS] = _valid_epsilon(op, TRANSFORMERS_EPS, found[TRANSFORMERS_EPS])
     return found
 
 
@@ -148,10 +151,17 @@ def valid_eps(op: str, stated: Any) -> dict[str, float]:
             f"{op}: {NORM_EPS} must state the epsilons of norms of the kinds {', '.join(EPS_KINDS)}; "
             f"got {reprlib.repr(list(stated) if isinstance(stated, Mapping) else stated)}"
         )
-    for kind, eps in stated.items():
-        if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 < eps <= sys.float_info.max:  # type: ignore[operator]
-            raise ValueError(f"{op}: {NORM_EPS} of {kind} must be a finite number above 0, got {reprlib.repr(eps)}")
-    return {kind: float(eps) for kind, eps in stated.items()}
+    return {kind: _valid_epsilon(op, f"{NORM_EPS} of {kind}", eps) for kind, eps in stated.items()}
+
+
+def _valid_epsilon(op: str, name: str, stated: Any) -> float:
+    try:
+        eps = math.nan if isinstance(stated, bool) or not isinstance(stated, Real) else float(stated)
+    except OverflowError:
+        eps = math.inf
+    if not 0 < eps < math.inf:
+        raise ValueError(f"{op}: {name} must be a finite number above 0, got {reprlib.repr(stated)}")
+    return eps
 
 
 # -- what can be kept -------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def to_official(source: Mapping[str, Tensor]) -> Official:
                     f"load_weights: source must name each parameter once, got {printable(found[official][1][0])} and "
                     f"{printable(original)}"
                 )
-            if _is_parameter(official):
+            if layout.names is not None or _is_parameter(official):
                 require_values("load_weights", original, source[original])
             found[official] = (source[original], (original,))
         else:

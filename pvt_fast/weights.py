@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .checkpoint import METADATA_KEY, SUFFIXES, load_state, memory_of, printable, require_values, unnest
-from .description import EPS_KINDS, NORM_EPS, from_text, in_folder, require_rebuilt, valid_eps
+from .checkpoint import METADATA_KEY, SUFFIXES, load_state, memory_of, printable, require_memory, require_values, unnest
+from .description import EPS_KINDS, NORM_EPS, TRANSFORMERS_EPS, from_text, in_folder, require_rebuilt
 from .hub import locate
 from .layouts import LAYOUTS, from_official, to_official
 
@@ -105,6 +105,8 @@ def assign(
             "load_weights: model must have memory for its weights (to_empty), got one on the meta device, or lazy"
         )
     values, report = fit(model, state, norm_eps, strict)
+    for name in report.adapted:
+        values[name] = _with_channels(values[name], model.config.in_channels)
     _change(model, values, report.norm_eps)
     logger.info("%s", report)
     return report
@@ -113,15 +115,18 @@ def assign(
 def fit(
     model: PVT_V2, state: Mapping[str, Tensor], norm_eps: Mapping[str, float] | None = None, strict: bool = True
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """What `assign` copies, and its report; nothing is changed, and the model may be on the meta device."""
+    """What `assign` copies, but for what is adapted, and its report.
+
+    Nothing is changed or computed, and the model may be on the meta device.
+    """
     own = model.state_dict()
     official = to_official(state)
     values = dict(official.state)
     for name in own.keys() & values.keys():
         require_values("load_weights", name, values[name])
-    adapted = _fit_channels(values, own)
+    adapted = _adapted(values, own)
     dropped = _drop_head(values, own)
-    misfits = {name for name in own if name in values and values[name].shape != own[name].shape}
+    misfits = {name for name in own if name in values and values[name].shape != own[name].shape} - {*adapted}
     loaded = tuple(name for name in own if name in values and name not in misfits)
     report = LoadReport(
         layout=official.layout.name,
@@ -152,6 +157,8 @@ def fit(
 def _change(model: PVT_V2, values: Mapping[str, Tensor], norm_eps: Mapping[str, float]) -> None:
     """Copy the values and set the epsilons; where that raises, by an interrupt or a hook, all is as it was."""
     own = model.state_dict()
+    for name in values:
+        require_memory("load_weights", name, own[name])
     memory = {memory_of(value) for value in own.values()}
     # a source made of the model's own tensors would change while it is read
     values = {name: value.clone() if memory_of(value) in memory else value for name, value in values.items()}
@@ -223,29 +230,31 @@ def _read_file(path: Path, config: Path | None = None) -> tuple[dict[str, Tensor
             raise ValueError(f"load_weights: the description in {path} must state {NORM_EPS}, got none")
     else:
         described = in_folder("load_weights", metadata, config) or {}
-    if "layer_norm_eps" in described:  # of transformers: one for all norms
-        return state, valid_eps("load_weights", dict.fromkeys(EPS_KINDS, described["layer_norm_eps"]))
+    if TRANSFORMERS_EPS in described:  # one for all norms
+        return state, dict.fromkeys(EPS_KINDS, described[TRANSFORMERS_EPS])
     return state, described.get(NORM_EPS)
 
 
 # -- fitting ---------------------------------------------------------------------------------------------------------
 
 
-def _fit_channels(values: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Fit an RGB first convolution, in place, to another number of channels; what was fitted."""
-    weight, wanted = values.get(_STEM), own.get(_STEM)
-    if weight is None or wanted is None or weight.dim() != 4 or wanted.dim() != 4:
+def _adapted(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The first convolution where it is for RGB and the model's for another number of channels."""
+    if _STEM not in values or _STEM not in own:
         return ()
-    channels = wanted.shape[1]
-    if weight.shape != (wanted.shape[0], _RGB, *wanted.shape[2:]) or channels == _RGB:
-        return ()
+    theirs, ours = values[_STEM].shape, own[_STEM].shape
+    same_but_channels = len(theirs) == len(ours) == 4 and (theirs[0], *theirs[2:]) == (ours[0], *ours[2:])
+    return (_STEM,) if same_but_channels and theirs[1] == _RGB != ours[1] else ()
+
+
+def _with_channels(weight: Tensor, channels: int) -> Tensor:
+    """An RGB convolution's weight for another number of channels."""
     wide = weight.float()
     if channels == 1:
         wide = wide.sum(dim=1, keepdim=True)
     else:
         wide = wide.repeat(1, math.ceil(channels / _RGB), 1, 1)[:, :channels] * (_RGB / channels)
-    values[_STEM] = wide.to(weight.dtype)
-    return (_STEM,)
+    return wide.to(weight.dtype)
 
 
 def _drop_head(values: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, ...]:
