@@ -1,5 +1,6 @@
 """Checkpoint files: the state dict is found in them, what is damaged or dangerous is refused by name."""
 
+import copy
 import json
 import os
 import pickle
@@ -176,8 +177,50 @@ def test_archives_that_unpack_to_more_than_they_have_are_refused(tmp_path):
         for entry in good.infolist():
             bomb.writestr(entry.filename, good.read(entry))
     assert torch.load(tmp_path / "bomb.pth", weights_only=True), "torch itself unpacks it"
-    with pytest.raises(ValueError, match=r"its entries unpack to 400\d+ bytes, more than it has"):
+    with pytest.raises(ValueError, match=r"its entry \S* is not stored as torch stores it"):
         load_state(tmp_path / "bomb.pth")
+
+
+def test_entries_that_share_their_bytes_are_refused(tmp_path):
+    """Each of a hundred names in the directory leads to the same megabyte."""
+    with zipfile.ZipFile(tmp_path / "shared.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}.")
+        archive.writestr("archive/data/0", bytes(2**20))
+        first = archive.infolist()[-1]
+        for number in range(1, 100):
+            again = copy.copy(first)
+            again.filename = f"archive/data/{number}"
+            archive.filelist.append(again)
+    with pytest.raises(ValueError, match=r"its entries have 1048\d+ bytes, more than the file"):
+        load_state(tmp_path / "shared.pth")
+
+
+def at(path: Path, place: int, change: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= change
+    path.write_bytes(content)
+
+
+def test_one_changed_bit_of_an_archive_is_seen(tmp_path):
+    """torch checks no sums, and for an entry marked as a folder it takes whatever lies in memory."""
+    path = tmp_path / "model.pth"
+    torch.save(STATE, path)
+    content = path.read_bytes()
+    at(path, content.index(STATE["norm.weight"].numpy().tobytes()) + 4, 1)
+    assert not same(torch.load(path, weights_only=True)), "torch itself sees it"
+    with pytest.raises(ValueError, match=r"checkpoint of tensors only, got .*Bad CRC-32"):
+        load_state(path)
+    path.write_bytes(content)
+    last = content.rindex(b"PK\x01\x02", 0, content.rindex(b"data/1"))  # the directory's header of that entry
+    at(path, last + 38, 0x10)
+    with pytest.raises(ValueError, match=r"its entry model/data/1 is not stored as torch stores it"):
+        load_state(path)
+
+
+def test_archives_without_sums_are_read(tmp_path):
+    with torch.utils.serialization.config.patch({"save.compute_crc32": False}):
+        torch.save(STATE, tmp_path / "model.pth")
+    assert same(load_state(tmp_path / "model.pth")[0])
 
 
 def test_tensors_as_large_as_anybody_says_are_refused(tmp_path):
