@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import os
+import reprlib
+import threading
+import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 # Metadata entry of a file of `model_file.save_model`.
 METADATA_KEY = "pvt_fast"
-# Names under which training scripts nest the state dict.
+# Names under which training scripts nest the state dict, and how often at most.
 _NESTS = ("state_dict", "model", "module")
+_DEEPEST = 8
 _PICKLES = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *_PICKLES)
+_LONGEST_REASON = 300
+_FOLDER, _CHUNK = 0x10, 1 << 20  # the attribute of folders in archives; bytes
+# How torch begins to advise to read a refused pickle as code.
+_ADVICE = "Weights only load failed"
+# torch's list of what a pickle may name is one for all threads.
+_LOADING = threading.Lock()
 
 
 def load_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(state dict on the CPU, metadata) of a .safetensors, .pth, .pt or .bin file; only safetensors has metadata.
 
     Pickled files are read with `weights_only=True`: one that would run code is refused. The state dict may be nested
-    under "state_dict", "model" or "module". Raises ValueError for a file that holds no state dict.
+    under "state_dict", "model" or "module". No more memory is taken than the file has bytes, and what its pickle
+    itself takes. Raises ValueError for a file that holds no state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -33,39 +45,150 @@ def load_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, st
         try:
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"load_state: path must be a safetensors file, got {str(path)!r} ({error})") from error
+        except Exception as error:  # its own, the system's, and torch's for a dtype that it lacks
+            raise ValueError(
+                f"load_state: path must be a safetensors file, got {str(path)!r} ({reason(error)})"
+            ) from error
     if path.suffix not in _PICKLES:
         raise ValueError(f"load_state: path must end in {', '.join(_PICKLES)} or .safetensors, got {str(path)!r}")
     try:
-        # the official training script keeps its arguments, a plain Namespace, beside the weights
-        with torch.serialization.safe_globals([Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _unpickle(path)
     except Exception as error:  # on a damaged file torch's unpickler fails in whatever it does next
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(
-            f"load_state: path must be a checkpoint of tensors only, got {str(path)!r} ({reason[0]})"
+            f"load_state: path must be a checkpoint of tensors only, got {str(path)!r} ({reason(error)})"
         ) from error
     try:
-        return unnest(content), {}
+        state = unnest(content)
+        for name, value in state.items():
+            if _not_values(value) is None and is_expanded(value):
+                raise ValueError(
+                    f"{printable(name)} has fewer elements in memory than the {value.numel()} of its shape"
+                )
+        return state, {}
     except ValueError as error:
         raise ValueError(
-            f"load_state: path must hold a state dict, bare or under one of {', '.join(_NESTS)}; got {str(path)!r}"
+            f"load_state: path must hold a state dict, bare or under one of {', '.join(_NESTS)}; got {str(path)!r} "
+            f"({reason(error)})"
         ) from error
+
+
+def _unpickle(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        _require_whole(path)
+    with _LOADING:
+        # the official training script keeps its arguments, a plain Namespace, beside the weights
+        allowed = Namespace in torch.serialization.get_safe_globals()
+        with nullcontext() if allowed else torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _require_whole(path: Path) -> None:
+    """Raise where an archive is not as torch writes it, which torch itself does not look for.
+
+    It takes what it finds in memory for an entry marked as a folder, takes changed bytes for good, and unpacks
+    compressed or overlapping entries to any size.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        for entry in entries:
+            folder = entry.is_dir() or entry.external_attr & _FOLDER
+            if folder or entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+                raise ValueError(f"its entry {printable(entry.filename)} is not stored as torch stores it")
+        if (size := sum(entry.file_size for entry in entries)) > path.stat().st_size:
+            raise ValueError(f"its entries have {size} bytes, more than the file")
+        for entry in entries:
+            if entry.CRC:  # torch can be told to write none
+                with archive.open(entry) as stream:
+                    while stream.read(_CHUNK):
+                        pass
 
 
 def unnest(content: Any) -> dict[str, Tensor]:
     """The state dict in what a training script saved. ValueError if there is none."""
-    while isinstance(content, Mapping):
-        inner = [content[name] for name in _NESTS if isinstance(content.get(name), Mapping)]
+    for _ in range(_DEEPEST + 1):
+        inner = [content[name] for name in _NESTS if name in content] if isinstance(content, Mapping) else []
+        inner = [nested for nested in inner if isinstance(nested, Mapping)]
         if not inner:
             break
         content = inner[0]
+    else:
+        raise ValueError(f"load_weights: source must nest its state dict at most {_DEEPEST} deep, got a deeper one")
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"load_weights: source must hold a state dict, got {type(content).__name__} without one")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(
-                f"load_weights: source must be a state dict, names to tensors, got {name!r}: {type(value).__name__}"
+                f"load_weights: source must be a state dict, names to tensors, got {reprlib.repr(name)}: "
+                f"{type(value).__name__}"
             )
     return dict(content)
+
+
+def require_values(op: str, name: str, value: Tensor) -> None:
+    """Raise ValueError, as `op`, where a tensor is no plain one with real floating-point values in memory."""
+    if (got := _not_values(value)) is not None:
+        raise ValueError(f"{op}: {printable(name)} must be a plain tensor of floating-point values, got {got}")
+
+
+def require_memory(op: str, name: str, parameter: Tensor) -> None:
+    """Raise ValueError, as `op`, for a plain tensor that cannot be written into; of others their class decides."""
+    if not _is_plain(parameter):
+        return
+    if parameter.is_inference() and not torch.is_inference_mode_enabled():
+        got = "an inference tensor outside torch.inference_mode()"
+    elif _is_released(parameter):
+        got = "one whose memory was released"
+    elif is_expanded(parameter):
+        got = "one with more elements than memory"
+    else:
+        return
+    raise ValueError(f"{op}: model must have memory of its own to write for {name}, got {got}")
+
+
+def _not_values(value: Tensor) -> str | None:
+    if not _is_plain(value):
+        kind = "quantized" if value.is_quantized else "nested" if value.is_nested else str(value.layout)
+        return f"a {type(value).__name__} ({kind})"
+    if not value.dtype.is_floating_point:
+        return f"one of {value.dtype}"
+    if value.is_meta:
+        return "one on the meta device"
+    return "one whose memory was released" if _is_released(value) else None
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Has a tensor its values, and nothing else, in one storage?"""
+    wrapper = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return not (wrapper or value.is_nested or value.is_quantized) and value.layout == torch.strided
+
+
+def _is_released(value: Tensor) -> bool:
+    return value.numel() > 0 and (_last(value) + 1) * value.element_size() > value.untyped_storage().nbytes()
+
+
+def _last(value: Tensor) -> int | torch.SymInt:
+    """The place of the last element in the storage."""
+    return value.storage_offset() + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+
+
+def memory_of(value: Tensor) -> int | None:
+    """The address of a plain tensor's storage, by which two are known to share it."""
+    return value.untyped_storage().data_ptr() if _is_plain(value) else None
+
+
+def is_expanded(value: Tensor) -> bool:
+    """Has a plain tensor more elements than its memory? Then it is as large as anybody says."""
+    return value.numel() * value.element_size() > value.untyped_storage().nbytes()
+
+
+def reason(error: Exception) -> str:
+    """An error's first line, or its kind where it says nothing; of torch's unpickler what it met, not its advice."""
+    said = str(error).partition("WeightsUnpickler error: ")
+    lines = [line for line in (said[2] or said[0]).splitlines() if line.strip() and not line.startswith(_ADVICE)]
+    lines = lines or [type(error).__name__]
+    return "".join(filter(str.isprintable, lines[0].partition(". Please use")[0]))[:_LONGEST_REASON]
+
+
+def printable(name: str) -> str:
+    """A name from a file as it can stand in a sentence."""
+    return name if len(name) <= _LONGEST_REASON and name.isprintable() else reprlib.repr(name)

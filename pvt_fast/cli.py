@@ -141,23 +141,21 @@ def _load(name: str | None, path: Path) -> tuple[PVT_V2, Preprocess]:
     if has_config(metadata):
         if name is not None:
             raise ValueError(f"classify: --model must be left out for weights that describe their model, got {name}")
-        model, preprocess = build_model(metadata)
-        norm_eps: dict[str, float] | None = model.norm_eps()
+        model, preprocess = build_model(state, metadata)
     elif name is None:
         raise ValueError(f"classify: --model must be given for weights that do not describe it, such as {path}")
     else:
         model, preprocess = create_model(name, num_classes=_classes(state)), Preprocess()
-        norm_eps = None  # those of the layout
+        assign(model, state)
     if not model.config.num_classes:
         raise ValueError(f"classify: --weights must include a head, got {path} without classes")
-    assign(model, state, norm_eps)
     return model.eval(), preprocess
 
 
 def _classes(state: dict[str, torch.Tensor]) -> int:
     """Classes of the head; 0 without one."""
     head = to_official(state).state.get("head.weight")
-    return head.shape[0] if head is not None and head.dim() == 2 else 0
+    return head.shape[0] if head is not None and head.dim() == 2 and head.numel() else 0
 
 
 def _read_labels(path: Path, classes: int) -> list[str]:

@@ -3,29 +3,56 @@
 A saved model is its state dict and what `PVT_V2(**config)` cannot know of it: the norms' epsilons, and where they are
 not the usual ones `head_bias` (false for a head without bias) and `global_pool` ("" for none). A model with modules or
 tensors that are not rebuilt from these is refused before anything is written: it would come back as another.
+
+`save_pretrained` writes two files, which no file system can put into place at once. So model.safetensors alone makes
+the model: it carries the text of config.json in its metadata, and its renaming is the moment at which the old model
+becomes the new one. config.json is put into place after it. Both have the digest of the weights (`weights_id`): where
+the one beside the weights has another, or none, it belongs to other weights, those before a save that was cut short or
+those after one that overtook a reader, and what the weights carry holds. With the same digest config.json holds, so
+that it can be edited. A folder without the metadata, of an earlier version or another tool, is read by its config.json,
+and never meets a newer one: the renamed weights are on the disk before config.json is renamed.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import math
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from numbers import Real
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .accelerate.guard import hidden_by, settings_of
+from .checkpoint import reason, require_values
+from .hub import CONFIG_FILE
 from .layers import DropPath
 
 if TYPE_CHECKING:
     from .model import PVT_V2
 
-NORM_EPS = "norm_eps"
-_HEAD_BIAS, _GLOBAL_POOL = "head_bias", "global_pool"
+logger = logging.getLogger("pvt_fast")
+
+NORM_EPS, HEAD_BIAS, GLOBAL_POOL = "norm_eps", "head_bias", "global_pool"
+TRANSFORMERS_EPS = "layer_norm_eps"  # of its config.json
+_WEIGHTS_ID = "weights_id"
+EPS_KINDS = ("block", "patch_embed", "reduction")
+_LONGEST = 1 << 20  # bytes of a description, which has some hundred
 # Which one stands there changes no answer in evaluation mode.
 _PASSIVE = (nn.Identity, nn.Dropout, DropPath)
 # torch's wrapper for recomputation, which shows in no state dict.
 _CHECKPOINTED = "_checkpoint_wrapped_module"
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
 
 
 def describe(op: str, model: PVT_V2, kind: type[PVT_V2]) -> dict[str, Any]:
@@ -34,44 +61,110 @@ def describe(op: str, model: PVT_V2, kind: type[PVT_V2]) -> dict[str, Any]:
     Raises ValueError, as `op`, where the model is not what comes back then.
     """
     require_rebuilt(op, model, kind)
-    described: dict[str, Any] = {"config": asdict(model.config), NORM_EPS: model.norm_eps()}
+    for name, value in model.state_dict().items():
+        require_values(op, name, value)
+    described: dict[str, Any] = {"config": asdict(model.config), NORM_EPS: valid_eps(op, model.norm_eps())}
     if isinstance(model.head, nn.Linear) and model.head.bias is None:
-        described[_HEAD_BIAS] = False
+        described[HEAD_BIAS] = False
     if model.global_pool != "avg":
-        described[_GLOBAL_POOL] = model.global_pool
+        described[GLOBAL_POOL] = model.global_pool
     return described
 
 
-def settle(model: PVT_V2, described: Mapping[str, Any]) -> None:
-    """Bring a new model to a description's head and pooling. The epsilons are set with the weights."""
-    bias, pool = described.get(_HEAD_BIAS, True), described.get(_GLOBAL_POOL, "avg")
-    if bias not in (True, False) or pool not in ("avg", ""):
-        raise ValueError(
-            f'PVT_V2: {_HEAD_BIAS} must be true or false and {_GLOBAL_POOL} "avg" or "", got {bias!r} and {pool!r}'
-        )
-    if not bias and isinstance(old := model.head, nn.Linear):
-        model.head = nn.Linear(old.in_features, old.out_features, bias=False).to(old.weight)
-    if isinstance(model.head, nn.Identity):
-        model.global_pool = pool
+def to_text(op: str, described: Mapping[str, Any], indent: int | None = None) -> str:
+    """A description as JSON; equal ones give equal texts. ValueError for numbers that are none of Python's."""
+    try:
+        return json.dumps(described, sort_keys=True, indent=indent, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{op}: the description must consist of finite numbers, got {reason(error)}") from error
 
 
-def take_dtypes(model: PVT_V2, state: Mapping[str, Tensor]) -> None:
-    """Give each of the model's parameters the dtype that it has in `state`, so that no value is rounded."""
-    for name, parameter in model.named_parameters():
-        if name in state:
-            parameter.data = parameter.data.to(state[name].dtype)
+def config_text(op: str, described: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """config.json of `save_pretrained`: the arguments of the class beside the rest, and the weights' digest."""
+    flat = {**described["config"], **{name: value for name, value in described.items() if name != "config"}}
+    digest = hashlib.sha256(to_text(op, flat).encode())
+    for name, value in state.items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return to_text(op, {**flat, _WEIGHTS_ID: digest.hexdigest()[:32]}, indent=2)
 
 
 def tensors(model: PVT_V2) -> dict[str, Tensor]:
-    """The state dict as safetensors takes it: contiguous, each tensor with memory of its own."""
+    """The state dict as safetensors takes it: on the CPU, contiguous, each tensor with memory of its own."""
     seen: set[int] = set()
     state = {}
     for name, value in model.state_dict().items():
-        own = value.contiguous()
+        own = value.detach().cpu().resolve_neg().contiguous()
         memory = own.untyped_storage().data_ptr()
         state[name] = own.clone() if memory in seen else own
         seen.add(memory)
     return state
+
+
+def write_tensors(op: str, state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A safetensors file. One entry of metadata only: the order of several is not fixed. OSError if it cannot be."""
+    try:
+        save_file(dict(state), path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{op}: weights must fit on the disk, got {reason(error)}") from error
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def from_text(op: str, text: str | bytes, where: str) -> dict[str, Any]:
+    """A JSON object, of a description or of another library's configuration; ValueError for anything else."""
+    try:
+        if len(text) > _LONGEST:
+            raise ValueError(f"more than {_LONGEST} bytes")
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{op}: {where} must be a JSON object, got {reason(error)}") from error
+    if NORM_EPS in found:
+        found[NORM_EPS] = valid_eps(op, found[NORM_EPS])
+    if TRANSFORMERS_EPS in found:
+        found[TRANSFORMERS_EPS] = _valid_epsilon(op, TRANSFORMERS_EPS, found[TRANSFORMERS_EPS])
+    return found
+
+
+def in_folder(op: str, metadata: Mapping[str, str], config: Path | None) -> dict[str, Any] | None:
+    """The content of config.json for weights with these metadata (see above); None where there is none."""
+    beside = inside = None
+    if config is not None and config.is_file():
+        with open(config, "rb") as file:
+            beside = from_text(op, file.read(_LONGEST + 1), str(config))
+    if CONFIG_FILE in metadata:
+        inside = from_text(op, metadata[CONFIG_FILE], f"{CONFIG_FILE} in the weights' metadata")
+    if inside is None or (beside is not None and beside.get(_WEIGHTS_ID) == inside.get(_WEIGHTS_ID)):
+        return beside
+    if beside is not None:
+        logger.warning("%s: %s belongs to other weights; those beside it carry their own, which holds", op, config)
+    return inside
+
+
+def valid_eps(op: str, stated: Any) -> dict[str, float]:
+    """The arguments of `PVT_V2.set_norm_eps` that a file states; ValueError for what are none."""
+    if not isinstance(stated, Mapping) or not stated or any(kind not in EPS_KINDS for kind in stated):
+        raise ValueError(
+            f"{op}: {NORM_EPS} must state the epsilons of norms of the kinds {', '.join(EPS_KINDS)}; "
+            f"got {reprlib.repr(list(stated) if isinstance(stated, Mapping) else stated)}"
+        )
+    return {kind: _valid_epsilon(op, f"{NORM_EPS} of {kind}", eps) for kind, eps in stated.items()}
+
+
+def _valid_epsilon(op: str, name: str, stated: Any) -> float:
+    try:
+        eps = math.nan if isinstance(stated, bool) or not isinstance(stated, Real) else float(stated)
+    except OverflowError:
+        eps = math.inf
+    if not 0 < eps < math.inf:
+        raise ValueError(f"{op}: {name} must be a finite number above 0, got {reprlib.repr(stated)}")
+    return eps
+
+
+# -- what can be kept -------------------------------------------------------------------------------------------------
 
 
 def require_rebuilt(op: str, model: PVT_V2, kind: type[PVT_V2], head: bool = True) -> None:

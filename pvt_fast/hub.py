@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -34,6 +35,29 @@ def clear_errors(op: str, repository: str) -> Iterator[None]:
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError, HFValidationError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{op}: source must be a repository with weights, got {repository!r} ({reason})") from error
+    except HfHubHTTPError as error:
+        raise OSError(f"{op}: {repository} must be given out by the hub, got {' '.join(str(error).split())}") from error
+
+
+def locate(op: str, source: str, **options) -> tuple[Path, Path | None]:
+    """(weights, config.json where there is one) of a directory, or of a repository, with the options of `fetch`."""
+    folder = Path(source)
+    if folder.is_dir():
+        files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+        if not files:
+            raise ValueError(
+                f"{op}: source must hold {' or '.join(WEIGHT_FILES)}, got directory {source!r} with neither"
+            )
+        return files[0], folder / CONFIG_FILE
+    with clear_errors(op, source):
+        weights = fetch(source, **options)
+        config = weights.with_name(CONFIG_FILE)
+        if not config.is_file():
+            try:
+                config = fetch(source, (CONFIG_FILE,), **options)
+            except EntryNotFoundError:  # not every repository has one, nor every cache: timm fetches weights alone
+                return weights, None
+    return weights, config
 
 
 def fetch(repository: str, names: Sequence[str] = WEIGHT_FILES, **options) -> Path:

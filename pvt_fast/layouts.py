@@ -9,6 +9,7 @@ Sources: the official repository, timm 1.0.31, transformers 5.23, mmdet 3.3 (mms
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checkpoint import is_expanded, printable, require_values
 from .config import INNER_NORM_EPS, VARIANT_NORM_EPS
 
 # Official name of a module: its name in the layout. {s} counts stages from 1, {i} from 0, {j} blocks from 0.
@@ -140,10 +142,18 @@ def to_official(source: Mapping[str, Tensor]) -> Official:
         own = _inside(name, prefix, layout)
         official = None if own is None else _rename(own, layout, to_official=True)
         if official is not None:
+            if official in found:
+                raise ValueError(
+                    f"load_weights: source must name each parameter once, got {printable(found[official][1][0])} and "
+                    f"{printable(original)}"
+                )
+            if layout.names is not None or _is_parameter(official):
+                require_values("load_weights", original, source[original])
             found[official] = (source[original], (original,))
         else:
             (outside if own is None else unexpected).append(original)
-    _join(found)
+    if layout.names is not None:  # the official one keeps them joined
+        _join(found)
     state = {name: tensor for name, (tensor, _) in found.items()}
     sources = {name: originals for name, (_, originals) in found.items()}
     return Official(layout, state, sources, tuple(unexpected), tuple(outside))
@@ -174,13 +184,13 @@ def _recognise(names: Iterable[str]) -> tuple[Layout, str]:
         if name.endswith(layout.sentinel) and name.removesuffix(layout.sentinel)[-1:] in ("", ".")
     ]
     if len(found) > 1:
-        places = ", ".join(repr(prefix) for _, prefix in found)
+        places = ", ".join(reprlib.repr(prefix) for _, prefix in found[:3]) + (", ..." if len(found) > 3 else "")
         raise ValueError(f"load_weights: source must hold one PVT v2, got {len(found)}, under {places}")
     if not found:
         known = ", ".join(LAYOUTS)
         raise ValueError(
             f"load_weights: source must hold a PVT v2 in one of the layouts {known}; "
-            f"got {len(names)} tensors: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            f"got {len(names)} tensors: {', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''}"
         )
     return found[0]
 
@@ -210,6 +220,11 @@ def _rename(name: str, layout: Layout, to_official: bool) -> str | None:
     return None
 
 
+def _is_parameter(name: str) -> bool:
+    """Is an official name that of a PVT v2's parameter?"""
+    return any(pattern.fullmatch(name) for pattern, _ in _patterns("timm", to_official=False))
+
+
 @cache
 def _patterns(layout: str, to_official: bool) -> list[tuple[re.Pattern, str]]:
     """(what matches a name, the template of the other layout's name)."""
@@ -218,7 +233,7 @@ def _patterns(layout: str, to_official: bool) -> list[tuple[re.Pattern, str]]:
         templates = [name if "{leaf}" in name else name + ".{leaf}" for name in (official, own)]
         known, other = reversed(templates) if to_official else templates
         pattern = re.escape(known).replace(r"\{leaf\}", "(?P<leaf>weight|bias)")
-        pairs.append((re.compile(re.sub(r"\\{([sij])\\}", r"(?P<\1>[0-9]+)", pattern)), other))
+        pairs.append((re.compile(re.sub(r"\\{([sij])\\}", r"(?P<\1>0|[1-9][0-9]{0,5})", pattern)), other))
     return pairs
 
 
@@ -231,17 +246,23 @@ def _join(found: dict[str, tuple[Tensor, tuple[str, ...]]]) -> None:
         stem, _, leaf = name.rpartition(".")
         if stem.endswith(".attn.k"):
             value_name = f"{stem[:-1]}v.{leaf}"
-            if value_name in found:
+            if value_name in found and _stack(tensor, found[value_name][0]):
                 value, value_sources = found.pop(value_name)
                 del found[name]
                 found[f"{stem[:-1]}kv.{leaf}"] = (torch.cat([tensor, value]), sources + value_sources)
-        elif stem.endswith(".attn.qkv") and tensor.shape[0] % 3 == 0:
+        elif stem.endswith(".attn.qkv") and tensor.dim() and tensor.shape[0] % 3 == 0:
             channels = tensor.shape[0] // 3
             del found[name]
             found[f"{stem[:-3]}q.{leaf}"] = (tensor[:channels], sources)
             found[f"{stem[:-3]}kv.{leaf}"] = (tensor[channels:], sources)
         elif stem.endswith((".fc1", ".fc2")) and leaf == "weight" and tensor.shape[2:] == (1, 1):
             found[name] = (tensor.flatten(1), sources)
+
+
+def _stack(first: Tensor, second: Tensor) -> bool:
+    """Are these two halves of one parameter, as large as their memory?"""
+    alike = first.dim() and first.shape == second.shape and first.dtype == second.dtype
+    return bool(alike and first.device == second.device and not is_expanded(first) and not is_expanded(second))
 
 
 def _split(state: Mapping[str, Tensor], names: Mapping[str, str]) -> Iterable[tuple[str, Tensor]]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors.torch import save_file
 
 from .checkpoint import load_state
-from .description import NORM_EPS, describe, settle, take_dtypes, tensors
-from .hub import CONFIG_FILE, WEIGHT_FILES, clear_errors, fetch
-from .weights import assign
+from .description import NORM_EPS, config_text, describe, in_folder, tensors, write_tensors
+from .hub import CONFIG_FILE, WEIGHT_FILES, locate
+from .rebuild import rebuilt, split
+from .replacing import replacing
+
+_CARD = "README.md"
 
 if TYPE_CHECKING:
     from .model import PVT_V2
@@ -26,19 +28,47 @@ class HubMixin(
     tags=["pvt_v2"],
 ):
     """A directory or repository holds config.json, the arguments of `PVT_V2` and the norms' epsilons, and
-    model.safetensors, the parameters under official names.
+    model.safetensors, the parameters under official names, which carries what config.json says.
     """
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> str | None:
         """Write the model into a directory, made where there is none: config.json, model.safetensors, README.md.
 
-        A linear put at `head` is kept with its number of classes, with or without bias. `options` are those of
-        huggingface_hub's `ModelHubMixin.save_pretrained`. Raises ValueError, before anything is written, for what
-        `from_pretrained` would not bring back: any other head, adapters, parametrizations, quantised or replaced
-        modules, norms of one kind with several epsilons.
+        A linear put at `head` is kept with its number of classes, with or without bias. Whatever ends this call, a
+        killed process and a full disk included, the directory loads as the model that it held or as this one; a
+        README.md that is there stays.
+
+        push_to_hub: afterwards push to `repo_id`, unless given the directory's name; `options` are those of
+            `push_to_hub`. model_card_kwargs: what fills README.md, see huggingface_hub's `ModelCard.from_template`.
+
+        Raises ValueError, before anything is written, for what `from_pretrained` would not bring back: any other head,
+        adapters, parametrizations, quantised or replaced modules, norms of one kind with several epsilons. Raises
+        OSError where the directory cannot be written.
         """
-        self._described("save_pretrained")
-        return super().save_pretrained(save_directory, **options)
+        described = self._described("save_pretrained")
+        folder = Path(save_directory)
+        has_card = (folder / _CARD).exists()
+        card = "" if has_card else str(self.generate_model_card(**(model_card_kwargs or {})))
+        state = tensors(cast("PVT_V2", self))
+        text = config_text("save_pretrained", described, state)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing("save_pretrained", folder / WEIGHT_FILES[0], folder / CONFIG_FILE) as (weights, config):
+            write_tensors("save_pretrained", state, weights, {CONFIG_FILE: text})
+            config.write_text(text, encoding="utf-8")
+        if not has_card:
+            with replacing("save_pretrained", folder / _CARD) as (readme,):
+                readme.write_text(card, encoding="utf-8")
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """`save_pretrained` to the repository "org/name", by huggingface_hub's `ModelHubMixin.push_to_hub`."""
@@ -48,35 +78,13 @@ class HubMixin(
     def _described(self, op: str) -> dict[str, Any]:
         return describe(op, cast("PVT_V2", self), cast("type[PVT_V2]", type(self)))
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        model = cast("PVT_V2", self)
-        described = self._described("save_pretrained")
-        config = {**described.pop("config"), **described}
-        save_file(tensors(model), save_directory / WEIGHT_FILES[0], metadata={"format": "pt"})
-        (save_directory / CONFIG_FILE).write_text(json.dumps(config, sort_keys=True, indent=2))
-
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Any:
-        """The model, in evaluation mode, of a directory or repository that `save_pretrained` or `push_to_hub` wrote.
-
-        `options`: revision, cache_dir, force_download, local_files_only, token, map_location, strict (True unless
-        given), and arguments of `PVT_V2` that replace those of config.json: another num_classes or in_channels is
-        met as in `load_weights`. Each parameter has the dtype that it has in the file.
-
-        Raises ValueError for another library's repository: those load with `load_weights` into a model made here.
-        Raises OSError where the files are not in the cache and there is no network.
-        """
-        with clear_errors("from_pretrained", str(pretrained_model_name_or_path)):
-            return super().from_pretrained(pretrained_model_name_or_path, **options)
-
-    @classmethod
-    def _from_pretrained(
+    def from_pretrained(
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
-        map_location: str = "cpu",
+        map_location: str | torch.device = "cpu",
         strict: bool = True,
-        config: dict | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         force_download: bool = False,
@@ -84,28 +92,33 @@ class HubMixin(
         token: str | bool | None = None,
         **arguments: Any,
     ) -> Any:
-        if config is None or NORM_EPS not in config:
-            raise ValueError(_foreign(model_id, config))
-        if Path(model_id).is_dir():
-            path = next((Path(model_id, name) for name in WEIGHT_FILES if Path(model_id, name).is_file()), None)
-            if path is None:
-                raise ValueError(f"from_pretrained: {model_id} must hold {' or '.join(WEIGHT_FILES)}, got neither")
-        else:
-            path = fetch(
-                model_id,
-                revision=revision,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-                token=token,
-            )
-        state, _ = load_state(path)
-        model = cast("PVT_V2", cls(**arguments))
-        settle(model, config)
-        model.to(next(iter(state.values())).dtype)
-        take_dtypes(model, state)
-        assign(model, state, config[NORM_EPS], strict=strict)
-        return model.to(map_location).eval()
+        """The model, in evaluation mode, of a directory or repository that `save_pretrained` or `push_to_hub` wrote.
+
+        `arguments` are those of `PVT_V2` that replace the ones of config.json: another num_classes or in_channels is
+        met as in `load_weights`. strict: raise where config.json does not describe the weights; else memory is taken
+        for whatever it describes. Each parameter has the dtype that it has in the file. What is needed of the hub is
+        taken from its cache or downloaded; revision, cache_dir, force_download, local_files_only and token are those
+        of `huggingface_hub.hf_hub_download`.
+
+        Raises ValueError for another library's repository: those load with `load_weights` into a model made here; and
+        for damaged files. Raises OSError where the files are not in the cache and there is no network.
+        """
+        source = str(pretrained_model_name_or_path)
+        path, config = locate(
+            "from_pretrained",
+            source,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        state, metadata = load_state(path)
+        flat = in_folder("from_pretrained", metadata, config)
+        if flat is None or NORM_EPS not in flat:
+            raise ValueError(_foreign(source, flat))
+        kind = cast("type[PVT_V2]", cls)
+        return rebuilt("from_pretrained", kind, split(flat), state, arguments, strict).to(map_location)
 
 
 def _foreign(repository: str, config: dict | None) -> str:

@@ -6,46 +6,51 @@ A file written by `save_model` is safetensors with one metadata entry, `pvt_fast
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 
 from .checkpoint import METADATA_KEY, load_state
-from .description import describe, settle, take_dtypes, tensors
+from .description import describe, from_text, tensors, to_text, write_tensors
 from .model import PVT_V2
 from .preprocess import Preprocess
-from .weights import assign
+from .rebuild import rebuilt
+from .replacing import replacing
 
 
 def save_model(model: PVT_V2, path: str | os.PathLike, preprocess: Preprocess) -> None:
     """Write the weights with the model's configuration and preprocessing as safetensors.
 
-    Raises ValueError, and writes nothing, for a model that `load_model` would not bring back: see `save_pretrained`.
+    The file at `path` is replaced whole (see `replacing`): whatever ends this call, one of the two is there. Raises
+    ValueError, and writes nothing, for a model that `load_model` would not bring back: see `save_pretrained`. Raises
+    OSError where the file cannot be written; what was there is then as it was.
     """
     description = {**describe("save_model", model, PVT_V2), "preprocess": asdict(preprocess)}
-    # one entry only: the order of several is not fixed, and equal weights shall give equal files
-    save_file(tensors(model), path, metadata={METADATA_KEY: json.dumps(description, sort_keys=True)})
+    text = to_text("save_model", description)
+    with replacing("save_model", path) as (unfinished,):
+        write_tensors("save_model", tensors(model), unfinished, {METADATA_KEY: text})
 
 
-def has_config(metadata: dict[str, str]) -> bool:
+def has_config(metadata: Mapping[str, str]) -> bool:
     """Whether the metadata are those of `save_model`."""
     return METADATA_KEY in metadata
 
 
-def build_model(metadata: dict[str, str]) -> tuple[PVT_V2, Preprocess]:
-    """The model that `save_model` described, with fresh weights, and its preprocessing. ValueError if it fits none."""
+def build_model(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[PVT_V2, Preprocess]:
+    """The model and its preprocessing of what `load_state` read from a file of `save_model`; see `load_model`."""
+    described = from_text("build_model", metadata[METADATA_KEY], "metadata")
+    model = rebuilt("build_model", PVT_V2, described, state)
+    for parameter in model.parameters():
+        if parameter.dtype != torch.float64:
+            parameter.data = parameter.data.float()
     try:
-        description = json.loads(metadata[METADATA_KEY])
-        model = PVT_V2(**description["config"])
-        settle(model, description)
-        model.set_norm_eps(**description["norm_eps"])
-        preprocess = Preprocess(**description["preprocess"])
+        preprocess = Preprocess(**described["preprocess"])
         model.config.map_sizes(preprocess.size, preprocess.size)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"build_model: metadata must describe a PVT_V2, got {error!r}") from error
+        raise ValueError(f"build_model: metadata must describe a preprocessing, got {error!r}") from error
     if preprocess.in_channels != model.config.in_channels:
         raise ValueError(
             f"build_model: preprocess must give the model's {model.config.in_channels} channels, "
@@ -55,14 +60,12 @@ def build_model(metadata: dict[str, str]) -> tuple[PVT_V2, Preprocess]:
 
 
 def load_model(path: str | os.PathLike) -> tuple[PVT_V2, Preprocess]:
-    """The model in evaluation mode, and its preprocessing, from a file of `save_model`.
+    """The model in evaluation mode, on the CPU, and its preprocessing, from a file of `save_model`.
 
-    In float32, which float16 and bfloat16 fit into; parameters that the file has in float64 stay so.
+    In float32, which float16 and bfloat16 fit into; parameters that the file has in float64 stay so. Raises ValueError
+    for a file that is none, or is damaged, before memory is taken for a model that its weights do not fit.
     """
     state, metadata = load_state(path)
     if not has_config(metadata):
         raise ValueError(f"load_model: path must be a file written by save_model, got {str(path)!r}")
-    model, preprocess = build_model(metadata)
-    take_dtypes(model, {name: value for name, value in state.items() if value.dtype == torch.float64})
-    assign(model, state, model.norm_eps())
-    return model.eval(), preprocess
+    return build_model(state, metadata)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
-from .checkpoint import METADATA_KEY, SUFFIXES, load_state, unnest
-from .description import require_rebuilt
-from .hub import CONFIG_FILE, WEIGHT_FILES, clear_errors, fetch
+from .checkpoint import METADATA_KEY, SUFFIXES, load_state, memory_of, printable, require_memory, require_values, unnest
+from .description import EPS_KINDS, NORM_EPS, TRANSFORMERS_EPS, from_text, in_folder, require_rebuilt
+from .hub import locate
 from .layouts import LAYOUTS, from_official, to_official
 
 if TYPE_CHECKING:
@@ -101,14 +100,33 @@ def assign(
     model: PVT_V2, state: Mapping[str, Tensor], norm_eps: Mapping[str, float] | None = None, strict: bool = True
 ) -> LoadReport:
     """`load_weights` of a state dict, with epsilons that go before the layout's."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("load_weights: model must have memory for its weights (to_empty), got one on the meta device")
+    if any(parameter.is_meta or is_lazy(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            "load_weights: model must have memory for its weights (to_empty), got one on the meta device, or lazy"
+        )
+    values, report = fit(model, state, norm_eps, strict)
+    for name in report.adapted:
+        values[name] = _with_channels(values[name], model.config.in_channels)
+    _change(model, values, report.norm_eps)
+    logger.info("%s", report)
+    return report
+
+
+def fit(
+    model: PVT_V2, state: Mapping[str, Tensor], norm_eps: Mapping[str, float] | None = None, strict: bool = True
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """What `assign` copies, but for what is adapted, and its report.
+
+    Nothing is changed or computed, and the model may be on the meta device.
+    """
     own = model.state_dict()
     official = to_official(state)
     values = dict(official.state)
-    adapted = _fit_channels(values, model.config.in_channels)
+    for name in own.keys() & values.keys():
+        require_values("load_weights", name, values[name])
+    adapted = _adapted(values, own)
     dropped = _drop_head(values, own)
-    misfits = {name for name in own if name in values and values[name].shape != own[name].shape}
+    misfits = {name for name in own if name in values and values[name].shape != own[name].shape} - {*adapted}
     loaded = tuple(name for name in own if name in values and name not in misfits)
     report = LoadReport(
         layout=official.layout.name,
@@ -123,17 +141,47 @@ def assign(
             f"{name} {tuple(values[name].shape)} for {tuple(own[name].shape)}" for name in own if name in misfits
         ),
         outside=official.outside,
-        norm_eps=dict(norm_eps or official.layout.norm_eps),
+        norm_eps=dict(official.layout.norm_eps if norm_eps is None else norm_eps),
     )
     if strict and report.problems():
         raise ValueError(
             f"load_weights: source ({report.layout} layout) must have the model's {len(own)} parameters, "
             f"got {'; '.join(report.problems())}{_advice(report)}"
         )
-    model.load_state_dict({name: values[name] for name in loaded}, strict=False)
-    model.set_norm_eps(**report.norm_eps)
-    logger.info("%s", report)
-    return report
+    unstated = {kind for kind, _ in model._norms()} - report.norm_eps.keys()
+    if unstated:
+        raise ValueError(f"load_weights: source must state the epsilons of all norms, got none of {sorted(unstated)}")
+    return {name: values[name] for name in loaded}, report
+
+
+def _change(model: PVT_V2, values: Mapping[str, Tensor], norm_eps: Mapping[str, float]) -> None:
+    """Copy the values and set the epsilons; where that raises, by an interrupt or a hook, all is as it was."""
+    own = model.state_dict()
+    for name in values:
+        require_memory("load_weights", name, own[name])
+    memory = {memory_of(value) for value in own.values()}
+    # a source made of the model's own tensors would change while it is read
+    values = {name: value.clone() if memory_of(value) in memory else value for name, value in values.items()}
+    before = {name: own[name].clone() for name in values}
+    epsilons = [(norm, norm.eps) for _, norm in model._norms()]
+    try:
+        model.load_state_dict(values, strict=False)
+        model.set_norm_eps(**norm_eps)
+    except BaseException as error:
+        for norm, eps in epsilons:
+            norm.eps = eps
+        own = model.state_dict()
+        with torch.no_grad():
+            for name, value in before.items():
+                with suppress(RuntimeError):  # what cannot be written was not
+                    own[name].copy_(value)
+        if isinstance(error, RuntimeError):
+            raise ValueError(f"load_weights: model must take its weights, got {_sentence(error)}") from error
+        raise
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def export_weights(model: PVT_V2, layout: str = "official") -> dict[str, Tensor]:
@@ -165,59 +213,54 @@ def _read(source: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str, Tens
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"load_weights: source must be a path, a repository or a state dict, got {source!r}")
     path = Path(source)
-    if path.is_dir():
-        files = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
-        if not files:
-            raise ValueError(f"load_weights: source must hold {' or '.join(WEIGHT_FILES)}, got directory {source!r}")
-        return _read_file(files[0], path / CONFIG_FILE)
-    if path.is_file() or path.suffix in SUFFIXES or not isinstance(source, str):
+    if not path.is_dir() and (path.is_file() or path.suffix in SUFFIXES or not isinstance(source, str)):
         return _read_file(path)
-    if not _REPOSITORY.fullmatch(source):
+    if not path.is_dir() and not _REPOSITORY.fullmatch(str(source)):
         raise ValueError(
             f'load_weights: source must be an existing file or directory, or a repository "org/name", got {source!r}'
         )
-    with clear_errors("load_weights", source):
-        weights = fetch(source)
-    config = weights.with_name(CONFIG_FILE)
-    if not config.is_file():
-        with suppress(EntryNotFoundError):  # not every repository has one, nor every cache: timm fetches weights alone
-            config = fetch(source, (CONFIG_FILE,))
-    return _read_file(weights, config)
+    return _read_file(*locate("load_weights", str(source)))
 
 
 def _read_file(path: Path, config: Path | None = None) -> tuple[dict[str, Tensor], dict[str, float] | None]:
     state, metadata = load_state(path)
     if METADATA_KEY in metadata:
-        return state, json.loads(metadata[METADATA_KEY])["norm_eps"]
-    if config is None or not config.is_file():
-        return state, None
-    described = json.loads(config.read_text(encoding="utf-8"))
-    if "layer_norm_eps" in described:  # of transformers: one for all norms
-        return state, dict.fromkeys(("block", "patch_embed", "reduction"), described["layer_norm_eps"])
-    return state, described.get("norm_eps")
+        described = from_text("load_weights", metadata[METADATA_KEY], f"the description in {path}")
+        if NORM_EPS not in described:
+            raise ValueError(f"load_weights: the description in {path} must state {NORM_EPS}, got none")
+    else:
+        described = in_folder("load_weights", metadata, config) or {}
+    if TRANSFORMERS_EPS in described:  # one for all norms
+        return state, dict.fromkeys(EPS_KINDS, described[TRANSFORMERS_EPS])
+    return state, described.get(NORM_EPS)
 
 
 # -- fitting ---------------------------------------------------------------------------------------------------------
 
 
-def _fit_channels(values: dict[str, Tensor], channels: int) -> tuple[str, ...]:
-    """Fit an RGB first convolution, in place, to another number of channels; what was fitted."""
-    weight = values.get(_STEM)
-    if weight is None or weight.dim() != 4 or weight.shape[1] != _RGB or channels == _RGB:
+def _adapted(values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """The first convolution where it is for RGB and the model's for another number of channels."""
+    if _STEM not in values or _STEM not in own:
         return ()
+    theirs, ours = values[_STEM].shape, own[_STEM].shape
+    same_but_channels = len(theirs) == len(ours) == 4 and (theirs[0], *theirs[2:]) == (ours[0], *ours[2:])
+    return (_STEM,) if same_but_channels and theirs[1] == _RGB != ours[1] else ()
+
+
+def _with_channels(weight: Tensor, channels: int) -> Tensor:
+    """An RGB convolution's weight for another number of channels."""
     wide = weight.float()
     if channels == 1:
         wide = wide.sum(dim=1, keepdim=True)
     else:
         wide = wide.repeat(1, math.ceil(channels / _RGB), 1, 1)[:, :channels] * (_RGB / channels)
-    values[_STEM] = wide.to(weight.dtype)
-    return (_STEM,)
+    return wide.to(weight.dtype)
 
 
 def _drop_head(values: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Take a head that is not for the model's out of `values`; its names."""
     theirs, ours = values.get(_HEAD[0]), own.get(_HEAD[0])
-    if theirs is None or (ours is not None and theirs.shape[0] == ours.shape[0]):
+    if theirs is None or theirs.dim() != 2 or (ours is not None and theirs.shape[:1] == ours.shape[:1]):
         return ()
     return tuple(name for name in _HEAD if values.pop(name, None) is not None)
 
@@ -229,4 +272,4 @@ def _advice(report: LoadReport) -> str:
 
 
 def _few(names: tuple[str, ...]) -> str:
-    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    return f"{', '.join(map(printable, names[:3]))}{', ...' if len(names) > 3 else ''}"

@@ -1,6 +1,11 @@
 """Checkpoint files: the state dict is found in them, what is damaged or dangerous is refused by name."""
 
+import copy
+import json
+import os
 import pickle
+import threading
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -8,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pvt_fast.checkpoint import load_state
+from pvt_fast.checkpoint import load_state, unnest
 
 STATE = {"norm.weight": torch.arange(3.0), "norm.bias": torch.ones(3)}
 
@@ -98,3 +103,179 @@ def test_other_paths_are_refused(tmp_path):
     for path in (tmp_path / "absent.pth", tmp_path):
         with pytest.raises(ValueError, match="must be an existing file"):
             load_state(path)
+
+
+# -- files that were made to do harm -----------------------------------------------------------------------------------
+
+
+def holds_itself() -> dict:
+    content: dict = {"model": STATE}
+    content["model"] = content
+    return content
+
+
+def nested(depth: int) -> dict:
+    content: dict = STATE
+    for _ in range(depth):
+        content = {"model": content}
+    return content
+
+
+def test_nesting_has_a_limit(tmp_path):
+    assert unnest(nested(8)) == STATE
+    torch.save(holds_itself(), tmp_path / "itself.pth")
+    torch.save(nested(100), tmp_path / "deep.pth")
+    for content in (holds_itself(), nested(10_000)):
+        with pytest.raises(ValueError, match="source must nest its state dict at most 8 deep"):
+            unnest(content)
+    for name in ("itself.pth", "deep.pth"):
+        with pytest.raises(ValueError, match=r"path must hold a state dict.*at most 8 deep"):
+            load_state(tmp_path / name)
+
+
+def pickled(path: Path, content: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3\n")
+
+
+def test_absurdly_nested_pickles(tmp_path):
+    dicts = b"}X\x05\x00\x00\x00model" * 50_000 + b"}" + b"s" * 50_000
+    for name, body in (("dicts", dicts), ("tuples", b"K\x01" + b"\x85" * 50_000)):
+        pickled(tmp_path / f"{name}.pth", b"\x80\x02" + body + b".")
+        with pytest.raises(ValueError, match="path must hold a state dict"):
+            load_state(tmp_path / f"{name}.pth")
+
+
+def test_names_from_files_are_short_in_messages():
+    key: tuple = ()
+    for _ in range(500):
+        key = (key,)
+    for name in (key, "x" * 10**6, "two\nlines"):
+        with pytest.raises(ValueError, match="names to tensors, got") as info:
+            unnest({name: 3})
+        assert len(str(info.value)) < 200
+        assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize("name", ["os.system", "builtins.eval", "builtins.getattr", "torch.load", "pvt_fast.hub.fetch"])
+def test_calls_that_a_pickle_names_are_refused_without_advice(name, tmp_path):
+    module, _, function = name.rpartition(".")
+    pickled(tmp_path / "bad.pth", f"\x80\x02c{module}\n{function}\nX\x01\x00\x00\x00x\x85R.".encode("latin1"))
+    with pytest.raises(ValueError, match=rf"checkpoint of tensors only, got .*[ .]{function}\b") as info:
+        load_state(tmp_path / "bad.pth")
+    assert "weights_only" not in str(info.value)
+    assert "safe_globals" not in str(info.value)
+
+
+def test_archives_that_unpack_to_more_than_they_have_are_refused(tmp_path):
+    torch.save({"norm.weight": torch.zeros(10**6)}, tmp_path / "good.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "good.pth") as good,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in good.infolist():
+            bomb.writestr(entry.filename, good.read(entry))
+    assert torch.load(tmp_path / "bomb.pth", weights_only=True), "torch itself unpacks it"
+    with pytest.raises(ValueError, match=r"its entry \S* is not stored as torch stores it"):
+        load_state(tmp_path / "bomb.pth")
+
+
+def test_entries_that_share_their_bytes_are_refused(tmp_path):
+    """Each of a hundred names in the directory leads to the same megabyte."""
+    with zipfile.ZipFile(tmp_path / "shared.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}.")
+        archive.writestr("archive/data/0", bytes(2**20))
+        first = archive.infolist()[-1]
+        for number in range(1, 100):
+            again = copy.copy(first)
+            again.filename = f"archive/data/{number}"
+            archive.filelist.append(again)
+    with pytest.raises(ValueError, match=r"its entries have 1048\d+ bytes, more than the file"):
+        load_state(tmp_path / "shared.pth")
+
+
+def at(path: Path, place: int, change: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= change
+    path.write_bytes(content)
+
+
+def test_one_changed_bit_of_an_archive_is_seen(tmp_path):
+    """torch checks no sums, and for an entry marked as a folder it takes whatever lies in memory."""
+    path = tmp_path / "model.pth"
+    torch.save(STATE, path)
+    content = path.read_bytes()
+    at(path, content.index(STATE["norm.weight"].numpy().tobytes()) + 4, 1)
+    assert not same(torch.load(path, weights_only=True)), "torch itself sees it"
+    with pytest.raises(ValueError, match=r"checkpoint of tensors only, got .*Bad CRC-32"):
+        load_state(path)
+    path.write_bytes(content)
+    last = content.rindex(b"PK\x01\x02", 0, content.rindex(b"data/1"))  # the directory's header of that entry
+    at(path, last + 38, 0x10)
+    with pytest.raises(ValueError, match=r"its entry model/data/1 is not stored as torch stores it"):
+        load_state(path)
+
+
+def test_archives_without_sums_are_read(tmp_path):
+    with torch.utils.serialization.config.patch({"save.compute_crc32": False}):
+        torch.save(STATE, tmp_path / "model.pth")
+    assert same(load_state(tmp_path / "model.pth")[0])
+
+
+def test_tensors_as_large_as_anybody_says_are_refused(tmp_path):
+    torch.save({**STATE, "head.weight": torch.ones(1).expand(10**12, 32)}, tmp_path / "huge.pth")
+    with pytest.raises(ValueError, match=r"head\.weight has fewer elements in memory than the 32000000000000 of"):
+        load_state(tmp_path / "huge.pth")
+
+
+def test_the_list_of_what_pickles_may_name_is_as_it_was(tmp_path):
+    torch.save({"model": STATE, "args": Namespace(lr=0.1)}, tmp_path / "model.pth")
+    errors = []
+
+    def load() -> None:
+        try:
+            for _ in range(10):
+                assert same(load_state(tmp_path / "model.pth")[0])
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=load) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert Namespace not in torch.serialization.get_safe_globals()
+    with torch.serialization.safe_globals([Namespace]):
+        load_state(tmp_path / "model.pth")
+        assert Namespace in torch.serialization.get_safe_globals(), "the user's own entry was taken away"
+
+
+HEADERS = {
+    "a larger shape": {"shape": [10**12, 3]},
+    "a negative shape": {"shape": [-1]},
+    "another dtype": {"dtype": "I64"},
+    "an unknown dtype": {"dtype": "X9"},
+    "bytes past the end": {"data_offsets": [0, 10**12]},
+    "bytes before the beginning": {"data_offsets": [-12, 12]},
+}
+
+
+@pytest.mark.parametrize("lie", HEADERS.values(), ids=HEADERS)
+def test_headers_that_lie_are_refused(lie, tmp_path):
+    save_file(STATE, path := tmp_path / "model.safetensors")
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["norm.weight"] |= lie
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+    with pytest.raises(ValueError, match="path must be a safetensors file"):
+        load_state(path)
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="path must be an existing file"):
+        load_state(tmp_path / "model.pth")

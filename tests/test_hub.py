@@ -336,5 +336,115 @@ def test_other_libraries_repositories_point_to_load_weights(cache, timm_b0, tmp_
 def test_a_directory_without_weights(tmp_path):
     saved_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"must hold model\.safetensors or pytorch_model\.bin, got neither"):
+    with pytest.raises(ValueError, match=r"must hold model\.safetensors or pytorch_model\.bin, got directory"):
         PVT_V2.from_pretrained(tmp_path)
+
+
+# -- damaged and hostile directories ---------------------------------------------------------------------------------
+
+JSON_THAT_IS_NO_OBJECT = {
+    "empty": b"",
+    "cut": b'{"norm_eps": {',
+    "a list": b"[1, 2]",
+    "null": b"null",
+    "deep": b'{"a":' * 100_000,
+    "binary": b"\xff\xfe\x00",
+    "long": b" " * 2**20 + b"{}",
+    "many digits": b'{"depths": ' + b"9" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("text", JSON_THAT_IS_NO_OBJECT.values(), ids=JSON_THAT_IS_NO_OBJECT)
+def test_a_config_that_is_no_object_is_refused(text, tmp_path):
+    saved_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(text)
+    for call in (PVT_V2.from_pretrained, lambda source: load_weights(ours(in_channels=1), source)):
+        with pytest.raises(ValueError, match=r"^(from_pretrained|load_weights): \S*config\.json must be a JSON object"):
+            call(tmp_path)
+
+
+# More than any machine has: what is built first, and compared then, ends the process or never ends.
+TOO_LARGE = {
+    "depths": [10**9, 1, 1, 1],
+    "num_classes": 10**9,
+    "in_channels": 10**8,
+    "embed_dims": [10**7, 10**7, 10**7, 10**7],
+    "mlp_ratios": [10**9, 1, 1, 1],
+    "num_stages": 10**9,
+    "patch_size": 10**6 + 1,
+}
+
+
+@pytest.mark.parametrize("field", TOO_LARGE)
+def test_a_config_of_another_model_is_refused_before_memory_is_taken(field, tmp_path):
+    saved_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "img_size": 10**7, field: TOO_LARGE[field]}))
+    with pytest.raises(ValueError, match=r"^from_pretrained: the weights' description must be that of a PVT_V2"):
+        PVT_V2.from_pretrained(tmp_path)
+    if field == "depths":
+        with pytest.raises(ValueError, match="got 1000000003 blocks for"):
+            PVT_V2.from_pretrained(tmp_path, strict=False)
+
+
+def test_a_default_device_or_dtype_does_not_reach_what_is_loaded(tmp_path):
+    model = saved_model()
+    model.norm1.double()
+    with torch.device("meta"):
+        model.save_pretrained(tmp_path)
+        again = PVT_V2.from_pretrained(tmp_path)
+    assert same(again.state_dict(), model.state_dict())
+    assert {value.dtype for value in again.norm1.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("norms", [torch.float32, torch.float64])
+def test_mixed_dtypes_come_back(norms, tmp_path):
+    model = saved_model().bfloat16()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.to(norms)
+    model.head.half()
+    model.save_pretrained(tmp_path)
+    again = PVT_V2.from_pretrained(tmp_path)
+    assert same(again.state_dict(), model.state_dict())
+    for name, value in model.state_dict().items():
+        assert again.state_dict()[name].dtype == value.dtype
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    bad = saved_model()
+    bad.set_norm_eps(block=0.0)
+    meta = saved_model().to("meta")
+    for model, message in ((bad, "norm_eps of block must be a finite"), (meta, "got one on the meta device")):
+        with pytest.raises(ValueError, match=f"^save_pretrained: .*{message}"):
+            model.save_pretrained(tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
+
+def test_views_are_saved_as_what_they_show(tmp_path):
+    model = saved_model()
+    model.norm1.weight = nn.Parameter(torch._neg_view(torch.rand(8)))
+    model.norm2.weight = nn.Parameter(torch.rand(32)[::2])
+    model.save_pretrained(tmp_path)
+    assert same(PVT_V2.from_pretrained(tmp_path).state_dict(), model.state_dict())
+
+
+def test_a_list_of_shards_is_not_followed(tmp_path):
+    saved_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path.parent / "elsewhere.safetensors")
+    weight_map = dict.fromkeys(saved_model().state_dict(), "../elsewhere.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for call in (PVT_V2.from_pretrained, lambda source: load_weights(ours(in_channels=1), source)):
+        with pytest.raises(ValueError, match=r"must hold model\.safetensors or pytorch_model\.bin, got directory"):
+            call(tmp_path)
+
+
+def test_a_hub_that_refuses_is_an_error_of_one_line(monkeypatch):
+    def refuse(*_, **__):
+        response = type("Response", (), {"headers": {}, "request": None, "status_code": 503})()
+        raise huggingface_hub.errors.HfHubHTTPError("503\nService Unavailable", response=response)
+
+    monkeypatch.setattr("pvt_fast.hub.hf_hub_download", refuse)
+    for call in (PVT_V2.from_pretrained, lambda source: load_weights(ours(), source)):
+        with pytest.raises(OSError, match=r"someone/pvt must be given out by the hub, got 503 Service Unavailable"):
+            call("someone/pvt")

@@ -218,3 +218,12 @@ def test_strangers_are_refused():
     two = {f"{name}.{key}": value for name in ("student", "teacher") for key, value in state.items()}
     with pytest.raises(ValueError, match=r"must hold one PVT v2, got 2, under 'student\.', 'teacher\.'"):
         to_official(two)
+
+
+def test_two_names_of_one_parameter_are_refused():
+    state, norm = peer("timm").state_dict(), torch.ones(8)
+    again = "stages.0.downsample.proj.weight"
+    with pytest.raises(ValueError, match=rf"must name each parameter once, got patch_embed\.proj\.weight and {again}"):
+        to_official({**state, again: torch.ones(8, 3, 7, 7)})
+    found = to_official({**state, "stages.00.norm.weight": norm, f"stages.{'9' * 5000}.norm.weight": norm})
+    assert len(found.unexpected) == 2

@@ -67,11 +67,11 @@ def test_uneven_epsilons_cannot_be_saved(model, tmp_path):
 
 def test_damaged_descriptions_are_refused(model, tmp_path):
     save_model(model, tmp_path / "model.safetensors", PREPROCESS)
-    _, metadata = load_state(tmp_path / "model.safetensors")
+    state, metadata = load_state(tmp_path / "model.safetensors")
     good = json.loads(metadata[METADATA_KEY])
     damaged = {
-        "{": "build_model: metadata must describe",
-        "[]": "build_model: metadata must describe",
+        "{": "build_model: metadata must be a JSON object, got Expecting property name",
+        "[]": "build_model: metadata must be a JSON object, got a list",
         json.dumps({**good, "config": {**good["config"], "depth": 3}}): "unexpected keyword argument 'depth'",
         json.dumps({**good, "config": {**good["config"], "embed_dims": [8]}}): "embed_dims must have num_stages",
         json.dumps({**good, "preprocess": {}}): "preprocess must give the model's 1 channels, got 3",
@@ -79,7 +79,7 @@ def test_damaged_descriptions_are_refused(model, tmp_path):
     }
     for text, message in damaged.items():
         with pytest.raises(ValueError, match=message):
-            build_model({METADATA_KEY: text})
+            build_model(state, {METADATA_KEY: text})
 
 
 def test_description_of_images_too_small_for_the_model_is_refused(tmp_path):
@@ -93,3 +93,28 @@ def test_file_without_description_builds_no_model(model, tmp_path):
     assert not has_config(load_state(tmp_path / "bare.safetensors")[1])
     with pytest.raises(ValueError, match="must be a file written by save_model"):
         load_model(tmp_path / "bare.safetensors")
+
+
+def test_a_description_that_does_not_fit_is_refused_before_memory_is_taken(model, tmp_path):
+    save_model(model, tmp_path / "model.safetensors", PREPROCESS)
+    state, metadata = load_state(tmp_path / "model.safetensors")
+    good = json.loads(metadata[METADATA_KEY])
+    for other in ({"depths": [10**9, 1]}, {"num_classes": 10**9}, {"in_channels": 10**8}, {"embed_dims": [10**8] * 2}):
+        text = json.dumps({**good, "config": {**good["config"], **other}})
+        with pytest.raises(ValueError, match="build_model: the weights' description must be that of a PVT_V2"):
+            build_model(state, {METADATA_KEY: text})
+
+
+def test_weights_that_are_no_numbers_are_refused(model, tmp_path):
+    save_model(model, path := tmp_path / "model.safetensors", PREPROCESS)
+    state, metadata = load_state(path)
+    save_file({name: value.to(torch.int8) for name, value in state.items()}, path, metadata=metadata)
+    with pytest.raises(ValueError, match=r"must be a plain tensor of floating-point values, got one of torch\.int8"):
+        load_model(path)
+
+
+def test_half_precision_comes_back_in_float32(model, tmp_path):
+    save_model(model.bfloat16(), tmp_path / "model.safetensors", PREPROCESS)
+    again, _ = load_model(tmp_path / "model.safetensors")
+    assert {value.dtype for value in again.parameters()} == {torch.float32}
+    assert all(torch.equal(value, model.state_dict()[name].float()) for name, value in again.state_dict().items())

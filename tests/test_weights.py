@@ -1,15 +1,20 @@
 """load_weights and export_weights: the source's numbers and epsilons, its logits, and a report of what was done."""
 
 import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import timm.models._manipulate
 import torch
 from peers import LAYOUT_PEERS, logits_of, ours, peer, randomised
 from safetensors.torch import save_file
+from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import pvt_fast
-from pvt_fast import LoadReport, export_weights, load_weights
+from pvt_fast import PVT_V2, LoadReport, export_weights, load_weights
 from pvt_fast.layouts import LAYOUTS
 from pvt_fast.model_file import save_model
 from pvt_fast.preprocess import Preprocess
@@ -176,6 +181,206 @@ def test_strictly_nothing_is_loaded_that_does_not_fit():
     )
     assert equal(model.state_dict(), before)
     assert model.norm_eps() == dict.fromkeys(EVEN, 1e-5)
+
+
+FC1, NORM = "block1.0.mlp.fc1.weight", "norm1.weight"
+
+
+def released(value: torch.Tensor) -> torch.Tensor:
+    value = value.clone()
+    value.untyped_storage().resize_(0)  # read without a look, this ends the process
+    return value
+
+
+def faked(value: torch.Tensor) -> torch.Tensor:
+    with FakeTensorMode() as mode:
+        return mode.from_tensor(value)
+
+
+NO_VALUES = {
+    "meta": (lambda value: value.to("meta"), "one on the meta device"),
+    "int8": (lambda value: value.to(torch.int8), "one of torch.int8"),
+    "bool": (lambda value: value.bool(), "one of torch.bool"),
+    "complex": (lambda value: value.to(torch.complex64), "one of torch.complex64"),
+    "sparse": (lambda value: value.to_sparse(), "a Tensor (torch.sparse_coo)"),
+    "mkldnn": (lambda value: value.to_mkldnn(), "a Tensor (torch._mkldnn)"),
+    "nested": (lambda value: torch.nested.nested_tensor([value, value]), "a Tensor (nested)"),
+    "released": (released, "one whose memory was released"),
+    "fake": (faked, "a FakeTensor (torch.strided)"),
+}
+
+
+@contextmanager
+def unchanged(model: PVT_V2) -> Iterator[None]:
+    """Neither values, nor their versions, epsilons, mode or dtypes."""
+
+    def now():
+        state = model.state_dict()
+        return {name: (value._version, value.dtype) for name, value in state.items()}, model.norm_eps(), model.training
+
+    before, values = now(), values_of(model)
+    yield
+    assert now() == before
+    assert equal(model.state_dict(), values)
+
+
+@pytest.mark.parametrize(("change", "got"), NO_VALUES.values(), ids=NO_VALUES)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_holds_no_values_changes_nothing(change, got):
+    model, source = ours(), randomised(ours())
+    for layout in LAYOUTS:
+        refuses_changed(model, export_weights(source, layout), change, got)
+
+
+def refuses_changed(model: PVT_V2, state: dict, change: Callable, got: str) -> None:
+    # the last in order, among them what is joined or cut: all before it could have been copied
+    for name in [name for name in state if re.search(r"attn.*weight|attention.*weight", name)][-4:]:
+        for strict in (True, False):
+            with (
+                unchanged(model),
+                pytest.raises(ValueError, match=r"^load_weights: \S* must be a plain tensor") as info,
+            ):
+                load_weights(model, {**state, name: change(state[name])}, strict)
+            assert str(info.value).endswith(f"got {got}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda value: torch.tensor(1.0), lambda value: value[:1], lambda value: torch.ones(1, 1).expand(10**9, 10**6)],
+    ids=["of rank 0", "cut", "without bounds"],
+)
+def test_other_shapes_change_nothing_and_take_no_memory(change):
+    model, source = ours(), randomised(ours())
+    for layout in LAYOUTS:
+        state = export_weights(source, layout)
+        # what is joined, cut, or compared with another size
+        for name in [name for name in state if re.search(r"kv|key.weight|value.bias|in_proj|dense1|fc1", name)]:
+            with unchanged(model), pytest.raises(ValueError, match=r"load_weights: source \(.* must have the model's"):
+                load_weights(model, {**state, name: change(state[name])})
+    state = {**ours().state_dict(), "patch_embed1.proj.weight": torch.ones(1).expand(8, 3, 10**6, 10**6)}
+    for other in (ours(in_channels=1), ours(in_channels=5)):
+        with unchanged(other), pytest.raises(ValueError, match=r"1 of another shape: patch_embed1\.proj\.weight"):
+            load_weights(other, state)
+
+
+@pytest.mark.parametrize("shape", [(), (9,), (9, 32, 1)], ids=str)
+def test_a_head_that_is_no_matrix_is_no_head_for_other_classes(shape):
+    model = ours()
+    with unchanged(model), pytest.raises(ValueError, match=r"1 of another shape: head\.weight"):
+        load_weights(model, {**ours().state_dict(), "head.weight": torch.ones(shape)})
+
+
+def test_values_that_are_read_as_they_are():
+    model, state = ours(), randomised(ours()).state_dict()
+    like = state[NORM]
+    for value in (torch.full_like(like, torch.nan), torch.ones(1).expand(8), torch._neg_view(like), like.double()):
+        load_weights(model, {**state, NORM: value})
+        assert torch.equal(model.norm1.weight.nan_to_num(5), value.float().nan_to_num(5))
+
+
+def test_a_source_made_of_the_models_own_tensors():
+    """Blocks in another order: each is read before it is written."""
+    model = randomised(ours(depths=(1, 2, 1, 1)))
+    state = model.state_dict()
+    other = {"block2.0": "block2.1", "block2.1": "block2.0"}
+    swapped = {other.get(name[:8], name[:8]) + name[8:]: value for name, value in state.items()}
+    expected = {name: value.clone() for name, value in swapped.items()}
+    load_weights(model, swapped)
+    assert equal(model.state_dict(), expected)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
+def test_what_comes_in_between_changes_nothing(error):
+    model = randomised(ours())
+    model.set_norm_eps(block=0.1, patch_embed=0.2, reduction=0.3)
+    before, eps = values_of(model), model.norm_eps()
+    state = {name: value * 2 for name, value in model.state_dict().items()}
+
+    def interrupt(*_):
+        assert not torch.equal(model.norm1.weight, before[NORM]), "nothing was changed yet"
+        raise error("so it is")
+
+    handle = model.norm4.register_load_state_dict_pre_hook(interrupt)
+    with pytest.raises(ValueError if error is RuntimeError else error, match="so it is"):
+        load_weights(model, state)
+    assert equal(model.state_dict(), before)
+    assert model.norm_eps() == eps
+    handle.remove()
+    load_weights(model, state)
+    assert equal(model.state_dict(), state)
+
+
+def expanded_norm(model: PVT_V2) -> None:
+    model.norm1.weight = nn.Parameter(torch.ones(1).expand(8))
+
+
+def released_norm(model: PVT_V2) -> None:
+    model.norm1.weight.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "got"),
+    [(expanded_norm, "one with more elements than memory"), (released_norm, "one whose memory was released")],
+)
+def test_a_model_that_cannot_be_written_is_refused_first(spoil, got):
+    model = ours()
+    spoil(model)
+    before = {name: value.clone() for name, value in model.state_dict().items() if name != NORM}
+    with pytest.raises(ValueError, match=f"model must have memory of its own to write for {NORM}, got {got}"):
+        load_weights(model, ours().state_dict())
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_inference_tensors_are_written_in_inference_mode_only():
+    state = randomised(ours()).state_dict()
+    with torch.inference_mode():
+        model = ours()
+    with pytest.raises(ValueError, match=r"got an inference tensor outside torch\.inference_mode"):
+        load_weights(model, state)
+    with torch.inference_mode():
+        load_weights(model, state)
+    assert equal(model.state_dict(), state)
+
+
+WRONG_EPS = {
+    "kind": {**EVEN, "head": 1e-6},
+    "text": {**EVEN, "block": "x"},
+    "nan": {**EVEN, "block": float("nan")},
+    "infinite": {**EVEN, "reduction": float("inf")},
+    "negative": {**EVEN, "patch_embed": -1e-5},
+    "zero": {**EVEN, "block": 0},
+    "truth": {**EVEN, "block": True},
+    "huge": {**EVEN, "block": 10**400},
+    "list": [1e-6],
+    "none": None,
+    "empty": {},
+    "some": {"block": 1e-6},
+}
+
+
+@pytest.mark.parametrize("eps", WRONG_EPS.values(), ids=WRONG_EPS)
+def test_epsilons_of_files_are_checked(eps, tmp_path):
+    model, state = ours(), randomised(ours()).state_dict()
+    described = json.dumps({"norm_eps": eps})
+    for metadata in ({"pvt_fast": described}, {"config.json": described}, {"format": "pt"}):
+        save_file(state, tmp_path / "model.safetensors", metadata=metadata)
+        (tmp_path / "config.json").write_text(described)
+        for source in (tmp_path / "model.safetensors", tmp_path):
+            if source == tmp_path or "format" not in metadata:
+                with unchanged(model), pytest.raises(ValueError, match=r"^load_weights: .*(norm_eps|epsilons)"):
+                    load_weights(model, source)
+    (tmp_path / "config.json").write_text(json.dumps({"layer_norm_eps": eps}))
+    with (
+        unchanged(model),
+        pytest.raises(ValueError, match=r"^load_weights: layer_norm_eps must be a finite number"),
+    ):
+        load_weights(model, tmp_path)
+
+
+def test_a_description_without_epsilons_is_refused(tmp_path):
+    save_file(ours().state_dict(), tmp_path / "model.safetensors", metadata={"pvt_fast": "{}"})
+    with pytest.raises(ValueError, match=r"the description in .* must state norm_eps, got none"):
+        load_weights(ours(), tmp_path / "model.safetensors")
 
 
 def test_leniently_the_rest_is_loaded_and_reported():
