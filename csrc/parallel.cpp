@@ -1,6 +1,7 @@
 #include "parallel.h"
 
 #include <omp.h>
+#include <sched.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -89,6 +90,15 @@ void pause_briefly() {
 #endif
 }
 
+// The core that runs the calling thread, where the system tells.
+int current_core() {
+#ifdef __linux__
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
 // Longer than a job of a small model takes, and what the caller does alone between jobs; shorter than a core that other
 // processes use comes back.
 constexpr auto kSpin = std::chrono::microseconds(50);
@@ -138,6 +148,7 @@ class Team {
   void run(std::int64_t items, void (*body)(void*, Worker&), void* context) {
     share_out(items);
     body_ = body, context_ = context;
+    caller_core_.store(current_core(), std::memory_order_relaxed);
     job_ += kJob;
     state_.store(job_ | kOpen);
     if (items <= threads()) others_.wake();
@@ -155,16 +166,28 @@ class Team {
     for (;;) {
       others_.wait([&] { return job_of(state = state_.load()) != last; });
       last = job_of(state);
-      if (last == kDismissed) return;
+      if (last == kDismissed) break;
       if (!join(state)) continue;
+      const int core = current_core();
+      const bool same = core >= 0 && core == caller_core_.load(std::memory_order_relaxed);
+      (same ? joined_there_ : joined_elsewhere_).store(true, std::memory_order_relaxed);
       Thief worker(ranges_, own);
       work(worker);
       if ((state_.fetch_sub(1) & (kJoined | kOpen)) == 1) caller_.wake();
     }
+    dismissed_.fetch_add(1);
+    caller_.wake();
   }
-  void dismiss() {
+
+  // Did others help, and all from the core that the caller runs on? They took from it what they gave.
+  bool was_crowded() const { return joined_there_ && !joined_elsewhere_; }
+
+  // Returns when the others are about to leave: the end of a parallel region spins, for milliseconds if it must, and
+  // would keep a thread from running that waits for this core.
+  void dismiss(int others) {
     state_.store(kDismissed);
     others_.wake();
+    caller_.wait([&] { return dismissed_.load() == others; });
   }
 
  private:
@@ -217,32 +240,61 @@ class Team {
   std::uint64_t job_ = 0;
   alignas(64) std::atomic<std::uint64_t> state_{0};
   Waiting others_, caller_;
+  std::atomic<int> caller_core_{-1}, dismissed_{0};
+  std::atomic<bool> joined_there_{false}, joined_elsewhere_{false};
   std::atomic_flag failed_ = ATOMIC_FLAG_INIT;
   std::exception_ptr error_;
 };
 
 thread_local Team* current_team = nullptr;  // of the thread that calls
 
-// body(thread) on `threads` threads, the calling one with 0.
+// While other processes take the other cores, the system may leave all threads of a team on one. Alone the caller has
+// it for itself: no switches, and nobody who spins at the end of a parallel region, for longer than a small model
+// takes. It tries again after a while, which doubles as long as nothing has changed.
+class Crowding {
+ public:
+  bool lasts() const { return Clock::now() < until_; }
+  void tell(bool crowded) {
+    pause_ = crowded ? std::min(2 * pause_, kLongest) : kShortest;
+    if (crowded) until_ = Clock::now() + pause_;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr Clock::duration kShortest = std::chrono::milliseconds(25), kLongest = std::chrono::milliseconds(400);
+  Clock::duration pause_ = kShortest;
+  Clock::time_point until_;
+};
+
+thread_local Crowding crowding;
+thread_local bool is_alone = false;
+
+struct Alone {
+  Alone() { is_alone = true; }
+  ~Alone() { is_alone = false; }
+};
+
+// body(thread, count of the others) on up to `threads` threads, the calling one with 0.
 template <class Body>
 void on_threads(int threads, const Body& body) {
 #ifdef __SANITIZE_THREAD__  // which does not see how OpenMP's threads wait for one another
   std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t) others.emplace_back(body, t);
-  body(0);
+  for (int t = 1; t < threads; ++t) others.emplace_back(body, t, threads - 1);
+  body(0, threads - 1);
   for (std::thread& other : others) other.join();
 #else
 #pragma omp parallel num_threads(threads)
-  body(omp_get_thread_num());
+  body(omp_get_thread_num(), omp_get_num_threads() - 1);
 #endif
 }
 
 // body() on the calling thread, as the caller of a team of so many threads.
+// Was that team crowded?
 template <class Body>
-void open_team(int threads, const Body& body) {
+bool open_team(int threads, const Body& body) {
   Team team(threads);
   std::exception_ptr error;
-  on_threads(threads, [&](int thread) {
+  on_threads(threads, [&](int thread, int others) {
     if (thread != 0) {
       team.serve(thread);
       trim_scratch();
@@ -255,23 +307,30 @@ void open_team(int threads, const Body& body) {
       error = std::current_exception();
     }
     current_team = nullptr;
-    team.dismiss();
+    team.dismiss(others);
   });
   if (error) std::rethrow_exception(error);
+  return team.was_crowded();
 }
 
 }  // namespace
 
 int max_threads() {
   if (current_team) return current_team->threads();
-  return omp_in_parallel() ? 1 : omp_get_max_threads();
+  return is_alone || omp_in_parallel() ? 1 : omp_get_max_threads();
 }
 
 void with_team(void (*body)(void*), void* context) {
-  if (current_team || max_threads() == 1)
+  if (current_team || max_threads() == 1) {
     body(context);
-  else
-    open_team(max_threads(), [&] { body(context); });
+    return;
+  }
+  if (crowding.lasts()) {
+    const Alone alone;
+    body(context);
+  } else {
+    crowding.tell(open_team(max_threads(), [&] { body(context); }));
+  }
 }
 
 void parallel_workers(std::int64_t items, void (*body)(void*, Worker&), void* context) {
