@@ -77,7 +77,7 @@ class AttentionOp final : public ResidualOp {
     std::int64_t images;
     bool by_panels = false;
     E* normed = nullptr;           // (images, tokens, normed_width), tokens in the order of patches
-    int* places = nullptr;         // (tokens): element of an image where the token at that place of `normed` lies
+    int* places = nullptr;         // (tokens): which of an image's tokens lies there in `normed`
     E* source = nullptr;           // (images, keys, normed_width): pooled, then reduced and normalised tokens
     float* reduced = nullptr;      // (parts, images, keys, normed_width)
     E *k = nullptr, *v = nullptr;  // (images, heads) packed matrices
@@ -144,7 +144,7 @@ class AttentionOp final : public ResidualOp {
           else
             row = patches + shape.height * sr * outside + (y - shape.height * sr) * width + x;
           rows.add(from, normed + row * normed_width());
-          if (tile.image == 0) wave.places[row] = (y * width + x) * channels_;
+          if (tile.image == 0) wave.places[row] = y * width + x;
         }
       }
     });
@@ -201,7 +201,8 @@ class AttentionOp final : public ResidualOp {
   }
 
   // Columns [column, column + width) of the product with kv_, for the keys of `cut`, into the packed matrices. Keys
-  // past the last one become zero: they poison neither the scores nor the product with zero probabilities.
+  // past the last one and a head's columns past its width become zero: they poison neither the scores nor the product
+  // with zero probabilities, nor that with the projection's zeros.
   void pack_keys(const Wave& wave, std::int64_t image, int column, int width, const E* rows, Split::Tile cut) const {
     constexpr int kStep = kDepthStep<E> == 1 ? 1 : 2;  // between neighbouring columns of a packed matrix
     const Shape& shape = wave.shape;
@@ -211,6 +212,7 @@ class AttentionOp final : public ResidualOp {
       const int n = (column + i) % head_width_;
       count = std::min({width - i, head_width_ - n, kPanel - n % kPanel});
       const std::int64_t head = image * heads_ + (column + i) / head_width_ / 2;
+      const int within = std::clamp(channels_ / heads_ - n, 0, count);
       const E* from = rows + i;
       if ((column + i) / head_width_ % 2 == 0) {
         E* k = wave.k + head * shape.k.size();
@@ -219,9 +221,10 @@ class AttentionOp final : public ResidualOp {
           stop = std::min(end, (start / kPanel + 1) * kPanel);
           for (int c = 0; c < count; ++c) {
             E* to = k + shape.k.index(n + c, start);
-            for (int key = start; key < std::min(stop, cut.end); ++key, to += kStep)
+            int key = start;
+            for (; c < within && key < std::min(stop, cut.end); ++key, to += kStep)
               *to = from[(key - cut.begin) * width + c];
-            for (int key = std::max(start, cut.end); key < stop; ++key, to += kStep) *to = E{};
+            for (; key < stop; ++key, to += kStep) *to = E{};
           }
         }
       } else {
@@ -230,7 +233,7 @@ class AttentionOp final : public ResidualOp {
         for (int key = cut.begin; key < end; ++key) {
           E* to = v + shape.v.index(key, n);
           const E* row = from + (key - cut.begin) * width;
-          for (int c = 0; c < count; ++c) to[c * kStep] = key < cut.end ? row[c] : E{};
+          for (int c = 0; c < count; ++c) to[c * kStep] = key < cut.end && c < within ? row[c] : E{};
         }
       }
     }
@@ -347,7 +350,7 @@ class AttentionOp final : public ResidualOp {
   Epilogue<T> to_out(const Wave& wave, const Split::Tile& tile) const {
     const std::ptrdiff_t at = tile.image * wave.tokens() * channels_;
     Epilogue<T> epilogue = add_rows(wave.out + at, wave.x + at, wave.scale(tile.image), channels_, proj_.bias.data());
-    epilogue.offsets = wave.places + tile.begin;
+    epilogue.places = wave.places + tile.begin;
     return epilogue;
   }
 
