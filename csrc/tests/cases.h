@@ -29,6 +29,7 @@ class Tensor {
     for (std::size_t i = 0; i < size; ++i) set(i, float(normal(random)));
   }
 
+  void seal() { memory_->seal(); }  // against writes
   void* data() const { return memory_->data(); }
   std::size_t size() const { return size_; }
   std::size_t bytes() const { return size_ * (dtype_ == pvt::DType::f32 ? 4 : 2); }
@@ -294,6 +295,7 @@ class Cases {
       for (int c = 0; c < s.in; ++c)
         for (int y = 0; y < s.height; ++y)
           for (int x = 0; x < s.width; ++x) image.set(place(b, c, y, x), float(normal(random_)));
+    image.seal();
     view.data = image.data();
     const Tensor gamma = draw(s.channels, 0.2, 1), beta = draw(s.channels, 0.2);
     const Tensor weight =
@@ -350,7 +352,9 @@ class Cases {
 
  private:
   Tensor draw(std::size_t size, double deviation = 1, double mean = 0) {
-    return Tensor(size, dtype_, flush_, mean, deviation, random_);
+    Tensor drawn(size, dtype_, flush_, mean, deviation, random_);
+    drawn.seal();
+    return drawn;
   }
   static std::string size(int batch, int height, int width, int channels) {
     return std::to_string(batch) + "x" + std::to_string(height) + "x" + std::to_string(width) + "x" +

@@ -13,13 +13,14 @@ enum class Flush { begin, end };
 class Guarded {
  public:
   Guarded(std::size_t bytes, Flush flush) {
-    const std::size_t page = std::size_t(sysconf(_SC_PAGESIZE)), inside = (bytes + page - 1) / page * page;
-    mapped_ = inside + 2 * page;
+    const std::size_t page = std::size_t(sysconf(_SC_PAGESIZE));
+    inside_ = (bytes + page - 1) / page * page;
+    mapped_ = inside_ + 2 * page;
     void* memory = mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     start_ = static_cast<char*>(memory);
-    if (inside != 0 && mprotect(start_ + page, inside, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
-    data_ = start_ + page + (flush == Flush::end ? inside - bytes : 0);
+    protect(PROT_READ | PROT_WRITE);
+    data_ = start_ + page + (flush == Flush::end ? inside_ - bytes : 0);
   }
   Guarded(const Guarded&) = delete;
   Guarded& operator=(const Guarded&) = delete;
@@ -27,7 +28,14 @@ class Guarded {
 
   void* data() const { return data_; }
 
+  // From now on a write is a fault, too.
+  void seal() { protect(PROT_READ); }
+
  private:
+  void protect(int access) {
+    if (inside_ != 0 && mprotect(start_ + (mapped_ - inside_) / 2, inside_, access) != 0) throw std::bad_alloc();
+  }
+
   char *start_, *data_;
-  std::size_t mapped_;
+  std::size_t inside_, mapped_;
 };
