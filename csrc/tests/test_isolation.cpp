@@ -50,7 +50,7 @@ class Test {
     isolated::follow({}, {});
     call.run(first.data());
     for (int threads : {1, 2, 3, 8})
-      for (std::size_t l2 : {std::size_t{1} << 14, std::size_t{1} << 17, std::size_t{1} << 21})
+      for (std::size_t l2 : {std::size_t{1} << 14, std::size_t{1} << 17, std::size_t{1} << 18, std::size_t{1} << 21})
         run(call, first, threads, l2);
   }
 
@@ -113,7 +113,9 @@ std::vector<Call> calls(Cases& cases) {
       cases.attention({1, 12, 13, 64, 2, 3}),
       cases.attention({2, 10, 9, 40, 2, 1, true}),
       cases.attention({3, 5, 7, 96, 2}),
-      cases.patch_embed({1, 37, 35, 16, 64, 7, 4}),  // a patch fills its row
+      cases.attention({2, 15, 11, 64, 2, 5}),        // a sum in parts
+      cases.patch_embed({1, 37, 35, 16, 64, 7, 4}),  // a patch fills its row, where vectors have eight lanes
+      cases.patch_embed({1, 31, 29, 32, 64, 7, 4}),  // where they have sixteen
       cases.patch_embed({2, 33, 37, 3, 40, 7, 4, false, 1}),
       cases.patch_embed({1, 17, 15, 24, 72, 3, 2, true}),
       cases.norm({2, 77, 50, 0}),
