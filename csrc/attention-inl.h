@@ -201,8 +201,7 @@ class AttentionOp final : public ResidualOp {
   }
 
   // Columns [column, column + width) of the product with kv_, for the keys of `cut`, into the packed matrices. Keys
-  // past the last one and a head's columns past its width become zero: they poison neither the scores nor the product
-  // with zero probabilities, nor that with the projection's zeros.
+  // past the last one become zero: they poison neither the scores nor the product with zero probabilities.
   void pack_keys(const Wave& wave, std::int64_t image, int column, int width, const E* rows, Split::Tile cut) const {
     constexpr int kStep = kDepthStep<E> == 1 ? 1 : 2;  // between neighbouring columns of a packed matrix
     const Shape& shape = wave.shape;
@@ -212,7 +211,6 @@ class AttentionOp final : public ResidualOp {
       const int n = (column + i) % head_width_;
       count = std::min({width - i, head_width_ - n, kPanel - n % kPanel});
       const std::int64_t head = image * heads_ + (column + i) / head_width_ / 2;
-      const int within = std::clamp(channels_ / heads_ - n, 0, count);
       const E* from = rows + i;
       if ((column + i) / head_width_ % 2 == 0) {
         E* k = wave.k + head * shape.k.size();
@@ -221,10 +219,9 @@ class AttentionOp final : public ResidualOp {
           stop = std::min(end, (start / kPanel + 1) * kPanel);
           for (int c = 0; c < count; ++c) {
             E* to = k + shape.k.index(n + c, start);
-            int key = start;
-            for (; c < within && key < std::min(stop, cut.end); ++key, to += kStep)
+            for (int key = start; key < std::min(stop, cut.end); ++key, to += kStep)
               *to = from[(key - cut.begin) * width + c];
-            for (; key < stop; ++key, to += kStep) *to = E{};
+            for (int key = std::max(start, cut.end); key < stop; ++key, to += kStep) *to = E{};
           }
         }
       } else {
@@ -233,7 +230,7 @@ class AttentionOp final : public ResidualOp {
         for (int key = cut.begin; key < end; ++key) {
           E* to = v + shape.v.index(key, n);
           const E* row = from + (key - cut.begin) * width;
-          for (int c = 0; c < count; ++c) to[c * kStep] = key < cut.end && c < within ? row[c] : E{};
+          for (int c = 0; c < count; ++c) to[c * kStep] = key < cut.end ? row[c] : E{};
         }
       }
     }

@@ -155,15 +155,18 @@ PVT_INLINE Vec gelu(Vec x) {
   else
     table = &kRoughGelu;
   const Vec size = reinterpret_cast<Vec>(reinterpret_cast<VecBits>(x) & 0x7fffffff);
-  // past the last node, and for NaN, the last one's polynomial goes on (of infinity it is NaN, as torch's on vectors)
+  // past the last node, and for NaN, the last one's polynomial goes on
   const Vec shifted = min(size * (1 / Table::kStep) + kRoundToInteger, splat(kRoundToInteger + Table::kNodes - 1));
   const VecInt node = reinterpret_cast<VecInt>(shifted);  // in its low bits
   const Vec u = size - (shifted - kRoundToInteger) * Table::kStep;
+  // the last node's higher coefficients are 0, which times infinity were NaN: of infinity GELU is infinity
+  const Vec finite = min(splat(__FLT_MAX__), u);
   constexpr int kDegree = kPrecise ? 4 : 2;
   Vec h = __builtin_shuffle(load(table->coefficients[kDegree]), node);
 #pragma GCC unroll 4
-  for (int power = kDegree - 1; power >= 0; --power)
-    h = h * u + __builtin_shuffle(load(table->coefficients[power]), node);
+  for (int power = kDegree - 1; power > 0; --power)
+    h = h * finite + __builtin_shuffle(load(table->coefficients[power]), node);
+  h = h * u + __builtin_shuffle(load(table->coefficients[0]), node);
   return x * 0.5f + h;
 }
 #else
