@@ -155,19 +155,15 @@ def test_gelu_far_from_zero(target, op_dtype):
     assert math.isnan(infinite[2])
 
 
+@DTYPES
 @pytest.mark.only("cpp")
-def test_padded_channels_do_not_turn_infinity_into_nan(target):
+def test_padded_channels_do_not_turn_infinity_into_nan(target, op_dtype):
     """All that is real is plus infinity, weighed by ones; only the zero weights of padding could make NaN of it."""
-    zeros, ones = torch.zeros(8), torch.ones(8)
-    norm = Norm(ones, torch.full((8,), INF), 1e-5)
-    w = MlpWeights(
-        norm,
-        Linear(ones.expand(3, 8).contiguous(), None),
-        Linear(torch.ones(3, 1, 3, 3), None),
-        Linear(ones[:3].expand(8, 3).contiguous(), zeros),
-    )
+    zeros, ones = torch.zeros(8, dtype=op_dtype), torch.ones(3, 8, dtype=op_dtype)
+    norm, taps = Norm(ones[0], zeros + INF, 1e-5), torch.ones(3, 1, 3, 3, dtype=op_dtype)
+    w = MlpWeights(norm, Linear(ones, None), Linear(taps, None), Linear(ones.mT.contiguous(), zeros))
     with target.in_use():
-        y = target.module.dwconv_mlp(torch.randn(2, 6, 8), (2, 3), w, MlpSpec(False))
+        y = target.module.dwconv_mlp(torch.randn(2, 6, 8).to(op_dtype), (2, 3), w, MlpSpec(False))
     assert (y == INF).all()
 
 
