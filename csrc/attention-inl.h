@@ -77,7 +77,7 @@ class AttentionOp final : public ResidualOp {
     std::int64_t images;
     bool by_panels = false;
     E* normed = nullptr;           // (images, tokens, normed_width), tokens in the order of patches
-    int* places = nullptr;         // (tokens): element of an image where the token at that place of `normed` lies
+    int* places = nullptr;         // (tokens): which of an image's tokens lies there in `normed`
     E* source = nullptr;           // (images, keys, normed_width): pooled, then reduced and normalised tokens
     float* reduced = nullptr;      // (parts, images, keys, normed_width)
     E *k = nullptr, *v = nullptr;  // (images, heads) packed matrices
@@ -144,7 +144,7 @@ class AttentionOp final : public ResidualOp {
           else
             row = patches + shape.height * sr * outside + (y - shape.height * sr) * width + x;
           rows.add(from, normed + row * normed_width());
-          if (tile.image == 0) wave.places[row] = (y * width + x) * channels_;
+          if (tile.image == 0) wave.places[row] = y * width + x;
         }
       }
     });
@@ -347,7 +347,7 @@ class AttentionOp final : public ResidualOp {
   Epilogue<T> to_out(const Wave& wave, const Split::Tile& tile) const {
     const std::ptrdiff_t at = tile.image * wave.tokens() * channels_;
     Epilogue<T> epilogue = add_rows(wave.out + at, wave.x + at, wave.scale(tile.image), channels_, proj_.bias.data());
-    epilogue.offsets = wave.places + tile.begin;
+    epilogue.places = wave.places + tile.begin;
     return epilogue;
   }
 

@@ -106,10 +106,13 @@ class PatchEmbedOp final : public PatchEmbed {
     const int count = pieces(), length = piece_length();
     E* to = row;
     if (y0 >= 0 && x0 >= 0 && y0 + kernel_ <= image.height && x0 + kernel_ < image.width) {
-      if (length == 7)  // one element more is there, and there is room for it: one vector
-        for (int i = 0; i < count; ++i, to += 7) copy(from + offsets[i], to, 8);
-      else
+      if (length == 7) {  // one element more is there, and the next piece takes its place: one vector
+        for (int i = 0; i < count - 1; ++i, to += 7) copy(from + offsets[i], to, 8);
+        copy(from + offsets[count - 1], to, 7);  // the next row may be another thread's
+        to += 7;
+      } else {
         for (int i = 0; i < count; ++i, to += length) copy(from + offsets[i], to, length);
+      }
     } else {
       const int unit = length / kernel_, channels = count / kernel_;
       const int left = int(std::clamp<std::int64_t>(-x0, 0, kernel_)) * unit;

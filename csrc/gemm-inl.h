@@ -38,20 +38,20 @@ template <>
 inline constexpr int kDepthStep<bf16> = 2;
 #endif
 
-// Row scratch is laid out with this width for k columns, so that a GEMM's output can be the next one's input with its
-// zero columns as the padding of k,
-constexpr std::size_t row_width(std::size_t columns) { return round_up(columns, kNarrow); }
-// and with this many rows for m of them: the matrix unit reads whole tiles.
-constexpr std::size_t row_room(std::size_t rows) { return round_up(rows, 16); }
-
 // Work items have at least this many rows,
 constexpr int kLeastRows = 12;
-// and begin at multiples of this many, so that none ends with a tile that is mostly empty.
+// and begin at multiples of this many of an image's rows, so that none ends with a tile that is mostly empty.
 #ifdef PVT_AMX
 constexpr int kRowStep = 16;
 #else
 constexpr int kRowStep = 1;
 #endif
+
+// Row scratch is laid out with this width for k columns, so that a GEMM's output can be the next one's input with its
+// zero columns as the padding of k,
+constexpr std::size_t row_width(std::size_t columns) { return round_up(columns, kNarrow); }
+// and with this many rows for m of them: the matrix unit reads whole tiles, wherever among them an image begins.
+constexpr std::size_t row_room(std::size_t rows) { return round_up(rows + kRowStep - 1, 16); }
 
 // One panel of a packed matrix: [depth][width], or for bf16 pairs [depth / 2][width][2].
 template <class E>
@@ -136,17 +136,17 @@ PVT_INLINE void for_each(const Vec (&)[kRows][kVectors], const Body& body) {
 // What happens to a sum, bias added, before it is stored: * multiply, ReLU, residual + scale * it.
 template <class Out>
 struct Epilogue {
-  Out* out;                      // of row 0, column 0
-  std::ptrdiff_t ld;             // elements between rows, unless
-  const int* offsets = nullptr;  // gives each row's place
-  int columns;                   // stored columns; the rest of the last panel is dropped
+  Out* out;                     // of row 0, column 0
+  std::ptrdiff_t ld;            // elements between rows
+  const int* places = nullptr;  // of the rows, where they are not stored in order
+  int columns;                  // stored columns; the rest of the last panel is dropped
   const float* bias;
   float multiply = 1;
   bool relu = false;
   const Out* residual = nullptr;  // laid out as `out`
   float residual_scale = 1;
 
-  PVT_INLINE std::ptrdiff_t place(int row) const { return offsets ? offsets[row] : row * ld; }
+  PVT_INLINE std::ptrdiff_t place(int row) const { return (places ? places[row] : row) * ld; }
 
   // Rows from `row` on and columns from `column` on of the product. One branch for all rows, and nothing that calls a
   // function while sums wait in registers.
@@ -181,7 +181,7 @@ struct Epilogue {
   }
 
   // Is storing all that happens to columns up to `end`?
-  bool plain(int end) const { return !offsets && !relu && !residual && multiply == 1 && end <= columns; }
+  bool plain(int end) const { return !places && !relu && !residual && multiply == 1 && end <= columns; }
 
   PVT_INLINE Vec finished(Vec v) const {
     if (multiply != 1) v *= multiply;

@@ -8,6 +8,10 @@
 #include <new>
 #include <utility>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace pvt {
 
 constexpr std::size_t kAlignment = 64;  // a cache line, and the widest vector
@@ -63,6 +67,9 @@ class Scratch {
   void reset(std::size_t bytes) {
     if (bytes > buffer_.size()) buffer_ = Buffer<char>(bytes);
     used_ = 0;
+#ifdef __SANITIZE_ADDRESS__
+    ASAN_UNPOISON_MEMORY_REGION(buffer_.data(), buffer_.size());
+#endif
   }
   // `count` uninitialised elements, aligned; within what `reset` made room for.
   template <class T>
@@ -70,6 +77,9 @@ class Scratch {
     T* result = reinterpret_cast<T*>(buffer_.data() + used_);
     used_ += bytes_for<T>(count);
     assert(used_ <= buffer_.size());
+#ifdef __SANITIZE_ADDRESS__  // what lies between the arrays is nobody's
+    ASAN_POISON_MEMORY_REGION(result + count, bytes_for<T>(count) - count * sizeof(T));
+#endif
     return result;
   }
   // What `take<T>(count)` uses.

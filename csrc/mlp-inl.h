@@ -24,7 +24,10 @@ class MlpOp final : public ResidualOp {
     const T* bias = static_cast<const T*>(w.dwconv.bias);
     for (int c = 0; c < hidden_; ++c) {
       float* panel = taps_.data() + std::size_t(c / kPanel) * kTaps * kPanel + c % kPanel;
-      for (int i = 0; i < 9; ++i) panel[i * kPanel] = to_float(taps[c * 9 + i]);
+      for (int i = 0; i < 9; ++i) {
+        panel[i * kPanel] = to_float(taps[c * 9 + i]);
+        finite_taps_ &= __builtin_isfinite(panel[i * kPanel]);
+      }
       panel[9 * kPanel] = bias ? to_float(bias[c]) : 0.0f;
     }
   }
@@ -111,12 +114,12 @@ class MlpOp final : public ResidualOp {
       normed_ = scratch.take<E>(row_room(new_tokens) * op.normed_width());
       activated_ = scratch.take<E>(op.activated_size(tokens_));
       hidden_ = scratch.take<float>(hidden_size);
-      offsets_ = scratch.take<int>(new_tokens);
+      places_ = scratch.take<int>(new_tokens);
       rows_ = scratch.take<const float*>(most + 2);
       pairs_ = scratch.take<float*>(panels + 1);
       for (int i = 0; i <= panels; ++i) pairs_[i] = hidden_ + (most + 2 + 2 * i) * row_;
       std::memset(hidden_, 0, hidden_size * sizeof(float));
-      hidden_offsets(width_, most + 2, offsets_);
+      hidden_places(width_, most + 2, places_);
     }
 
     // Rows [begin, end) of an image; `carried` where this thread has just done the rows above them.
@@ -138,12 +141,12 @@ class MlpOp final : public ResidualOp {
         for (int j = 0; j < height + 2; ++j) rows_[j] = hidden_ + j * row_;
         for (int j = 0; carried && j < 2; ++j) rows_[j] = pair + j * row_;
         for (int j = kept; carries && j < height + 2; ++j) rows_[j] = spare + (j - kept) * row_;
-        op_.fc1_panel(p, normed_, 0, kept - first, width_, hidden_ + first * row_, offsets_);
+        op_.fc1_panel(p, normed_, 0, kept - first, width_, hidden_ + first * row_, places_);
         if (carries) {
           const int start = std::max(first, kept);
-          op_.fc1_panel(p, normed_, start - first, last - start, width_, spare + (start - kept) * row_, offsets_);
+          op_.fc1_panel(p, normed_, start - first, last - start, width_, spare + (start - kept) * row_, places_);
         }
-        op_.convolve(p, rows_, height, width_, activated_ + p * row_room(tokens_) * kPanel);
+        op_.convolve(p, rows_, tile, call_.map, activated_ + p * row_room(tokens_) * kPanel);
         if (carries) std::swap(pair, spare);
       }
       const std::ptrdiff_t at = call_.image(tile.image, from, op_.channels_) - call_.x;
@@ -158,7 +161,7 @@ class MlpOp final : public ResidualOp {
     std::size_t tokens_;     // that there is room for
     E *normed_, *activated_;
     float *hidden_, **pairs_;  // two rows of each panel that the next group begins with, and a spare pair
-    int* offsets_;
+    int* places_;
     const float** rows_;
   };
 
@@ -173,8 +176,8 @@ class MlpOp final : public ResidualOp {
                  Scratch::bytes_for<int>(map.height * normed_tokens(width)));
     E* normed = shared.take<E>(normed_size);
     E* activated = shared.take<E>(activated_size(all));
-    int* offsets = shared.take<int>(map.height * normed_tokens(width));
-    hidden_offsets(width, map.height, offsets);
+    int* places = shared.take<int>(map.height * normed_tokens(width));
+    hidden_places(width, map.height, places);
     const Split rows = split_light(1, map.batch * map.height, width * channels_);
     parallel_for(rows.tiles, [&](std::int64_t item) {
       const auto tile = rows.tile(item);
@@ -186,7 +189,7 @@ class MlpOp final : public ResidualOp {
       const auto band = bands.tile(item);
       const std::int64_t p = band.image / map.batch, index = band.image % map.batch;
       const E* to = activated_rows(activated, index * tokens, all).at(0, int(p) * kPanel);
-      hidden_band(int(p), map, band, normed, int(index) * map.height, offsets, const_cast<E*>(to));
+      hidden_band(int(p), map, band, normed, int(index) * map.height, places, const_cast<E*>(to));
     });
     for_panels(map.batch, fc2_, tokens, 1, [&](int p, std::int64_t index, Split::Tile cut, int) {
       const std::int64_t row = index * tokens + cut.begin;
@@ -196,7 +199,7 @@ class MlpOp final : public ResidualOp {
   }
 
   // Rows [begin, end) of one panel of an image's activated map; its normalised map starts at row `top` of `normed`.
-  void hidden_band(int p, const Map& map, Split::Tile band, const E* normed, int top, const int* offsets,
+  void hidden_band(int p, const Map& map, Split::Tile band, const E* normed, int top, const int* places,
                    E* activated) const {
     const MatrixUnit unit;
     const int width = map.width, first = std::max(band.begin - 1, 0), last = std::min(band.end + 1, map.height);
@@ -208,8 +211,8 @@ class MlpOp final : public ResidualOp {
     const float** rows = scratch.take<const float*>(band.rows() + 2);
     std::memset(hidden, 0, (band.rows() + 2) * row * sizeof(float));
     for (int j = 0; j < band.rows() + 2; ++j) rows[j] = hidden + j * row;
-    fc1_panel(p, normed, top + first, last - first, width, hidden + (first - (band.begin - 1)) * row, offsets);
-    convolve(p, rows, band.rows(), width, activated + std::ptrdiff_t(band.begin) * width * kPanel);
+    fc1_panel(p, normed, top + first, last - first, width, hidden + (first - (band.begin - 1)) * row, places);
+    convolve(p, rows, band, map, activated + std::ptrdiff_t(band.begin) * width * kPanel);
   }
 
   // LayerNorm of row `row` of the maps at x.
@@ -221,17 +224,18 @@ class MlpOp final : public ResidualOp {
   }
 
   // Places of the tokens of `rows` rows in a panel's hidden rows.
-  static void hidden_offsets(int width, int rows, int* offsets) {
+  static void hidden_places(int width, int rows, int* places) {
     for (int y = 0; y < rows; ++y)
-      for (int c = 0; c < width; ++c) *offsets++ = (y * (width + 2) + c + 1) * kPanel;
+      for (int c = 0; c < width; ++c) *places++ = y * (width + 2) + c + 1;
   }
 
   // One panel of fc1 for rows [first, first + rows) of the normalised map.
-  void fc1_panel(int p, const E* normed, int first, int rows, int width, float* hidden, const int* offsets) const {
+  void fc1_panel(int p, const E* normed, int first, int rows, int width, float* hidden, const int* places) const {
     const Rows<E> a = rows_of(normed, std::int64_t{first} * normed_tokens(width), normed_width());
     Epilogue<float> epilogue = store_rows(hidden, kPanel, fc1_.bias.data() + p * kPanel);
-    epilogue.offsets = kGap ? nullptr : offsets;
+    epilogue.places = kGap ? nullptr : places;
     epilogue.relu = relu_;
+    epilogue.columns = std::min(kPanel, hidden_ - p * kPanel);  // the others stay zero, whatever the rows are
     gemm_panel(a, rows * normed_tokens(width), fc1_.panel(p), 0, epilogue);
     for (int y = 0; kGap && y < rows; ++y)  // what came of the gaps
       for (int c = 0; c < kPanel; ++c)
@@ -243,9 +247,11 @@ class MlpOp final : public ResidualOp {
     return add_rows(call.out + at, call.x + at, call.scale(image), channels_, fc2_.bias.data());
   }
 
-  // gelu(dwconv) of `count` rows of one panel: rows[y] is the row above row y.
-  void convolve(int p, const float* const* rows, int count, int width, E* out) const {
+  // gelu(dwconv) of a band of one panel: rows[y] is the row above its row y.
+  void convolve(int p, const float* const* rows, Split::Tile band, const Map& map, E* out) const {
+    const int count = band.rows(), width = map.width;
     const float* panel = taps_.data() + std::size_t(p) * kTaps * kPanel;
+    if (!finite_taps_) return convolve_inside(panel, rows, band, map, out);
     for (int part = 0; part < fc1_.layout.width(p); part += kLanes) {
       Vec taps[kTaps];
       for (int i = 0; i < kTaps; ++i) taps[i] = load(panel + i * kPanel + part);
@@ -261,6 +267,22 @@ class MlpOp final : public ResidualOp {
         if (c < width) convolve_columns<1>(above, c, taps, to + c * kPanel);
       }
     }
+  }
+
+  // The same without the taps that lie outside the map: torch leaves them out, and zeros times infinity were NaN.
+  __attribute__((noinline)) void convolve_inside(const float* panel, const float* const* rows, Split::Tile band,
+                                                 const Map& map, E* out) const {
+    const auto inside = [](int at, int size) { return at >= 0 && at < size; };
+    for (int y = 0; y < band.rows(); ++y)
+      for (int c = 0; c < map.width; ++c, out += kPanel)
+        for (int part = 0; part < kPanel; part += kLanes) {
+          const float* above[3] = {rows[y] + part, rows[y + 1] + part, rows[y + 2] + part};
+          Vec taps[kTaps];
+          for (int i = 0; i < kTaps; ++i) taps[i] = load(panel + i * kPanel + part);
+          for (int i = 0; i < 9; ++i)
+            if (!inside(band.begin + y + i / 3 - 1, map.height) || !inside(c + i % 3 - 1, map.width)) taps[i] = Vec{};
+          convolve_columns<1>(above, c, taps, out + part);
+        }
   }
 
   // kColumns outputs of one row from column c on: each loaded value serves up to three of them.
@@ -283,7 +305,7 @@ class MlpOp final : public ResidualOp {
   }
 
   int channels_, hidden_;
-  bool relu_;
+  bool relu_, finite_taps_ = true;
   PackedNorm norm_;
   PackedMatrix<E> fc1_, fc2_;
   Buffer<float> taps_;  // [panel][nine taps, bias][kPanel]

@@ -25,7 +25,8 @@ constexpr auto highest = [](Vec a, Vec b) PVT_LAMBDA { return max(a, b); };
 
 // out = activation(LayerNorm(x)) for rows that are handed over one by one and done in groups. Writes `columns` columns
 // (at most row_width(channels); those past the channels are zero). Two passes over a row, which the first leaves in
-// cache: mean, then squared distances from it, so that a large mean costs no precision.
+// cache: mean, then squared distances from it, so that a large mean costs no precision. The mean is summed from the
+// row's first value on: of equal values it is that value, whatever their sum would round or overflow to.
 template <class In, class Out, Activation kActivation = Activation::none>
 class NormRows {
  public:
@@ -59,7 +60,7 @@ class NormRows {
   void normalise_short() {
     Vec x[kRowGroup][kVectors], all[kRowGroup] = {};
     float mean[kRowGroup], scale[kRowGroup];
-    for_each(x, [&](auto i, auto j) PVT_LAMBDA { all[i] += x[i][j] = load(x_[i] + j * kLanes); });
+    for_each(x, [&](auto i, auto j) PVT_LAMBDA { all[i] += x[i][j] = load(x_[i] + j * kLanes) - to_float(x_[i][0]); });
     means(all, mean);
     unrolled<kRowGroup>([&](auto i) PVT_LAMBDA { all[i] = Vec{}; });
     for_each(x, [&](auto i, auto j) PVT_LAMBDA {
@@ -67,7 +68,7 @@ class NormRows {
       all[i] += x[i][j] * x[i][j];
     });
     means(all, scale);
-    for (float& s : scale) s = 1.0f / std::sqrt(s + norm_.eps);
+    inverse_deviations(scale);
     for_each(x,
              [&](auto i, auto j) PVT_LAMBDA { store(out_[i] + j * kLanes, finished(x[i][j] * scale[i], j * kLanes)); });
   }
@@ -78,10 +79,12 @@ class NormRows {
     float mean[kRowGroup], scale[kRowGroup];
     const auto of_rows = [](const auto& body) PVT_LAMBDA { unrolled<kRowGroup>(body); };
     if (rest) of_rows([&](auto i) PVT_LAMBDA { tails[i] = load_first(x_[i] + full, rest); });
-    of_rows([&](auto i) PVT_LAMBDA { all[i] = tails[i]; });
-    for (int c = 0; c < full; c += kLanes) of_rows([&](auto i) PVT_LAMBDA { all[i] += load(x_[i] + c); });
-    means(all, mean);
     const Vec inside = first_lanes(rest);
+    of_rows([&](auto i) PVT_LAMBDA { all[i] = (tails[i] - to_float(x_[i][0])) * inside; });
+    for (int c = 0; c < full; c += kLanes)
+      of_rows([&](auto i) PVT_LAMBDA { all[i] += load(x_[i] + c) - to_float(x_[i][0]); });
+    means(all, mean);
+    for (int i = 0; i < kRowGroup; ++i) mean[i] += to_float(x_[i][0]);
     of_rows([&](auto i) PVT_LAMBDA {
       tails[i] = (tails[i] - mean[i]) * inside;
       all[i] = tails[i] * tails[i];
@@ -92,7 +95,7 @@ class NormRows {
         all[i] += d * d;
       });
     means(all, scale);
-    for (float& s : scale) s = 1.0f / std::sqrt(s + norm_.eps);
+    inverse_deviations(scale);
     for (int c = 0; c < full; c += kLanes)
       of_rows([&](auto i) PVT_LAMBDA { store(out_[i] + c, finished((load(x_[i] + c) - mean[i]) * scale[i], c)); });
     if (rest)
@@ -110,6 +113,11 @@ class NormRows {
     float lanes[kLanes];
     store(lanes, reduce(sums, sum));
     for (int i = 0; i < kRowGroup; ++i) mean[i] = lanes[i] * share;
+  }
+
+  // Of variances. Of one that overflowed NaN, as torch's: the inverse alone would be 0, and the row its bias.
+  PVT_INLINE void inverse_deviations(float (&variance)[kRowGroup]) const {
+    for (float& v : variance) v = 1.0f / std::sqrt(v + norm_.eps) + v * 0.0f;
   }
 
   // Of normalised values of columns from c on.
@@ -173,8 +181,9 @@ void softmax_group(float* scores, int count, int width, Out* probabilities) {
 
 template <class Out>
 void softmax_rows(float* scores, int rows, int count, int width, Out* probabilities) {
+  const std::ptrdiff_t ld = width;
   int row = 0;
   for (; row + kRowGroup <= rows; row += kRowGroup)
-    softmax_group<kRowGroup>(scores + row * width, count, width, probabilities + row * width);
-  for (; row < rows; ++row) softmax_group<1>(scores + row * width, count, width, probabilities + row * width);
+    softmax_group<kRowGroup>(scores + row * ld, count, width, probabilities + row * ld);
+  for (; row < rows; ++row) softmax_group<1>(scores + row * ld, count, width, probabilities + row * ld);
 }

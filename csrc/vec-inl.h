@@ -155,41 +155,44 @@ PVT_INLINE Vec gelu(Vec x) {
   else
     table = &kRoughGelu;
   const Vec size = reinterpret_cast<Vec>(reinterpret_cast<VecBits>(x) & 0x7fffffff);
-  // past the last node, and for NaN, the last one's polynomial goes on (of infinity it is NaN)
+  // past the last node, and for NaN, the last one's polynomial goes on
   const Vec shifted = min(size * (1 / Table::kStep) + kRoundToInteger, splat(kRoundToInteger + Table::kNodes - 1));
   const VecInt node = reinterpret_cast<VecInt>(shifted);  // in its low bits
   const Vec u = size - (shifted - kRoundToInteger) * Table::kStep;
+  // the last node's higher coefficients are 0, which times infinity were NaN: of infinity GELU is infinity
+  const Vec finite = min(splat(__FLT_MAX__), u);
   constexpr int kDegree = kPrecise ? 4 : 2;
   Vec h = __builtin_shuffle(load(table->coefficients[kDegree]), node);
 #pragma GCC unroll 4
-  for (int power = kDegree - 1; power >= 0; --power)
-    h = h * u + __builtin_shuffle(load(table->coefficients[power]), node);
+  for (int power = kDegree - 1; power > 0; --power)
+    h = h * finite + __builtin_shuffle(load(table->coefficients[power]), node);
+  h = h * u + __builtin_shuffle(load(table->coefficients[0]), node);
   return x * 0.5f + h;
 }
 #else
-// GELU(x) = x Phi(x), with Phi(x) - 1/2 an odd polynomial on [-clip, clip] in t = 2 x^2 / clip^2 - 1 (a minimax fit,
-// weighted for the error of x Phi). kPrecise: 9e-7 at most on [-9, 9], as torch's erf in float (1.2e-6); else 4e-5,
-// a hundredth of bfloat16's rounding at 1.
+// GELU(x) = x Phi(x), with Phi(x) - 1/2 an odd polynomial of z = x / clip on [-1, 1], in t = 2 z^2 - 1 (a minimax fit,
+// weighted for the error of x Phi). kPrecise: 8e-7 at most on [-9, 9], as torch's erf in float (1.2e-6); else 3e-5,
+// a hundredth of bfloat16's rounding at 1. At z = +-1 the rounded sums are +-1/2 exactly: beyond, however far, GELU is
+// 0 or x; of minus infinity it is NaN, as torch's.
 template <bool kPrecise>
 PVT_INLINE Vec gelu(Vec x) {
   constexpr float kClip = kPrecise ? 5.4f : 4.4f;
-  const Vec clipped = max(min(x, splat(kClip)), splat(-kClip));
-  const Vec t = clipped * clipped * (2 / (kClip * kClip)) - 1.0f;
+  const Vec z = max(min(x * (1 / kClip), splat(1)), splat(-1));
+  const Vec t = z * z * 2.0f - 1.0f;
   Vec p;
   if constexpr (kPrecise) {
-    constexpr float c[] = {0.13092811405658722f,   -0.06532798707485199f,   0.048499397933483124f,
-                           -0.0392092764377594f,   0.03212105482816696f,    -0.025722352787852287f,
-                           0.019608857110142708f,  -0.014062400907278061f,  0.009785707108676434f,
-                           -0.006520518101751804f, 0.0034112383145838976f,  -0.0013678262475878f,
-                           0.0010954366298392415f, -0.0009641348151490092f, 0.0003172778233420104f};
+    constexpr float c[] = {0.7070118188858032f,   -0.352771133184433f,    0.2618967592716217f,   -0.21173009276390076f,
+                           0.1734537035226822f,   -0.13890071213245392f,  0.10588783025741577f,  -0.07593696564435959f,
+                           0.052842818200588226f, -0.03521079942584038f,  0.018420686945319176f, -0.007386262062937021f,
+                           0.005915357731282711f, -0.005206327885389328f, 0.00171330024022609f};
     p = polynomial(c, t);
   } else {
-    constexpr float c[] = {0.16040439903736115f,  -0.07861191779375076f,  0.05525077134370804f,
-                           -0.04009486734867096f, 0.026804352179169655f,  -0.0159586314111948f,
-                           0.01097528450191021f,  -0.007900110445916653f, 0.002767162397503853f};
+    constexpr float c[] = {0.7057790160179138f,   -0.34589245915412903f, 0.24310339987277985f,
+                           -0.17641742527484894f, 0.11793915182352066f,  -0.07021798193454742f,
+                           0.04829125106334686f,  -0.0347604863345623f,  0.012175514362752438f};
     p = polynomial(c, t);
   }
-  return x * (clipped * p + 0.5f);
+  return x * (z * p + 0.5f);
 }
 #endif
 
