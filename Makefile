@@ -80,6 +80,9 @@ build/threads/%.o: %.cpp Makefile
 build/amx/%.o: %.cpp Makefile
 	$(call compile,$(CXX),$(EMULATED_AMX))
 
+build/amx_sanitized/%.o: %.cpp Makefile
+	$(call compile,$(CXX),$(SANITIZED) -DPVT_EMULATED_AMX -include csrc/tests/emulated_amx.h)
+
 build/aarch64/%.o: %.cpp Makefile | cross-tools
 	$(call compile,$(CROSS_CXX),-O3)
 
@@ -91,8 +94,23 @@ build/test_kernels: $(call objects,optimised,$(KERNELS) csrc/tests/test_kernels.
 build/test_kernels_sanitized: $(call objects,sanitized,$(SANITIZED_KERNELS) csrc/tests/test_kernels.cpp)
 	$(CXX) -fopenmp $(SANITIZED) $^ -o $@
 
-build/test_kernels_threads: $(call objects,threads,$(SANITIZED_KERNELS) csrc/tests/test_kernels.cpp)
+build/test_kernels_threads build/test_team_threads: build/test_%_threads: $(call objects,threads,$(SANITIZED_KERNELS)) build/threads/csrc/tests/test_%.o
 	$(CXX) -fopenmp $(THREAD_SANITIZED) $^ -o $@
+
+build/test_team: $(call objects,optimised,$(KERNELS) csrc/tests/test_team.cpp)
+	$(CXX) -fopenmp $^ -o $@
+
+# with a stand-in for what shares work items out
+ISOLATED := $(filter-out csrc/parallel.cpp,$(KERNELS)) csrc/tests/isolated_items.cpp csrc/tests/test_isolation.cpp
+
+build/test_isolation: $(call objects,optimised,$(ISOLATED))
+	$(CXX) -pthread $^ -o $@
+
+build/test_isolation_amx: $(call objects,amx,$(ISOLATED))
+	$(CXX) -pthread $^ -o $@
+
+build/test_kernels_amx_sanitized: $(call objects,amx_sanitized,$(KERNELS) csrc/tests/test_kernels.cpp)
+	$(CXX) -fopenmp $(SANITIZED) $^ -o $@
 
 build/test_kernels_amx: $(call objects,amx,$(KERNELS) csrc/tests/test_kernels.cpp)
 	$(CXX) -fopenmp $^ -o $@
@@ -104,17 +122,22 @@ build/instructions: $(call objects,optimised,$(KERNELS) benchmarks/instructions.
 	$(CXX) -fopenmp $^ -o $@
 
 cpp-test:
-	$(BUILD) build/test_kernels
+	$(BUILD) build/test_kernels build/test_isolation build/test_team
 	build/test_kernels
+	build/test_isolation
+	build/test_team
 
 sanitize:
-	$(BUILD) build/test_kernels_sanitized build/test_kernels_threads
+	$(BUILD) build/test_kernels_sanitized build/test_kernels_threads build/test_team_threads
 	build/test_kernels_sanitized
 	OMP_NUM_THREADS=4 build/test_kernels_threads
+	build/test_team_threads
 
 amx-test:
-	$(BUILD) build/test_kernels_amx
+	$(BUILD) build/test_kernels_amx build/test_kernels_amx_sanitized build/test_isolation_amx
 	build/test_kernels_amx amx
+	build/test_kernels_amx_sanitized amx
+	build/test_isolation_amx amx
 
 # the kernels for ARM, cross-compiled and emulated: on a CPU with everything, then on one without bf16 instructions,
 # where every ISA that calls itself runnable must run
