@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from .arguments import choice
+
 logger = logging.getLogger("pvt_fast")
 
 # Auto order; each name's module. Adding a backend is one module and one line here.
@@ -52,9 +54,7 @@ class BackendStatus(NamedTuple):
 
 
 def _check_name(name: str, source: str) -> str:
-    if name not in ("auto", *ORDER):
-        raise ValueError(f"{source} must be one of {', '.join(('auto', *ORDER))}; got {name!r}")
-    return name
+    return choice(source, name, ("auto", *ORDER))
 
 
 # The environment is read once, at import, and checked when it is first followed, so that the command can still say

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import save_file
 
+from .arguments import instance
 from .checkpoint import load_state
 from .description import NORM_EPS, describe, settle, take_dtypes, tensors
 from .hub import CONFIG_FILE, WEIGHT_FILES, clear_errors, fetch
@@ -37,11 +39,13 @@ class HubMixin(
         `from_pretrained` would not bring back: any other head, adapters, parametrizations, quantised or replaced
         modules, norms of one kind with several epsilons.
         """
+        instance("save_pretrained: save_directory", save_directory, (str, os.PathLike), "a path")
         self._described("save_pretrained")
         return super().save_pretrained(save_directory, **options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """`save_pretrained` to the repository "org/name", by huggingface_hub's `ModelHubMixin.push_to_hub`."""
+        instance("push_to_hub: repo_id", repo_id, str, 'a str "org/name"')
         self._described("push_to_hub")
         return super().push_to_hub(repo_id, **options)
 
@@ -66,6 +70,8 @@ class HubMixin(
         Raises ValueError for another library's repository: those load with `load_weights` into a model made here.
         Raises OSError where the files are not in the cache and there is no network.
         """
+        kinds = (str, os.PathLike)
+        instance("from_pretrained: pretrained_model_name_or_path", pretrained_model_name_or_path, kinds, "a path or name")
         with clear_errors("from_pretrained", str(pretrained_model_name_or_path)):
             return super().from_pretrained(pretrained_model_name_or_path, **options)
 

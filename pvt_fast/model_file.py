@@ -13,6 +13,7 @@ from dataclasses import asdict
 import torch
 from safetensors.torch import save_file
 
+from .arguments import instance
 from .checkpoint import METADATA_KEY, load_state
 from .description import describe, settle, take_dtypes, tensors
 from .model import PVT_V2
@@ -25,6 +26,9 @@ def save_model(model: PVT_V2, path: str | os.PathLike, preprocess: Preprocess) -
 
     Raises ValueError, and writes nothing, for a model that `load_model` would not bring back: see `save_pretrained`.
     """
+    instance("save_model: model", model, PVT_V2, "a PVT_V2")
+    instance("save_model: path", path, (str, os.PathLike), "a path")
+    instance("save_model: preprocess", preprocess, Preprocess, "a Preprocess")
     description = {**describe("save_model", model, PVT_V2), "preprocess": asdict(preprocess)}
     # one entry only: the order of several is not fixed, and equal weights shall give equal files
     save_file(tensors(model), path, metadata={METADATA_KEY: json.dumps(description, sort_keys=True)})
@@ -59,6 +63,7 @@ def load_model(path: str | os.PathLike) -> tuple[PVT_V2, Preprocess]:
 
     In float32, which float16 and bfloat16 fit into; parameters that the file has in float64 stay so.
     """
+    instance("load_model: path", path, (str, os.PathLike), "a path")
     state, metadata = load_state(path)
     if not has_config(metadata):
         raise ValueError(f"load_model: path must be a file written by save_model, got {str(path)!r}")

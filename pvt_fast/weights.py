@@ -17,6 +17,7 @@ import torch
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 
+from .arguments import choice, flag, instance, shown
 from .checkpoint import METADATA_KEY, SUFFIXES, load_state, unnest
 from .description import require_rebuilt
 from .hub import CONFIG_FILE, WEIGHT_FILES, clear_errors, fetch
@@ -93,6 +94,10 @@ def load_weights(model: PVT_V2, source: str | os.PathLike | Mapping[str, Any], s
     Raises ValueError for a source that holds no PVT v2 or, strictly, does not fit, and OSError for a repository that
     is not in the cache when there is no network. The model is then unchanged.
     """
+    from .model import PVT_V2  # which imports this module
+
+    instance("load_weights: model", model, PVT_V2, "a PVT_V2")
+    flag("load_weights: strict", strict)
     state, norm_eps = _read(source)
     return assign(model, state, norm_eps, strict)
 
@@ -146,10 +151,10 @@ def export_weights(model: PVT_V2, layout: str = "official") -> dict[str, Tensor]
     Raises ValueError for a model with modules that the implementation lacks: adapters, parametrizations, and but for
     "mmdet" a head that is neither a linear nor nn.Identity.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"export_weights: layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
     from .model import PVT_V2  # which imports this module
 
+    instance("export_weights: model", model, PVT_V2, "a PVT_V2")
+    choice("export_weights: layout", layout, tuple(LAYOUTS))
     require_rebuilt("export_weights", model, PVT_V2, head=layout != "mmdet")
     state = from_official(model.state_dict(), LAYOUTS[layout])
     return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
@@ -163,7 +168,7 @@ def _read(source: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str, Tens
     if isinstance(source, Mapping):
         return unnest(source), None
     if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"load_weights: source must be a path, a repository or a state dict, got {source!r}")
+        raise TypeError(f"load_weights: source must be a path, a repository or a state dict, got {shown(source)}")
     path = Path(source)
     if path.is_dir():
         files = [path / name for name in WEIGHT_FILES if (path / name).is_file()]

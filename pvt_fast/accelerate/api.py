@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from .. import dispatch
+from ..arguments import flag, function, instance
 from ..ops import packing
 from .fused import FusedBlock, Settings, StandIn
 from .guard import ACCELERATED_FROM, own_class
@@ -101,7 +102,12 @@ def accelerate_(
 
     A block accelerated before takes the new settings.
     """
+    instance("accelerate_: model", model, nn.Module, "an nn.Module")
     dispatch._check_name(backend, "accelerate_: backend")
+    for name, value in (("attention", attention), ("mlp", mlp), ("strict", strict)):
+        flag(f"accelerate_: {name}", value)
+    if filter_fn is not None:
+        function("accelerate_: filter_fn", filter_fn, "callable with a path and a module, or None")
     module = dispatch.load(backend) if backend != "auto" else None
     if isinstance(module, dispatch.BackendUnavailable):
         raise dispatch.BackendUnavailable(f"backend {backend!r} cannot run: {module}")
@@ -148,6 +154,7 @@ def restore_(model: nn.Module) -> None:
     Raises RuntimeError, and changes nothing, if another library has since put a class of its own over an accelerated
     block.
     """
+    instance("restore_: model", model, nn.Module, "an nn.Module")
     blocks = [(path, block) for path, block in model.named_modules() if isinstance(block, _Accelerated)]
     for path, block in blocks:
         if _subclass(own_class(block)) is not type(block):
@@ -161,6 +168,7 @@ def restore_(model: nn.Module) -> None:
 @contextmanager
 def accelerated(model: nn.Module, **options: Any) -> Iterator[AccelerationReport]:
     """Within the block, `model` is accelerated; `options` are those of `accelerate_`. After it, it is as before."""
+    instance("accelerated: model", model, nn.Module, "an nn.Module")
     before = {block: vars(block)[STATE] for block in model.modules() if isinstance(block, _Accelerated)}
     report = accelerate_(model, **options)
     try:
