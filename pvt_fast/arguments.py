@@ -1,8 +1,8 @@
 """What a public argument may be: each function answers the value as it is kept, or raises what is wrong with it.
 
-Numbers are Python's own: an int is an `int`, a number is an `int` or a finite `float`, subclasses (np.float64 is one of
-float) are kept as their plain values. A bool is no number, and nothing but True and False is a bool: what NumPy, torch or
-a string make of them is refused, as it is mostly a slip, and cannot be written to a configuration file.
+Numbers are Python's own: an int is an `int`, a number is an `int` or a finite `float`; subclasses (np.float64 is one of
+float) are kept as their plain values. A bool is no number, and nothing but True and False is a bool: what NumPy, torch
+or a string make of them is refused, as it is mostly a slip, and cannot be written to a configuration file.
 
 Errors read `<where> must <condition>, got <value>`, where `where` is "op: argument": TypeError for a value of another
 type, ValueError for one of the right type that does not do.
@@ -97,8 +97,9 @@ def choice(where: str, value: Any, names: Sequence[str]) -> str:
 
 
 def entries(where: str, value: Any, kind: str) -> Sequence[Any]:
-    """A sequence; strings and bytes are none, nor is what has more entries than can be counted. `kind` says in the error
-    what it must be.
+    """A sequence; strings and bytes are none, nor is what has more entries than `len` can tell.
+
+    `kind` says in the error what it must be.
     """
     try:
         if isinstance(value, Sequence) and not isinstance(value, _BYTES) and len(value) >= 0:

@@ -64,8 +64,8 @@ class PVTConfig:
         self.map_sizes(*self.img_hw)
         if self.num_parameters > MOST_PARAMETERS:
             raise ValueError(
-                f"PVT_V2: embed_dims, depths, mlp_ratios, sr_ratios, patch_size, in_channels and num_classes must make at "
-                f"most {MOST_PARAMETERS} parameters, got {self.num_parameters}"
+                "PVT_V2: embed_dims, depths, mlp_ratios, sr_ratios, patch_size, in_channels and num_classes must make "
+                f"at most {MOST_PARAMETERS} parameters, got {self.num_parameters}"
             )
 
     def _per_stage(self, field: str) -> Sequence[Any]:

@@ -71,7 +71,9 @@ class HubMixin(
         Raises OSError where the files are not in the cache and there is no network.
         """
         kinds = (str, os.PathLike)
-        instance("from_pretrained: pretrained_model_name_or_path", pretrained_model_name_or_path, kinds, "a path or name")
+        instance(
+            "from_pretrained: pretrained_model_name_or_path", pretrained_model_name_or_path, kinds, "a path or name"
+        )
         with clear_errors("from_pretrained", str(pretrained_model_name_or_path)):
             return super().from_pretrained(pretrained_model_name_or_path, **options)
 

@@ -54,8 +54,8 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
     `backend` ("auto", "reference", "cpp", "triton") may be set on the instance; "auto" follows `use_backend`, then
     the environment variable PVT_FAST_BACKEND, then takes the fastest that can run.
 
-    Ints are Python's (no bool, no NumPy or torch number), numbers are ints or finite floats (of NumPy's only np.float64,
-    which is a Python float), bools are True or False, sequences are lists, tuples and their like.
+    Ints are Python's (no bool, no NumPy or torch number), numbers are ints or finite floats (of NumPy's only
+    np.float64, which is a Python float), bools are True or False, sequences are lists, tuples and their like.
     Raises ValueError or TypeError, naming the argument, for other values, and for what fits no model: no stage may have
     more than 1,000 blocks, no model more than 32 stages or 2**34 parameters.
     Source: Wang et al., "PVT v2: Improved Baselines with Pyramid Vision Transformer", CVMJ 2022, arXiv 2106.13797.
@@ -410,8 +410,8 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         """Change the epsilon of block and stage norms, of patch-embed norms, of spatial-reduction norms.
 
         Published implementations differ: official and timm have (1e-6, 1e-5, 1e-5), transformers 1e-6 throughout.
-        None leaves a kind as it is. Raises ValueError or TypeError, and changes nothing, for what is no finite number of
-        at least 0.
+        None leaves a kind as it is. Raises ValueError or TypeError, and changes nothing, for what is no finite number
+        of at least 0.
         """
         given = {"block": block, "patch_embed": patch_embed, "reduction": reduction}
         chosen = {
