@@ -13,9 +13,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Sequence
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 # No length, width or count is larger; what is computed of them stays far from the end of 64 bits.
 MOST = 2**31 - 1
@@ -109,7 +107,7 @@ def entries(where: str, value: Any, kind: str) -> Sequence[Any]:
     raise TypeError(f"{where} must be {kind}, got {shown(value)}")
 
 
-def instance(where: str, value: Any, kinds: type[T] | tuple[type, ...], kind: str) -> T:
+def instance(where: str, value: Any, kinds: type | tuple[type, ...], kind: str) -> Any:
     """An object of these classes; `kind` says in the error what it must be."""
     if not isinstance(value, kinds):
         raise TypeError(f"{where} must be {kind}, got {shown(value)}")

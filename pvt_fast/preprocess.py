@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image, ImageOps
@@ -142,7 +142,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 def _upper_bits(image: Image.Image) -> Image.Image:
     if image.mode not in ("I", "I;16"):  # other orders of bytes
         image = image.convert("I")
-    low, high = image.getextrema()
+    low, high = cast("tuple[int, int]", image.getextrema())  # of one channel
     if not 0 <= low <= high < 2**16:
         raise ValueError(f"Preprocess: image must have at most 16 bits a channel, got values from {low} to {high}")
     return image.point(lambda value: value / 256).convert("L")
