@@ -1,12 +1,12 @@
-"""Imported first of all: Ctrl-C ends the command without a traceback, also while torch is still being imported.
+"""Imported first of all: neither Ctrl-C nor too little memory shows a traceback while the command imports torch.
 
-`cli.main` could catch an interrupt only after the imports, which take seconds, and before the interpreter shuts down.
+`cli.main` can catch either only after the imports, which take seconds, and before the interpreter shuts down.
 """
 
 import os
 import signal
 import sys
-from pathlib import PurePath
+from types import TracebackType
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -14,9 +14,18 @@ INTERRUPTED = 128 + signal.SIGINT
 def _is_command() -> bool:
     """Is this the process of `pvt-fast` or `python -m pvt_fast`? "-m" is its name until the module is found."""
     program = (getattr(sys, "argv", None) or [""])[0]
-    return program == "-m" or PurePath(program).stem == "pvt-fast"
+    return program == "-m" or os.path.basename(program) in ("pvt-fast", "pvt-fast.exe")
 
 
-# not where the system ignores it (nohup, the background of a script)
-if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if isinstance(error, MemoryError) or "failed to map segment" in str(error):
+        print(f"pvt-fast: error: out of memory during the imports ({str(error) or kind.__name__})", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if _is_command():
+    sys.excepthook = _tell
+    # not where the system ignores it (nohup, the background of a script)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))

@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_exhaustion(error):
             raise
-        return _fail(1, f"{command}: error: out of memory ({error})")
+        reason = str(error).strip().splitlines() or [type(error).__name__]  # of torch more lines are its own frames
+        return _fail(1, f"{command}: error: out of memory ({reason[0]})")
     return 0
 
 
