@@ -14,6 +14,7 @@ import os
 import platform
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -212,7 +213,8 @@ def _logits(model: PVT_V2, preprocess: Preprocess, paths: Sequence[Path]) -> tor
     """(number of paths, num_classes)."""
     like, logits = next(model.parameters()), []
     for first in range(0, len(paths), _CLASSIFY_BATCH):
-        with _user_input():
+        with _user_input(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, of images that can be read all the same
             images = [preprocess(read_image(path)) for path in paths[first : first + _CLASSIFY_BATCH]]
         with torch.inference_mode():
             logits.append(model(torch.stack(images).to(like)))

@@ -143,7 +143,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
     def _add_stage(self, stage: int, in_channels: int, drop_path_rates: Sequence[float], norm_layer: Callable) -> None:
         config = self.config
         dim, heads = config.embed_dims[stage], config.num_heads[stage]
-        scale = config.qk_scale or (dim // heads) ** -0.5
+        scale = float(config.qk_scale or (dim // heads) ** -0.5)
 
         def block(drop_path_rate: float) -> Block:
             attn = SpatialReductionAttention(
