@@ -12,9 +12,11 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def _is_command() -> bool:
-    """Is this the process of `pvt-fast` or `python -m pvt_fast`? "-m" is its name until the module is found."""
-    program = (getattr(sys, "argv", None) or [""])[0]
-    return program == "-m" or os.path.basename(program) in ("pvt-fast", "pvt-fast.exe")
+    """Is this the process of `pvt-fast` or `python -m pvt_fast`, not of another program that imports the package?"""
+    arguments = getattr(sys, "argv", None) or [""]
+    if arguments[0] == "-m":  # until the module is found; its name stands before its arguments
+        return sys.orig_argv[-len(arguments)].removeprefix("-m") == "pvt_fast"
+    return os.path.basename(arguments[0]) == "pvt-fast"
 
 
 def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

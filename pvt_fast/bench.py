@@ -181,16 +181,10 @@ def interleave(calls: Sequence[Callable[[], object]], rounds: int, budget_s: flo
     return seconds
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Called where BrokenPipeError is handled: it is for the command to end, not for the console."""
-        raise
-
-
-def console() -> Console:
+def console(kind: type[Console] = Console) -> Console:
     """A console on stdout that is wide enough for the tables also in a file or a pipe."""
-    stdout = _Console()
-    return stdout if stdout.is_terminal else _Console(width=_WIDTH)
+    stdout = kind()
+    return stdout if stdout.is_terminal else kind(width=_WIDTH)
 
 
 def timing_table(

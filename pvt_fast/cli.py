@@ -51,6 +51,12 @@ class BadArgument(Exception):
     """An argument that the command cannot use; the message is one line."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Called where BrokenPipeError is handled: it is for `main` to end the command, not for the console."""
+        raise
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line without the usage, exit status 2."""
@@ -64,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _output():
             args = _parser().parse_args(argv)
             command = f"pvt-fast {args.command}"
-            args.run(args, bench.console())
+            args.run(args, bench.console(_Console))
     except (BadArgument, BackendUnavailable) as error:
         return _fail(2, f"{command}: error: {error}")
     except bench.ParityError as error:
@@ -84,8 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(status: int, message: str) -> int:
-    with suppress(OSError):  # there may be no more room for this than for the output
-        print(" ".join(message.split()), file=sys.stderr)
+    with suppress(OSError, AttributeError):  # there may be no room for this either, or no stderr
+        sys.stderr.write(" ".join(message.split()) + "\n")
     return status
 
 

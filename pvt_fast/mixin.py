@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import save_file
 
-from .arguments import instance
+from .arguments import flag, instance
 from .checkpoint import load_state
 from .description import NORM_EPS, describe, settle, take_dtypes, tensors
 from .hub import CONFIG_FILE, WEIGHT_FILES, clear_errors, fetch
@@ -74,6 +74,7 @@ class HubMixin(
         instance(
             "from_pretrained: pretrained_model_name_or_path", pretrained_model_name_or_path, kinds, "a path or name"
         )
+        flag("from_pretrained: strict", options.get("strict", True))
         with clear_errors("from_pretrained", str(pretrained_model_name_or_path)):
             return super().from_pretrained(pretrained_model_name_or_path, **options)
 

@@ -77,7 +77,9 @@ CALLS = {
     "export_weights": lambda model, /, **bad: pvt_fast.export_weights(**{"model": model, **bad}),
     "save_pretrained": lambda model, /, **bad: model.save_pretrained(**bad),
     "push_to_hub": lambda model, /, **bad: model.push_to_hub(**bad),
-    "from_pretrained": lambda model, /, **bad: pvt_fast.PVT_V2.from_pretrained(**bad),
+    "from_pretrained": lambda model, /, **bad: pvt_fast.PVT_V2.from_pretrained(
+        **{"pretrained_model_name_or_path": "absent", **bad}
+    ),
     "save_model": lambda model, /, **bad: save_model(
         **{"model": model, "path": "x", "preprocess": Preprocess(), **bad}
     ),
@@ -261,6 +263,7 @@ TABLE = [
     ("save_pretrained", "save_directory", NOT_A_PATH),
     ("push_to_hub", "repo_id", NOT_A_PATH),
     ("from_pretrained", "pretrained_model_name_or_path", NOT_A_PATH),
+    ("from_pretrained", "strict", NOT_A_BOOL),
     ("save_model", "model", NOT_A_MODEL),
     ("save_model", "path", NOT_A_PATH),
     ("save_model", "preprocess", [(None, "None"), ({}, "{}")]),

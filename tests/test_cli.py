@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from sklearn import datasets
 
 import pvt_fast
-from pvt_fast import bench, cpp
+from pvt_fast import _command, bench, cpp
 from pvt_fast.cli import main
 from pvt_fast.preprocess import Preprocess, read_image
 
@@ -375,6 +375,34 @@ def test_control_c_ends_it_quietly(delay):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        (["-m", "pvt_fast", "doctor"], True),
+        (["-B", "-mpvt_fast"], True),
+        (["/usr/bin/pvt-fast", "bench"], True),
+        (["-m", "training", "pvt_fast"], False),
+        (["-m", "pvt_fast_training"], False),
+        (["train.py"], False),
+        (["-c", "import pvt_fast"], False),
+    ],
+    ids=str,
+)
+def test_only_the_command_handles_control_c(line, command, monkeypatch):
+    """A program's own modules may import the package while Python looks for the one that it is to run."""
+    at = next((i for i, word in enumerate(line) if word.startswith("-m")), None)
+    arguments = line if at is None else ["-m", *line[at + (2 if line[at] == "-m" else 1) :]]
+    monkeypatch.setattr(sys, "orig_argv", ["python", *line])
+    monkeypatch.setattr(sys, "argv", arguments if line[0] != "-c" else line[:1])
+    assert _command._is_command() == command
+
+
+def test_importing_the_package_leaves_signals_alone():
+    code = "import signal, sys, pvt_fast; print(signal.getsignal(2) is signal.default_int_handler, sys.excepthook)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert run.stdout.startswith("True <built-in function excepthook>"), run.stderr
 
 
 def test_control_c_in_a_program_that_calls_main(monkeypatch, capsys):
