@@ -16,7 +16,6 @@ Launching several times is harmless: kernels write fresh outputs, never their in
 
 from __future__ import annotations
 
-import os
 import statistics
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +27,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
+
+from pvt_fast.dispatch import environment_switch
 
 from .config import Config
 from .launch import INTERPRETED, Chip, chip_of, dot_precision, is_recording, launch
@@ -213,12 +214,6 @@ class _Setting(NamedTuple):
     applied: dict[tuple[Key, Chip], Config]  # what became of the table's entries, checked once
 
 
-def _switch(value: str) -> bool:
-    if value not in ("0", "1"):
-        raise ValueError(f"PVT_FAST_AUTOTUNE must be 0 or 1, got {value!r}")
-    return value == "1"
-
-
 def _device_tuner(tensor: Tensor) -> Tuner | None:
     if not tensor.is_cuda or INTERPRETED or tensor.dtype == torch.float32:
         return None
@@ -236,7 +231,7 @@ def _tuner(gpu: str) -> Tuner:
 
 
 def _from_environment() -> _Setting | None:
-    on, table = _switch(os.environ.get("PVT_FAST_AUTOTUNE") or "0"), read_table()
+    on, table = environment_switch("PVT_FAST_AUTOTUNE"), read_table()
     return _Setting(table, _device_tuner if on else lambda tensor: None, {}) if on or table else None
 
 

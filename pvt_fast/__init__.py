@@ -5,7 +5,7 @@ model = pvt_fast.pvt_v2_b2().eval()
 logits = model(image)  # image (B, 3, H, W)
 """
 
-from . import _install  # noqa: F401  # first: says clearly when this copy of the package cannot work
+from . import _command, _install  # noqa: F401  # first: ends on Ctrl-C; says when this copy of the package cannot work
 from ._version import __version__
 from .accelerate import (
     AcceleratedBlock,

@@ -181,10 +181,10 @@ def interleave(calls: Sequence[Callable[[], object]], rounds: int, budget_s: flo
     return seconds
 
 
-def console() -> Console:
+def console(kind: type[Console] = Console) -> Console:
     """A console on stdout that is wide enough for the tables also in a file or a pipe."""
-    stdout = Console()
-    return stdout if stdout.is_terminal else Console(width=_WIDTH)
+    stdout = kind()
+    return stdout if stdout.is_terminal else kind(width=_WIDTH)
 
 
 def timing_table(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .arguments import instance
 from .ops.packing import collected
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class CapturedModel:
 
 def check_like(op: str, image: Tensor, example: Tensor) -> None:
     """Raise ValueError or TypeError, naming what differs, unless `image` has the example's shape, dtype and device."""
+    instance(f"{op}: image", image, Tensor, "a torch.Tensor")
     if image.shape != example.shape:
         raise ValueError(f"{op}: image must have the captured shape {tuple(example.shape)}, got {tuple(image.shape)}")
     if image.dtype != example.dtype:
@@ -60,6 +62,7 @@ def check_like(op: str, image: Tensor, example: Tensor) -> None:
 
 
 def _check_capturable(model: PVT_V2, example: Tensor) -> None:
+    instance("capture: example", example, Tensor, "a torch.Tensor")
     if example.device.type != "cuda":
         raise ValueError(f"capture: example must be on a CUDA device, got {example.device}")
     if model.training:

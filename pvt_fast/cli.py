@@ -1,15 +1,24 @@
-"""The command `pvt-fast`: doctor, classify, bench. Bad arguments end with one line on stderr and exit status 2."""
+"""The command `pvt-fast`: doctor, classify, bench. What users can cause ends in one line on stderr, not in a traceback.
+
+Exit status: 0; 1 for a failure (an answer outside the parity rule, no memory, a full disk); 2 for arguments, files and
+settings that cannot be used; 130 for Ctrl-C, 141 where nobody reads the output to its end.
+"""
 
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import json
+import os
 import platform
+import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -17,6 +26,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import __version__, bench, create_model, doctor, list_models
+from ._command import INTERRUPTED
+from .arguments import shown
 from .checkpoint import load_state
 from .dispatch import ORDER, BackendUnavailable
 from .layouts import to_official
@@ -27,32 +38,97 @@ from .weights import assign
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_TOPK = 5
-# Images that go through the model at once: more would only take memory.
+# Images that are read and go through the model at once: more would only take memory.
 _CLASSIFY_BATCH = 16
+_MOST = 10**9
+# More would gain nothing, and OpenMP ends the process where the system refuses them.
+_THREADS_PER_CPU = 8
+# What a file of labels may have, in bytes: a device gives as many as one reads.
+_MOST_LABELS = 2**26
 
 
 class BadArgument(Exception):
     """An argument that the command cannot use; the message is one line."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Called where BrokenPipeError is handled: it is for `main` to end the command, not for the console."""
+        raise
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line without the usage, exit status 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its exit status: 0, 1 for an answer outside the parity rule, 2 for bad arguments."""
-    args = _parser().parse_args(argv)
+    """Run the command; its exit status as above. Bad arguments raise SystemExit with it, as argparse does."""
+    command = "pvt-fast"
     try:
-        args.run(args, bench.console())
+        with _output():
+            args = _parser().parse_args(argv)
+            command = f"pvt-fast {args.command}"
+            args.run(args, bench.console(_Console))
     except (BadArgument, BackendUnavailable) as error:
-        print(f"pvt-fast {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _fail(2, f"{command}: error: {error}")
     except bench.ParityError as error:
-        print(f"pvt-fast {args.command}: parity failed, nothing was timed: {error}", file=sys.stderr)
-        return 1
+        return _fail(1, f"{command}: parity failed, nothing was timed: {error}")
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:  # of a program that calls this function; `_command` ends the command
+        return INTERRUPTED
+    except OSError as error:
+        return _fail(1, f"{command}: error: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not _is_exhaustion(error):
+            raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]  # of torch more lines are its own frames
+        return _fail(1, f"{command}: error: out of memory ({reason[0]})")
     return 0
+
+
+def _fail(status: int, message: str) -> int:
+    with suppress(OSError, AttributeError):  # there may be no room for this either, or no stderr
+        sys.stderr.write(" ".join(message.split()) + "\n")
+    return status
+
+
+def _is_exhaustion(error: Exception) -> bool:
+    """Does the machine lack memory or threads? torch says so in a RuntimeError of many kinds."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "out of memory", "can't start new thread"))
+
+
+@contextmanager
+def _output() -> Iterator[None]:
+    """Within the block stdout shows as escapes what its encoding lacks; then all is written, or OSError raised."""
+    stream = sys.stdout
+    if stream is None:
+        raise OSError(errno.EBADF, "standard output is closed")
+    errors = stream.errors
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            stream.flush()
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors=errors)
+    except OSError:
+        _abandon(stream)
+        raise
+
+
+def _abandon(stream: IO[str]) -> None:
+    """Else Python would try at exit to write what could not be written, and tell of it."""
+    with suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--dtype", choices=tuple(_DTYPES), default="float32")
     command.add_argument("--backend", action="append", choices=tuple(ORDER), help="repeatable; default: all that can")
     command.add_argument("--device", choices=("cpu", "cuda"), help="default: all that there are")
-    command.add_argument("--threads", type=_positive, help="CPU threads (default: torch's)")
+    command.add_argument("--threads", type=_threads, help="CPU threads (default: torch's)")
     command.add_argument("--rounds", type=_positive, default=20, help="timed calls of each backend")
     command.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     command.set_defaults(run=_bench)
@@ -89,9 +165,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    if not text.isascii() or not text.isdigit() or not text.strip("0"):
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {shown(text)}")
+    if len(text) > len(str(_MOST)) or int(text) > _MOST:
+        raise argparse.ArgumentTypeError(f"must be at most {_MOST}, got {shown(text)}")
     return int(text)
+
+
+def _threads(text: str) -> int:
+    threads, most = _positive(text), _THREADS_PER_CPU * (os.cpu_count() or 1)
+    if threads > most:
+        raise argparse.ArgumentTypeError(f"must be at most {_THREADS_PER_CPU} a processor, {most}, got {threads}")
+    return threads
 
 
 @contextmanager
@@ -111,14 +196,9 @@ def _classify(args: argparse.Namespace, console: Console) -> None:
         topk = min(_DEFAULT_TOPK, classes) if args.topk is None else args.topk
         if topk > classes:
             raise ValueError(f"classify: --topk must be at most the model's {classes} classes, got {topk}")
-        images = torch.stack([preprocess(read_image(path)) for path in args.images])
     model.backend = args.backend
-    device = "cpu" if args.backend == "cpp" else bench.devices()[-1]
-    dtype = _DTYPES[args.dtype]
-    model.to(device, dtype)
-    with torch.inference_mode():
-        logits = torch.cat([model(batch.to(device, dtype)) for batch in images.split(_CLASSIFY_BATCH)])
-    top = logits.cpu().double().softmax(dim=1).topk(topk)
+    model.to("cpu" if args.backend == "cpp" else bench.devices()[-1], _DTYPES[args.dtype])
+    top = _logits(model, preprocess, args.images).cpu().double().softmax(dim=1).topk(topk)
     answers = [
         {
             "image": str(path),
@@ -133,6 +213,18 @@ def _classify(args: argparse.Namespace, console: Console) -> None:
         print(json.dumps(answers, indent=2))
     else:
         console.print(_answer_table(answers))
+
+
+def _logits(model: PVT_V2, preprocess: Preprocess, paths: Sequence[Path]) -> torch.Tensor:
+    """(number of paths, num_classes)."""
+    like, logits = next(model.parameters()), []
+    for first in range(0, len(paths), _CLASSIFY_BATCH):
+        with _user_input(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's, of images that can be read all the same
+            images = [preprocess(read_image(path)) for path in paths[first : first + _CLASSIFY_BATCH]]
+        with torch.inference_mode():
+            logits.append(model(torch.stack(images).to(like)))
+    return torch.cat(logits)
 
 
 def _load(name: str | None, path: Path) -> tuple[PVT_V2, Preprocess]:
@@ -159,10 +251,14 @@ def _classes(state: dict[str, torch.Tensor]) -> int:
 
 
 def _read_labels(path: Path, classes: int) -> list[str]:
+    with path.open("rb") as file:
+        content = file.read(_MOST_LABELS + 1)
+    if len(content) > _MOST_LABELS:
+        raise ValueError(f"classify: --labels must have at most {_MOST_LABELS} bytes, got more in {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content.decode("utf-8-sig")
         labels = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"classify: --labels must be UTF-8 lines or a JSON list, got {path} ({error})") from error
     while labels and labels[-1] == "":
         labels.pop()
@@ -189,8 +285,9 @@ def _bench(args: argparse.Namespace, console: Console) -> None:
     torch.manual_seed(0)  # the same weights, and so the same errors, in every run
     with _user_input():
         model = create_model(args.model, img_size=args.size)
-        if args.json and not args.json.parent.is_dir():
-            raise ValueError(f"bench: --json must lie in an existing folder, got {args.json}")
+        _check_fits(args.batch, args.size)
+        if args.json:
+            _check_writable(args.json)
     if args.device == "cuda" and "cuda" not in bench.devices():
         raise BadArgument("bench: --device must be one of this machine's, got cuda, and torch finds no GPU")
     dtype = _DTYPES[args.dtype]
@@ -217,8 +314,26 @@ def _bench(args: argparse.Namespace, console: Console) -> None:
         console.print(reason, highlight=False, markup=False, soft_wrap=True)
     if args.json:
         settings = {"model": args.model, "batch": args.batch, "size": args.size, "threads": used_threads}
-        with _user_input():
-            args.json.write_text(json.dumps(_figures(settings, comparison), indent=2) + "\n")
+        args.json.write_text(json.dumps(_figures(settings, comparison), indent=2) + "\n")
+
+
+def _check_fits(batch: int, size: int) -> None:
+    """Refuse images that alone take more than the machine's memory; less than all of it may be free."""
+    needed = batch * 3 * size**2 * torch.float32.itemsize
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"bench: --batch and --size must make images that fit into {memory / 2**30:.1f} GiB of memory, "
+            f"got {batch} of {size} px, {needed / 2**30:.1f} GiB"
+        )
+
+
+def _check_writable(path: Path) -> None:
+    """Known before anything is timed."""
+    if not path.parent.is_dir():
+        raise ValueError(f"bench: --json must lie in an existing folder, got {path}")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"bench: --json must be a file that can be written, got {path}")
 
 
 def _figures(settings: dict[str, Any], comparison: bench.Comparison) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from .arguments import MOST, entries, flag, integer, number, rate, shown
 
 # Stride of each overlap patch embed: 4 in the first stage, 2 in the others (paper, section 3.2).
 FIRST_STRIDE = 4
@@ -19,11 +22,17 @@ VARIANT_NORM_EPS = 1e-6
 # Side of the pooled map in linear spatial-reduction attention.
 LINEAR_POOL_SIZE = 7
 
+# Far above any model that was ever trained: a slip of the pen is told before it has eaten the memory.
+MOST_STAGES = 32
+MOST_DEPTH = 1_000
+MOST_PARAMETERS = 2**34
+
 
 @dataclass(frozen=True)
 class PVTConfig:
     """What fixes the shape of a PVT v2; see `PVT_V2` for the meaning of each field.
 
+    All is kept in plain Python: ints, floats, bools, tuples.
     Raises ValueError or TypeError, naming the field, its condition and the value got.
     """
 
@@ -45,52 +54,63 @@ class PVTConfig:
     linear: bool = False
 
     def __post_init__(self) -> None:
-        _require_int("num_stages", self.num_stages, minimum=1)
-        _require_int("in_channels", self.in_channels, minimum=1)
-        _require_int("num_classes", self.num_classes, minimum=0)
-        _require_int("patch_size", self.patch_size, minimum=FIRST_STRIDE + 1)
-        if not isinstance(self.img_size, int):
-            object.__setattr__(self, "img_size", self.img_hw)
-        for field in ("embed_dims", "num_heads", "depths", "sr_ratios", "mlp_ratios"):
-            object.__setattr__(self, field, self._per_stage(field))
-        for field in ("embed_dims", "num_heads", "depths", "sr_ratios"):
-            for value in getattr(self, field):
-                _require_int(field, value, minimum=1)
+        for field, check in _FIELDS.items():
+            object.__setattr__(self, field, check(f"PVT_V2: {field}", getattr(self, field)))
+        for field, check in _PER_STAGE.items():
+            values = tuple(check(f"PVT_V2: {field}", value) for value in self._per_stage(field))
+            object.__setattr__(self, field, values)
         for stage in range(self.num_stages):
-            dim, heads = self.embed_dims[stage], self.num_heads[stage]
-            if dim % heads:
-                raise ValueError(
-                    f"PVT_V2: embed_dims[{stage}] must be divisible by num_heads[{stage}], got {dim} and {heads}"
-                )
-            if self.mlp_ratios[stage] <= 0 or int(dim * self.mlp_ratios[stage]) < 1:
-                raise ValueError(
-                    f"PVT_V2: mlp_ratios[{stage}] must give at least one hidden channel, "
-                    f"got {self.mlp_ratios[stage]} for {dim} channels"
-                )
-        for field in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
-            rate = getattr(self, field)
-            if not 0.0 <= rate < 1.0:
-                raise ValueError(f"PVT_V2: {field} must lie in [0, 1), got {rate}")
+            self._check_widths(stage)
         self.map_sizes(*self.img_hw)
-
-    def _per_stage(self, field: str) -> tuple:
-        value = getattr(self, field)
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise TypeError(f"PVT_V2: {field} must be a sequence with one entry per stage, got {value!r}")
-        if len(value) != self.num_stages:
+        if self.num_parameters > MOST_PARAMETERS:
             raise ValueError(
-                f"PVT_V2: {field} must have num_stages = {self.num_stages} entries, got {len(value)}: {tuple(value)}"
+                "PVT_V2: embed_dims, depths, mlp_ratios, sr_ratios, patch_size, in_channels and num_classes must make "
+                f"at most {MOST_PARAMETERS} parameters, got {self.num_parameters}"
             )
-        return tuple(value)
+
+    def _per_stage(self, field: str) -> Sequence[Any]:
+        where = f"PVT_V2: {field}"
+        values = entries(where, getattr(self, field), "a sequence with one entry per stage")
+        if len(values) != self.num_stages:
+            raise ValueError(
+                f"{where} must have num_stages = {self.num_stages} entries, got {len(values)}: {shown(values)}"
+            )
+        return values
+
+    def _check_widths(self, stage: int) -> None:
+        dim, heads, ratio = self.embed_dims[stage], self.num_heads[stage], self.mlp_ratios[stage]
+        if dim % heads:
+            raise ValueError(
+                f"PVT_V2: embed_dims[{stage}] must be divisible by num_heads[{stage}], got {dim} and {heads}"
+            )
+        if int(dim * ratio) < 1:
+            raise ValueError(
+                f"PVT_V2: mlp_ratios[{stage}] must give at least one hidden channel, got {ratio} for {dim} channels"
+            )
 
     @property
     def img_hw(self) -> tuple[int, int]:
         """`img_size` as (height, width)."""
-        size = self.img_size
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        _require_int("img_size", height, minimum=1)
-        _require_int("img_size", width, minimum=1)
-        return height, width
+        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all parameters of the model."""
+        total, channels = 0, self.in_channels
+        for stage, dim in enumerate(self.embed_dims):
+            kernel, _ = self.patch(stage)
+            total += dim * channels * kernel**2 + 3 * dim  # the patch embed: convolution, bias, norm
+            total += self.depths[stage] * self._block_parameters(stage) + 2 * dim
+            channels = dim
+        return total + self.num_classes * (channels + 1)
+
+    def _block_parameters(self, stage: int) -> int:
+        dim, hidden, ratio = self.embed_dims[stage], self.hidden_dims[stage], self.sr_ratios[stage]
+        attention = 4 * dim**2 + dim + (3 * dim if self.qkv_bias else 0)
+        if self.linear or ratio > 1:
+            attention += dim**2 * (1 if self.linear else ratio**2) + 3 * dim
+        mlp = 2 * dim * hidden + dim + 11 * hidden  # fc1 and fc2; of the hidden map fc1's bias, 3x3 and bias
+        return attention + mlp + 4 * dim
 
     @property
     def hidden_dims(self) -> tuple[int, ...]:
@@ -127,11 +147,41 @@ def conv_size(size: int, kernel: int, stride: int) -> int:
     return (size + 2 * (kernel // 2) - kernel) // stride + 1
 
 
-def _require_int(field: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"PVT_V2: {field} must be an int, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"PVT_V2: {field} must be at least {minimum}, got {value}")
+def _image_size(where: str, value: Any) -> int | tuple[int, int]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return integer(where, value, 1)
+    sides = entries(where, value, "an int or (height, width)")
+    if len(sides) != 2:
+        raise ValueError(f"{where} must be an int or (height, width), got {shown(value)}")
+    height, width = (integer(where, side, 1) for side in sides)
+    return height, width
+
+
+def _optional_number(where: str, value: Any) -> float | None:
+    return None if value is None else number(where, value)
+
+
+# What each field may be; `_PER_STAGE` has what each entry of a sequence may be.
+_FIELDS: dict[str, Callable[[str, Any], Any]] = {
+    "num_stages": partial(integer, least=1, most=MOST_STAGES),
+    "in_channels": partial(integer, least=1),
+    "num_classes": partial(integer, least=0),
+    "patch_size": partial(integer, least=FIRST_STRIDE + 1),
+    "img_size": _image_size,
+    "qkv_bias": flag,
+    "qk_scale": _optional_number,
+    "drop_rate": rate,
+    "attn_drop_rate": rate,
+    "drop_path_rate": rate,
+    "linear": flag,
+}
+_PER_STAGE: dict[str, Callable[[str, Any], Any]] = {
+    "embed_dims": partial(integer, least=1),
+    "num_heads": partial(integer, least=1),
+    "depths": partial(integer, least=1, most=MOST_DEPTH),
+    "sr_ratios": partial(integer, least=1),
+    "mlp_ratios": partial(number, most=MOST),
+}
 
 
 def _variant(depths, embed_dims=(64, 128, 320, 512), mlp_ratios=(8, 8, 4, 4), linear=False) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .arguments import entries, flag, integer, shown
 from .preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class TimmConventions:
         The first patch embed, then per stage its patch embed, its blocks one by one, its norm with the last of them;
         the head, unmatched, comes last. coarse: the first patch embed, the stages, the head.
         """
-        if coarse:
+        if flag("group_matcher: coarse", coarse):
             return {"stem": r"^patch_embed1\.", "blocks": r"^(?:patch_embed|block|norm)(\d+)\."}
         blocks = [
             (r"^patch_embed(\d+)\.", (-1,)),
@@ -96,16 +97,16 @@ class TimmConventions:
         """Replace the head by a newly initialised linear (or none, for 0) on the model's device and dtype.
 
         global_pool: "avg", the mean over the map, or "" for none, only without classes: the model then returns the
-        map (B, C, H, W). None leaves it as it is. Raises ValueError for other values.
+        map (B, C, H, W). None leaves it as it is. Raises ValueError or TypeError for other values.
         """
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 0:
-            raise ValueError(f"reset_classifier: num_classes must be an int of at least 0, got {num_classes!r}")
+        num_classes = integer("reset_classifier: num_classes", num_classes, 0)
         pool = self.global_pool if global_pool is None else global_pool
-        if pool not in ("avg", "") or (pool == "" and num_classes):
+        if not isinstance(pool, str) or pool not in ("avg", "") or (pool == "" and num_classes):
             raise ValueError(
-                f'reset_classifier: global_pool must be "avg", or "" for 0 classes, got {pool!r} for {num_classes}'
+                f'reset_classifier: global_pool must be "avg", or "" for 0 classes, got {shown(pool)} for {num_classes}'
             )
         model = cast("PVT_V2", self)
+        replace(model.config, num_classes=num_classes)  # refuses more than memory is there for
         like = next(model.parameters())
         model.head = (
             nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
@@ -131,6 +132,8 @@ class TimmConventions:
         prune_head: drop the head and the pooling as well; both go in any case with the stage that they are made for.
         prune_norm has no effect: each stage's norm is a part of it, as in timm's PVT v2.
         """
+        flag("prune_intermediate_layers: prune_norm", prune_norm)
+        flag("prune_intermediate_layers: prune_head", prune_head)
         model = cast("PVT_V2", self)
         config = model.config
         chosen = stage_indices("prune_intermediate_layers", indices, config.num_stages)
@@ -173,19 +176,26 @@ def inputs_of(embed: nn.Module | None) -> int | None:
 
 
 def stage_indices(op: str, indices: int | Sequence[int] | None, num_stages: int) -> list[int]:
-    """Stage numbers from 0: None means all, an int n the last n, negative ones count from the end. ValueError."""
+    """Stage numbers from 0: None means all, an int n the last n, negative ones count from the end.
+
+    Raises ValueError or TypeError.
+    """
+    where = f"{op}: indices"
     if indices is None:
         return list(range(num_stages))
-    if isinstance(indices, int):
+    if isinstance(indices, int) and not isinstance(indices, bool):
         if not 1 <= indices <= num_stages:
-            raise ValueError(f"{op}: indices must be 1 to {num_stages} stages, got {indices}")
+            raise ValueError(f"{where} must be 1 to {num_stages} stages, got {shown(indices)}")
         return list(range(num_stages - indices, num_stages))
-    for index in indices:
+    chosen = entries(where, indices, "an int or a sequence of stage numbers")
+    for index in chosen:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"{where} must be ints, got {shown(index)}")
         if not -num_stages <= index < num_stages:
-            raise ValueError(f"{op}: indices must lie in [0, {num_stages}), got {index}")
-    if not indices:
-        raise ValueError(f"{op}: indices must name at least one stage, got none")
-    return [index % num_stages for index in indices]
+            raise ValueError(f"{where} must lie in [0, {num_stages}), got {shown(index)}")
+    if not chosen:
+        raise ValueError(f"{where} must name at least one stage, got none")
+    return [index % num_stages for index in chosen]
 
 
 def init_weights(module: nn.Module) -> None:

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import torch
 
+from .arguments import choice, shown
+
 logger = logging.getLogger("pvt_fast")
 
 # Auto order; each name's module. Adding a backend is one module and one line here.
@@ -52,9 +54,7 @@ class BackendStatus(NamedTuple):
 
 
 def _check_name(name: str, source: str) -> str:
-    if name not in ("auto", *ORDER):
-        raise ValueError(f"{source} must be one of {', '.join(('auto', *ORDER))}; got {name!r}")
-    return name
+    return choice(source, name, ("auto", *ORDER))
 
 
 # The environment is read once, at import, and checked when it is first followed, so that the command can still say
@@ -96,6 +96,14 @@ def check_environment() -> None:
         raise BackendMisconfigured(str(error)) from error
 
 
+def environment_switch(name: str) -> bool:
+    """Is the environment variable 1? BackendMisconfigured unless it is 0, 1, empty or not set."""
+    value = os.environ.get(name) or "0"
+    if value not in ("0", "1"):
+        raise BackendMisconfigured(f"{name} must be 0 or 1, got {shown(value)}")
+    return value == "1"
+
+
 def requested(own: str) -> str:
     """The backend asked for, or "auto": by a model's `own` choice, by `use_backend`, or by the environment."""
     return _default.get() if own == "auto" else own
@@ -105,6 +113,8 @@ def requested(own: str) -> str:
 def load(name: str) -> ModuleType | BackendUnavailable:
     """The backend's module, or the error that says why it cannot be loaded here."""
     try:
+        if name != "reference":  # what the others pack is compared, or not, by this variable
+            environment_switch("PVT_FAST_CHECK_WEIGHTS")
         return importlib.import_module(ORDER[name])
     except BackendUnavailable as error:
         return error

@@ -14,7 +14,7 @@ from rich.table import Table
 from . import __version__, backends
 from .dispatch import BackendUnavailable, check_environment
 
-_VARIABLES = ("PVT_FAST_BACKEND", "PVT_FAST_ISA", "PVT_FAST_AUTOTUNE", "PVT_FAST_CACHE")
+_VARIABLES = ("PVT_FAST_BACKEND", "PVT_FAST_ISA", "PVT_FAST_AUTOTUNE", "PVT_FAST_CACHE", "PVT_FAST_CHECK_WEIGHTS")
 
 
 def report() -> Table:
@@ -31,7 +31,7 @@ def cpu_name() -> str:
     """The processor's own name, or its architecture where the system does not tell."""
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text().splitlines():
+        for line in info.read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

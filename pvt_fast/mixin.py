@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 
+from .arguments import flag, instance
 from .checkpoint import load_state
 from .description import NORM_EPS, config_text, describe, in_folder, tensors, write_tensors
 from .hub import CONFIG_FILE, WEIGHT_FILES, locate
@@ -53,6 +55,7 @@ class HubMixin(
         adapters, parametrizations, quantised or replaced modules, norms of one kind with several epsilons. Raises
         OSError where the directory cannot be written.
         """
+        instance("save_pretrained: save_directory", save_directory, (str, os.PathLike), "a path")
         described = self._described("save_pretrained")
         folder = Path(save_directory)
         has_card = (folder / _CARD).exists()
@@ -72,6 +75,7 @@ class HubMixin(
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
         """`save_pretrained` to the repository "org/name", by huggingface_hub's `ModelHubMixin.push_to_hub`."""
+        instance("push_to_hub: repo_id", repo_id, str, 'a str "org/name"')
         self._described("push_to_hub")
         return super().push_to_hub(repo_id, **options)
 
@@ -103,6 +107,9 @@ class HubMixin(
         Raises ValueError for another library's repository: those load with `load_weights` into a model made here; and
         for damaged files. Raises OSError where the files are not in the cache and there is no network.
         """
+        where, kinds = "from_pretrained: pretrained_model_name_or_path", (str, os.PathLike)
+        instance(where, pretrained_model_name_or_path, kinds, "a path or name")
+        flag("from_pretrained: strict", strict)
         source = str(pretrained_model_name_or_path)
         path, config = locate(
             "from_pretrained",

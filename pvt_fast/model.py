@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from . import dispatch, library
 from .accelerate.fused import Settings, StandIn
 from .accelerate.guard import Kinds
+from .arguments import flag, function, instance, number, shown
 from .capture import CapturedModel
 from .config import PVTConfig
 from .conventions import TimmConventions, init_weights, inputs_of, outputs_of, stage_indices
@@ -40,7 +41,8 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
     qk_scale: factor on the scores; None or 0 means head_dim ** -0.5.
     drop_rate, attn_drop_rate: dropout in training, in [0, 1): after GELU, fc2 and proj; on attention probabilities.
     drop_path_rate: stochastic depth in training, rising linearly from 0 in the first block to this in the last.
-    norm_layer: makes the block and stage norms from C; must give an affine `nn.LayerNorm`, its eps is respected.
+    norm_layer: makes the block and stage norms from C; must give an affine `nn.LayerNorm` over C channels with torch's
+        forward, its eps is respected.
         (Patch-embed and spatial-reduction norms have eps 1e-5 as official; `set_norm_eps` changes any of them.)
     sr_ratios: per stage, side and stride of the convolution that reduces keys and values; ignored when linear.
     num_stages: number of stages; every per-stage sequence has this length.
@@ -52,7 +54,10 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
     `backend` ("auto", "reference", "cpp", "triton") may be set on the instance; "auto" follows `use_backend`, then
     the environment variable PVT_FAST_BACKEND, then takes the fastest that can run.
 
-    Raises ValueError or TypeError, naming the argument, for values that fit no model.
+    Ints are Python's (no bool, no NumPy or torch number), numbers are ints or finite floats (of NumPy's only
+    np.float64, which is a Python float), bools are True or False, sequences are lists, tuples and their like.
+    Raises ValueError or TypeError, naming the argument, for other values, and for what fits no model: no stage may have
+    more than 1,000 blocks, no model more than 32 stages or 2**34 parameters.
     Source: Wang et al., "PVT v2: Improved Baselines with Pyramid Vision Transformer", CVMJ 2022, arXiv 2106.13797.
     """
 
@@ -98,16 +103,17 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         self._settings = Settings()
         self._checkpointing = False
         self._number = library.number(self)
+        function("PVT_V2: norm_layer", norm_layer, "callable with a number of channels")
         total = sum(config.depths)
-        rates = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
-        channels = in_channels
-        for stage in range(num_stages):
+        rates = [config.drop_path_rate * i / max(total - 1, 1) for i in range(total)]
+        channels = config.in_channels
+        for stage in range(config.num_stages):
             first = sum(config.depths[:stage])
             self._add_stage(stage, channels, rates[first : first + config.depths[stage]], norm_layer)
             channels = config.embed_dims[stage]
         self.num_features = channels
         self.global_pool = "avg"
-        self.head = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
+        self.head = nn.Linear(channels, config.num_classes) if config.num_classes else nn.Identity()
         self.apply(init_weights)
         self._stand_in()
 
@@ -137,7 +143,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
     def _add_stage(self, stage: int, in_channels: int, drop_path_rates: Sequence[float], norm_layer: Callable) -> None:
         config = self.config
         dim, heads = config.embed_dims[stage], config.num_heads[stage]
-        scale = config.qk_scale or (dim // heads) ** -0.5
+        scale = float(config.qk_scale or (dim // heads) ** -0.5)
 
         def block(drop_path_rate: float) -> Block:
             attn = SpatialReductionAttention(
@@ -223,8 +229,12 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
 
         Where `global_pool` is "" nothing is pooled: the map itself comes back, or what the head makes of it.
         """
+        flag("forward_head: pre_logits", pre_logits)
+        instance("forward_head: x", x, _TENSORS, "a torch.Tensor")
         if self.global_pool != "avg":
             return self._on_map(x, pre_logits)
+        if isinstance(x, Tensor) and x.dim() != 4:
+            raise ValueError(f"forward_head: x must have shape (B, C, H, W), got {tuple(x.shape)}")
         x = to_tokens(x)
         if not pre_logits and (logits := self._fused_head.run(self, x)) is not None:
             return logits
@@ -258,8 +268,10 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         stop_early: run no stage after the last chosen one, whose map then is the final one.
         output_fmt: "NCHW", or "NLC" for the chosen stages as tokens (B, H * W, C); the final map stays a map.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f'forward_intermediates: output_fmt must be "NCHW" or "NLC", got {output_fmt!r}')
+        if not isinstance(output_fmt, str) or output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f'forward_intermediates: output_fmt must be "NCHW" or "NLC", got {shown(output_fmt)}')
+        for name, value in (("norm", norm), ("stop_early", stop_early), ("intermediates_only", intermediates_only)):
+            flag(f"forward_intermediates: {name}", value)
         chosen = stage_indices("forward_intermediates", indices, self._config.num_stages)
         x, intermediates = self._prepare(image), []
         for stage in range(max(chosen) + 1 if stop_early or intermediates_only else self._config.num_stages):
@@ -286,7 +298,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
     def _prepare(self, image: Tensor) -> Tensor:
         """The image checked, and normalised if it is pixels."""
         if not isinstance(image, Tensor):  # a stand-in of torch.fx
-            return image
+            return instance("PVT_V2: image", image, _TENSORS, "a torch.Tensor")
         if not torch.jit.is_tracing():  # there sizes are recorded as they are computed, not compared
             self._check_size(image)
         if image.dtype == torch.uint8:
@@ -390,7 +402,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """In training keep only each block's input, and recompute the block in the backward."""
-        self._checkpointing = enable
+        self._checkpointing = flag("set_grad_checkpointing: enable", enable)
 
     def set_norm_eps(
         self, *, block: float | None = None, patch_embed: float | None = None, reduction: float | None = None
@@ -398,11 +410,15 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         """Change the epsilon of block and stage norms, of patch-embed norms, of spatial-reduction norms.
 
         Published implementations differ: official and timm have (1e-6, 1e-5, 1e-5), transformers 1e-6 throughout.
+        None leaves a kind as it is. Raises ValueError or TypeError, and changes nothing, for what is no finite number
+        of at least 0.
         """
-        chosen = {"block": block, "patch_embed": patch_embed, "reduction": reduction}
+        given = {"block": block, "patch_embed": patch_embed, "reduction": reduction}
+        chosen = {
+            kind: float(number(f"set_norm_eps: {kind}", eps, least=0)) for kind, eps in given.items() if eps is not None
+        }
         for kind, norm in self._norms():
-            eps = chosen[kind]
-            norm.eps = norm.eps if eps is None else eps
+            norm.eps = chosen.get(kind, norm.eps)
 
     def norm_eps(self) -> dict[str, float]:
         """The arguments of `set_norm_eps` that restore the epsilons; ValueError where norms of one kind differ."""
@@ -432,10 +448,21 @@ _METHODS = [
 _KNOWN = Kinds((OverlapPatchEmbed, Block, nn.LayerNorm, nn.Linear))
 
 
+# What torch.fx traces with stands for a tensor.
+_TENSORS = (Tensor, torch.fx.Proxy)
+
+
 def _layer_norm(norm_layer: Callable, dim: int) -> nn.LayerNorm:
-    norm = norm_layer(dim)
+    must = "PVT_V2: norm_layer must make an nn.LayerNorm with weight and bias"
+    try:
+        norm = norm_layer(dim)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{must} of a number of channels, got {shown(norm_layer)}, which raises: {error}") from error
     if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
-        raise TypeError(
-            f"PVT_V2: norm_layer must make an nn.LayerNorm with weight and bias (the kernels fuse it), got {norm!r}"
-        )
+        raise TypeError(f"{must} (the kernels fuse it), got {shown(norm)}")
+    if norm.normalized_shape != (dim,) or norm.weight.shape != (dim,) or norm.bias.shape != (dim,):
+        raise ValueError(f"{must} of the {dim} channels that it is called with, got {shown(norm)}")
+    if type(norm).forward is not nn.LayerNorm.forward or "forward" in vars(norm):
+        raise TypeError(f"{must} and torch's forward, got {shown(norm)} with a forward of its own")
+    number("PVT_V2: norm_layer's eps", norm.eps, least=0)
     return norm

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from .arguments import choice, instance
 from .config import VARIANT_NORM_EPS, VARIANTS
 from .model import PVT_V2
 from .weights import load_weights
@@ -33,8 +34,10 @@ def create_model(
         Another num_classes leaves the head newly initialised, and another in_channels fits the first convolution, as
         `load_weights` tells.
     """
-    if name not in VARIANTS:
-        raise ValueError(f"create_model: name must be one of {', '.join(list_models())}; got {name!r}")
+    choice("create_model: name", name, list_models())
+    instance(
+        "create_model: pretrained", pretrained, (bool, str, os.PathLike, Mapping), "True, False or a source of weights"
+    )
     arguments = {"norm_layer": partial(nn.LayerNorm, eps=VARIANT_NORM_EPS), **VARIANTS[name], **overrides}
     model = PVT_V2(img_size=img_size, num_classes=num_classes, in_channels=in_channels, **arguments)
     if pretrained is not False:

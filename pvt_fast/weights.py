@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from .arguments import choice, flag, instance, shown
 from .checkpoint import METADATA_KEY, SUFFIXES, load_state, memory_of, printable, require_memory, require_values, unnest
 from .description import EPS_KINDS, NORM_EPS, TRANSFORMERS_EPS, from_text, in_folder, require_rebuilt
 from .hub import locate
@@ -92,6 +93,10 @@ def load_weights(model: PVT_V2, source: str | os.PathLike | Mapping[str, Any], s
     Raises ValueError for a source that holds no PVT v2 or, strictly, does not fit, and OSError for a repository that
     is not in the cache when there is no network. The model is then unchanged.
     """
+    from .model import PVT_V2  # which imports this module
+
+    instance("load_weights: model", model, PVT_V2, "a PVT_V2")
+    flag("load_weights: strict", strict)
     state, norm_eps = _read(source)
     return assign(model, state, norm_eps, strict)
 
@@ -194,10 +199,10 @@ def export_weights(model: PVT_V2, layout: str = "official") -> dict[str, Tensor]
     Raises ValueError for a model with modules that the implementation lacks: adapters, parametrizations, and but for
     "mmdet" a head that is neither a linear nor nn.Identity.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"export_weights: layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
     from .model import PVT_V2  # which imports this module
 
+    instance("export_weights: model", model, PVT_V2, "a PVT_V2")
+    choice("export_weights: layout", layout, tuple(LAYOUTS))
     require_rebuilt("export_weights", model, PVT_V2, head=layout != "mmdet")
     state = from_official(model.state_dict(), LAYOUTS[layout])
     return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
@@ -211,7 +216,7 @@ def _read(source: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str, Tens
     if isinstance(source, Mapping):
         return unnest(source), None
     if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"load_weights: source must be a path, a repository or a state dict, got {source!r}")
+        raise TypeError(f"load_weights: source must be a path, a repository or a state dict, got {shown(source)}")
     path = Path(source)
     if not path.is_dir() and (path.is_file() or path.suffix in SUFFIXES or not isinstance(source, str)):
         return _read_file(path)

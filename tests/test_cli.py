@@ -3,8 +3,10 @@
 import copy
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from safetensors.torch import save_file
 from sklearn import datasets
 
 import pvt_fast
-from pvt_fast import bench, cpp
+from pvt_fast import _command, bench, cpp
 from pvt_fast.cli import main
 from pvt_fast.preprocess import Preprocess, read_image
 
@@ -321,3 +323,218 @@ def test_bad_arguments_in_a_fresh_process():
     run = call_fresh("classify", "absent.png", "--weights", DIGITS)
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr == "pvt-fast classify: error: read_image: path must be an existing file, got 'absent.png'\n"
+
+
+# -- what a user can cause ------------------------------------------------------------------------------------------
+
+
+def call_shell(command: str, **variables: str) -> subprocess.CompletedProcess:
+    """A line of bash in which `pvt-fast` is the command, its output buffered as it is by default."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment |= {"PYTHONPATH": str(ROOT), **variables}
+    line = command.replace("pvt-fast", f"{sys.executable} -m pvt_fast")
+    return subprocess.run(["bash", "-c", line], env=environment, cwd="/", capture_output=True, text=True, timeout=120)
+
+
+# What reads to the end and what does not, on buffers that are written when they are full or at the end.
+OUTPUTS = {
+    "closed pipe": ("pvt-fast {} | true; exit ${{PIPESTATUS[0]}}", 141, ""),
+    "full disk": ("pvt-fast {} > /dev/full", 1, "error: [Errno 28] No space left on device"),
+    "closed": ("pvt-fast {} >&-", 1, "error: [Errno 9] standard output is closed"),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_an_output_that_takes_nothing_is_one_line_or_none(name):
+    """What is printed is in a buffer until the end: it fails when that is written."""
+    line, status, message = OUTPUTS[name]
+    run = call_shell(line.format("--version"))
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (status, "", bool(message))
+    assert message in run.stderr
+
+
+def test_more_than_a_buffer_into_a_closed_pipe(digit_files, monkeypatch):
+    """In this process: the write fails where the table or the JSON is printed, not at the end."""
+    for options in (("--json",), ()):
+        read, write = os.pipe()
+        os.close(read)
+        with monkeypatch.context() as patch, os.fdopen(write, "w") as pipe:
+            patch.setattr(sys, "stdout", pipe)
+            assert call("classify", *[digit_files[1]] * 40, "--weights", DIGITS, *options) == 141
+
+
+@pytest.mark.parametrize("delay", [0.0, 3.0], ids=["importing", "running"])
+def test_control_c_ends_it_quietly(delay):
+    """From when torch is being loaded; before, Python itself starts."""
+    program = [sys.executable, "-m", "pvt_fast", "bench", "--model", "pvt_v2_b0", "--rounds", "1000000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/") as process:
+        while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.005)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [
+        (["-m", "pvt_fast", "doctor"], True),
+        (["-B", "-mpvt_fast"], True),
+        (["/usr/bin/pvt-fast", "bench"], True),
+        (["-m", "training", "pvt_fast"], False),
+        (["-m", "pvt_fast_training"], False),
+        (["train.py"], False),
+        (["-c", "import pvt_fast"], False),
+    ],
+    ids=str,
+)
+def test_only_the_command_handles_control_c(line, command, monkeypatch):
+    """A program's own modules may import the package while Python looks for the one that it is to run."""
+    at = next((i for i, word in enumerate(line) if word.startswith("-m")), None)
+    arguments = line if at is None else ["-m", *line[at + (2 if line[at] == "-m" else 1) :]]
+    monkeypatch.setattr(sys, "orig_argv", ["python", *line])
+    monkeypatch.setattr(sys, "argv", arguments if line[0] != "-c" else line[:1])
+    assert _command._is_command() == command
+
+
+def test_importing_the_package_leaves_signals_alone():
+    code = "import signal, sys, pvt_fast; print(signal.getsignal(2) is signal.default_int_handler, sys.excepthook)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert run.stdout.startswith("True <built-in function excepthook>"), run.stderr
+
+
+def test_control_c_in_a_program_that_calls_main(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pvt_fast.cli.doctor.report", interrupted)
+    assert call("doctor") == 130
+    assert capsys.readouterr() == ("", "")
+
+
+VARIABLES = [f"PVT_FAST_{name}" for name in ("BACKEND", "ISA", "AUTOTUNE", "CHECK_WEIGHTS")]
+
+
+@pytest.mark.parametrize("name", VARIABLES[1:])
+def test_nonsense_in_a_variable_is_one_line(name, digit_files):
+    run = call_fresh("classify", digit_files[0], "--weights", DIGITS, **{name: "banana"})
+    assert (run.returncode, run.stdout, run.stderr.count("\n")) == (2, "", 1)
+    assert run.stderr.startswith(f"pvt-fast classify: error: {name} must be ")
+    assert run.stderr.endswith("got 'banana'\n")
+
+
+def test_nonsense_in_all_variables_is_no_obstacle_to_doctor():
+    run = call_fresh("doctor", **dict.fromkeys((*VARIABLES, "PVT_FAST_CACHE"), "banana"))
+    assert (run.returncode, run.stderr) == (0, "")
+    out = " ".join(run.stdout.replace("│", " ").split())
+    assert "backend cpp not usable: PVT_FAST_CHECK_WEIGHTS must be 0 or 1, got 'banana'" in out
+    assert "PVT_FAST_BACKEND not usable: PVT_FAST_BACKEND must be one of" in out
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped(digit_files, tmp_path, capsys):
+    paths = [tmp_path / "ü.png", tmp_path / os.fsdecode(b"\xff.png")]
+    for path in paths:
+        path.write_bytes(digit_files[3].read_bytes())
+    run = call_fresh("classify", *paths, "--weights", DIGITS, PYTHONIOENCODING="ascii")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert call("classify", *paths, "--weights", DIGITS) == 0
+    for out, umlaut in ((run.stdout, "\\xfc.png"), (capsys.readouterr().out, "ü.png")):
+        folded = "".join(out.replace("|", " ").replace("│", " ").split())
+        assert umlaut in folded
+        assert "\\udcff.png" in folded
+
+
+LABELS = {
+    "binary": (bytes(range(256)), "must be UTF-8 lines or a JSON list"),
+    "empty": (b"", "must name the model's 10 classes, got 0"),
+    "nested": (b"[" * 100_000, "must be UTF-8 lines or a JSON list"),
+    "numbers": (b"[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]", "must name the model's 10 classes"),
+    "huge": (b"x\n" * 2**16, "must name the model's 10 classes, got 65536"),
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_odd_labels(name, digit_files, tmp_path, capsys):
+    content, message = LABELS[name]
+    (tmp_path / "labels").write_bytes(content)
+    assert call(*CLASSIFY[:1], digit_files[0], *CLASSIFY[2:], "--labels", tmp_path / "labels") == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert message in captured.err
+
+
+def test_labels_without_an_end_and_in_no_file(digit_files, tmp_path, capsys):
+    for path, message in (("/dev/zero", "must have at most 67108864 bytes"), (tmp_path, "Is a directory")):
+        assert call("classify", digit_files[0], "--weights", DIGITS, "--labels", path) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_labels_with_a_byte_order_mark(digit_files, tmp_path, capsys):
+    (tmp_path / "labels.txt").write_text("\n".join("abcdefghij"), encoding="utf-8-sig")
+    options = ("--weights", DIGITS, "--labels", tmp_path / "labels.txt", "--json", "--topk", 10)
+    assert call("classify", digit_files[0], *options) == 0
+    assert sorted(entry["label"] for entry in json.loads(capsys.readouterr().out)[0]["top"]) == list("abcdefghij")
+
+
+ABSURD = {
+    "batch": (("--batch", "99999999"), "--batch and --size must make images that fit into"),
+    "batch of 20 digits": (("--batch", "9" * 20), "--batch: must be at most 1000000000, got"),
+    "batch of 5,000 digits": (("--batch", "9" * 5000), "--batch: must be at most 1000000000, got"),
+    "size": (("--size", "99999999"), "--batch and --size must make images that fit into"),
+    "threads": (("--threads", "9999"), f"--threads: must be at most 8 a processor, {8 * os.cpu_count()}, got 9999"),
+    "rounds": (("--rounds", "1" + "0" * 20), "--rounds: must be at most 1000000000, got"),
+    "JSON in a folder": (("--json", "/"), "--json must be a file that can be written, got /"),
+}
+
+
+@pytest.mark.parametrize("name", ABSURD)
+def test_absurd_numbers_are_refused_before_anything_is_allocated(name, capsys):
+    options, message = ABSURD[name]
+    assert call(*BENCH, *options) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert message in captured.err
+    assert len(captured.err) < 300
+
+
+@pytest.mark.parametrize(
+    "call_that_fails", [lambda: torch.empty(2**50), lambda: bytearray(2**60)], ids=["torch", "Python"]
+)
+def test_a_lack_of_memory_is_one_line(call_that_fails, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "compare", lambda *arguments: call_that_fails())
+    assert call(*BENCH) == 1
+    assert capsys.readouterr().err.startswith("pvt-fast bench: error: out of memory (")
+
+
+def test_too_little_memory_for_the_imports_is_one_line():
+    run = call_shell("ulimit -v 200000; pvt-fast doctor")
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr.startswith("pvt-fast: error: out of memory during the imports (")
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a fault of ours"), ZeroDivisionError(), AttributeError("x")], ids=repr)
+def test_a_fault_of_ours_is_not_hidden(error, monkeypatch):
+    def faulty(*arguments):
+        raise error
+
+    monkeypatch.setattr(bench, "compare", faulty)
+    with pytest.raises(type(error)):
+        call(*BENCH)
+
+
+def test_what_cannot_be_written_ends_with_status_1(capsys):
+    assert call(*BENCH, "--backend", "reference", "--rounds", "1", "--json", "/dev/full") == 1
+    assert capsys.readouterr().err == "pvt-fast bench: error: [Errno 28] No space left on device\n"
+
+
+def test_images_are_read_a_few_at_a_time(digit_files, monkeypatch, capsys):
+    """Thousands of files take no more memory than a batch."""
+    held = []
+    stack = torch.stack
+    monkeypatch.setattr(torch, "stack", lambda images: held.append(len(images)) or stack(images))
+    assert call("classify", *[digit_files[5]] * 35, "--weights", DIGITS, "--backend", "reference", "--json") == 0
+    assert {answer["top"][0]["index"] for answer in json.loads(capsys.readouterr().out)} == {5}
+    assert [count for count in held if count > 3] == [16, 16]

@@ -1,7 +1,9 @@
 """PVTConfig: what it refuses and how it says so, and the sizes it derives."""
 
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -92,3 +94,22 @@ def test_variants_are_the_published_ones():
     assert list(VARIANTS) == [f"pvt_v2_{name}" for name in ("b0", "b1", "b2", "b2_li", "b3", "b4", "b5")]
     assert VARIANTS["pvt_v2_b5"]["mlp_ratios"] == (4, 4, 4, 4)
     assert [name for name in VARIANTS if VARIANTS[name]["linear"]] == ["pvt_v2_b2_li"]
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "linear", "odd"])
+def test_parameters_are_counted_without_a_model(name):
+    others = {
+        "linear": {"linear": True},
+        "odd": {"patch_size": 9, "mlp_ratios": (0.5, 1.7, 2, 3), "sr_ratios": (1, 2, 3, 1)},
+    }
+    arguments = VARIANTS.get(name) or {**others[name], "in_channels": 5, "num_classes": 0}
+    with torch.device("meta"):
+        model = PVT_V2(**arguments)
+    assert model.config.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_what_is_kept_is_plain_python():
+    config = PVTConfig(drop_rate=np.float64(0.25), img_size=[224, np.int64(224).item()], embed_dims=range(64, 320, 64))
+    assert type(config.drop_rate) is float
+    assert config.embed_dims == (64, 128, 192, 256)
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["img_size"] == [224, 224]

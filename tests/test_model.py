@@ -471,8 +471,10 @@ def test_reset_classifier():
     model.reset_classifier(0)
     assert isinstance(model.get_classifier(), nn.Identity)
     assert model.eval()(image_of(2, (32, 32)).double()).shape == (2, 48)
-    for bad in (-1, True, 2.0):
-        with pytest.raises(ValueError, match="reset_classifier: num_classes must be an int of at least 0"):
+    with pytest.raises(ValueError, match="reset_classifier: num_classes must be at least 0, got -1"):
+        model.reset_classifier(-1)
+    for bad in (True, 2.0):
+        with pytest.raises(TypeError, match="reset_classifier: num_classes must be an int, got"):
             model.reset_classifier(bad)
 
 

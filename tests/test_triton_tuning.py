@@ -390,6 +390,7 @@ def test_the_command_prints_the_table(tmp_path, capsys, monkeypatch):
 
 SETTINGS = """
 import importlib, os, torch
+from pvt_fast.dispatch import BackendMisconfigured
 from pvt_fast.kernels import tuning, tuning_records
 assert (tuning._setting is None) == (not tuning_records.read_table()), "off by default"
 os.environ["PVT_FAST_AUTOTUNE"] = "1"
@@ -398,7 +399,7 @@ assert tuning._setting.tuner_of(torch.zeros(1)) is None
 os.environ["PVT_FAST_AUTOTUNE"] = "yes"
 try:
     importlib.reload(tuning)
-except ValueError as error:
+except BackendMisconfigured as error:
     print(error)
 """
 

@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from .. import dispatch
+from ..arguments import flag, function, instance
 from ..ops import packing
 from .fused import FusedBlock, Settings, StandIn
 from .guard import ACCELERATED_FROM, own_class
@@ -101,9 +102,14 @@ def accelerate_(
 
     A block accelerated before takes the new settings.
     """
+    instance("accelerate_: model", model, nn.Module, "an nn.Module")
     dispatch._check_name(backend, "accelerate_: backend")
     if backend != "auto":
         dispatch.named(backend, "accelerate_: backend")
+    for name, value in (("attention", attention), ("mlp", mlp), ("strict", strict)):
+        flag(f"accelerate_: {name}", value)
+    if filter_fn is not None:
+        function("accelerate_: filter_fn", filter_fn, "callable with a path and a module, or None")
     halves = tuple(name for name, wanted in zip(HALVES, (attention, mlp), strict=True) if wanted)
     if not halves:
         raise ValueError("accelerate_: attention or mlp must be True, got False for both")
@@ -147,6 +153,7 @@ def restore_(model: nn.Module) -> None:
     Raises RuntimeError, and changes nothing, if another library has since put a class of its own over an accelerated
     block.
     """
+    instance("restore_: model", model, nn.Module, "an nn.Module")
     blocks = [(path, block) for path, block in model.named_modules() if isinstance(block, _Accelerated)]
     for path, block in blocks:
         if _subclass(own_class(block)) is not type(block):
@@ -160,6 +167,7 @@ def restore_(model: nn.Module) -> None:
 @contextmanager
 def accelerated(model: nn.Module, **options: Any) -> Iterator[AccelerationReport]:
     """Within the block, `model` is accelerated; `options` are those of `accelerate_`. After it, it is as before."""
+    instance("accelerated: model", model, nn.Module, "an nn.Module")
     before = {block: vars(block)[STATE] for block in model.modules() if isinstance(block, _Accelerated)}
     report = accelerate_(model, **options)
     try:

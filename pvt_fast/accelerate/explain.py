@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..arguments import instance
 from ..dispatch import BackendUnavailable
 from ..ops import packing
 from .api import STATE
@@ -51,6 +52,7 @@ def explain(model: nn.Module) -> Explanation:
     For our own models, and what `accelerate_` found in models of others, as they are now, on the device and in the
     dtype of their parameters. What depends on a call (its input, torch.func, tracing) is told in the log of "pvt_fast".
     """
+    instance("explain: model", model, nn.Module, "an nn.Module")
     paths = {module: path for path, module in model.named_modules()}
     # of transformers' models
     attentions = bool(getattr(getattr(model, "config", None), "output_attentions", False))
@@ -71,6 +73,7 @@ def refresh(model: nn.Module) -> None:
     Needed by nobody who can wait some calls (README, "Weights that change"): for writes that torch does not record, and
     that change few values, when the very next call must see them.
     """
+    instance("refresh: model", model, nn.Module, "an nn.Module")
     packing.forget(
         [tensor for module in model.modules() for tensor in module._parameters.values() if tensor is not None]
     )
