@@ -82,7 +82,7 @@ class Sources:
         self._shapes = [_shape(tensor) for tensor in tensors]
         self._kept = [tensor.detach() for tensor in tensors] if keep else None
         on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-        self._watch = _C.Watch([_extent(tensor) for tensor in tensors]) if on_cpu else _Snapshot(tensors)
+        self._watch = _C.Watch([_region(tensor) for tensor in tensors]) if on_cpu else _Snapshot(tensors)
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         """Are `tensors` these, with the values that they had, as far as the module's guarantee goes?"""
@@ -332,27 +332,38 @@ def _is(tensor: Tensor, known: Any) -> bool:
 
 
 def _shape(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.stride(), tensor.dtype
+    """All that tells which values the same memory stands for."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.is_neg()
 
 
 def span(tensor: Tensor) -> tuple[int, int]:
     """Address of a strided tensor's first value, and the bytes from there to the end of its memory."""
-    offset = int(tensor.storage_offset()) * tensor.element_size()
-    return tensor.data_ptr(), max(int(tensor.untyped_storage().nbytes()) - offset, 0)
+    return tensor.data_ptr(), held(tensor)
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The part of its span in which a strided tensor's values lie. RuntimeError where the memory is too small."""
-    if tensor.numel() == 0:
-        return 0, 0
+def held(tensor: Tensor) -> int:
+    """Bytes of memory from a strided tensor's first value; none where it has no address (but on meta)."""
+    if not tensor.is_meta and tensor.data_ptr() == 0:
+        return 0
+    return max(int(tensor.untyped_storage().nbytes()) - int(tensor.storage_offset()) * tensor.element_size(), 0)
+
+
+def extent(tensor: Tensor) -> int:
+    """Bytes from a strided tensor's first value to the end of its last."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    address, held = span(tensor)
-    needed = (last + 1) * tensor.element_size()
-    if needed > held:
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+def _region(tensor: Tensor) -> tuple[int, int]:
+    """The part of its span in which a strided tensor's values lie. RuntimeError where the memory is too small."""
+    address, there = span(tensor)
+    if (needed := extent(tensor)) > there:
         raise RuntimeError(
-            f"pvt_fast: a weight of shape {tuple(tensor.shape)} must have {needed} bytes of memory, got {held}"
+            f"pvt_fast: a weight of shape {tuple(tensor.shape)} must have {needed} bytes of memory, got {there}"
         )
-    return address, needed
+    return (address, needed) if needed else (0, 0)
 
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
