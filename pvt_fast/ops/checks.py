@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import conv_size
 from .contract import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
-from .packing import extent, held
+from .packing import available, extent
 
 # Classes whose instances are what they look like. Tensor: a parameter that torch.func.functional_call, or a compiled
 # graph, put in place of another
@@ -236,7 +236,7 @@ def _check_tensor(op: str, name: str, value: Any, plain: bool) -> None:
     if type(value) not in PLAIN or value.layout is not torch.strided or value.is_nested:
         raise TypeError(f"{op}: {name} must be a strided torch.Tensor, got {_describe(value)}")
     # a storage may have been resized below its tensors
-    if (needed := extent(value)) > (there := held(value)):
+    if (needed := extent(value)) > (there := available(value)):
         raise ValueError(f"{op}: {name} must have {needed} bytes of memory, got {there}")
 
 
