@@ -239,7 +239,7 @@ def packed_apart(kind: str, tensors: tuple[Tensor | None, ...], build: Callable[
         form: Any = build()
         return type(form)(*map(own, form)) if isinstance(form, tuple) else own(form)
 
-    return packed(f"triton {kind}", None, tensors, lambda: apart(build_own, device))
+    return packed(f"triton {kind}", None, tensors, lambda _: apart(build_own, device))
 
 
 def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -36,7 +36,7 @@ from .ops import (
     check_mlp,
     check_patch_embed,
 )
-from .ops.packing import packed, span
+from .ops.packing import Alias, key_of, packed, span
 
 logger = logging.getLogger("pvt_fast")
 
@@ -105,15 +105,15 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
         image = image.contiguous()
         strides = image.stride()
 
-    def build() -> Any:
-        held = _dense(w)
+    def build(alias: Alias) -> Any:
+        held = _dense(w, alias)
         check_patch_embed(image, held, stride)
         sizes = (in_channels, channels, kernel, stride)
         return _C.PatchEmbed(isa, _is_bf16(image), _linear(held.proj), _norm(held.norm), sizes, channels_last)
 
     tensors = (*w.proj[:2], *w.norm[:2])
     kind = "patch_embed channels_last" if channels_last else "patch_embed"
-    op = packed(kind, (isa, w.norm.eps, stride), tensors, build)
+    op = packed(kind, key_of(isa, w, stride), tensors, build)
     out = torch.empty((image.shape[0], hw[0] * hw[1], channels), dtype=image.dtype, device=image.device)
     op.run(span(image), (image.shape[0], *image.shape[2:]), strides, span(out))
     return out.to(dtype), hw
@@ -127,8 +127,8 @@ def sr_attention(
     _require_runs("sr_attention", x, spec.attn_drop, spec.proj_drop)
     isa, dtype, x = _isa, x.dtype, _held(x).contiguous()
 
-    def build() -> Any:
-        held = _dense(w)
+    def build(alias: Alias) -> Any:
+        held = _dense(w, alias)
         check_attention(x, hw, held, spec, None)
         weights = {
             "norm": _norm(held.norm),
@@ -147,8 +147,7 @@ def sr_attention(
 
     sr = () if w.sr is None or w.sr_norm is None else (*w.sr[:2], *w.sr_norm[:2])
     tensors = (*w.norm[:2], *w.q[:2], *w.kv[:2], *w.proj[:2], *sr)
-    eps = (w.norm.eps, None if w.sr_norm is None else w.sr_norm.eps)
-    op = packed("attention", (isa, eps, spec), tensors, build)
+    op = packed("attention", key_of(isa, w, spec), tensors, build)
     return _run_residual(op, x, hw, residual_scale).to(dtype)
 
 
@@ -158,8 +157,8 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
     _require_runs("dwconv_mlp", x, spec.drop)
     isa, dtype, x = _isa, x.dtype, _held(x).contiguous()
 
-    def build() -> Any:
-        held = _dense(w)
+    def build(alias: Alias) -> Any:
+        held = _dense(w, alias)
         check_mlp(x, hw, held, spec, None)
         weights = {
             "norm": _norm(held.norm),
@@ -173,7 +172,7 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
         return _C.mlp(isa, _is_bf16(x), weights)
 
     tensors = (*w.norm[:2], *w.fc1[:2], *w.dwconv[:2], *w.fc2[:2])
-    op = packed("mlp", (isa, w.norm.eps, spec), tensors, build)
+    op = packed("mlp", key_of(isa, w, spec), tensors, build)
     return _run_residual(op, x, hw, residual_scale).to(dtype)
 
 
@@ -183,12 +182,12 @@ def layer_norm(x: Tensor, w: Norm) -> Tensor:
     _require_runs("layer_norm", x)
     isa, dtype, x = _isa, x.dtype, _held(x).contiguous()
 
-    def build() -> Any:
-        held = _dense(w)
+    def build(alias: Alias) -> Any:
+        held = _dense(w, alias)
         check_layer_norm(x, held)
         return _C.LayerNorm(isa, _is_bf16(x), _norm(held), x.shape[-1])
 
-    op = packed("layer_norm", (isa, w.eps), w[:2], build)
+    op = packed("layer_norm", key_of(isa, w), w[:2], build)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     op.run(span(x), x.numel() // x.shape[-1], span(out))
     return out.to(dtype)
@@ -202,12 +201,12 @@ def head(x: Tensor, w: Linear | None) -> Tensor:
     batch, tokens, channels = x.shape
     classes = channels if w is None else w.weight.shape[0]
 
-    def build() -> Any:
-        held = None if w is None else _dense(w)
+    def build(alias: Alias | None = None) -> Any:
+        held = None if alias is None else _dense(w, alias)
         check_head(x, held)
         return _C.Head(isa, _is_bf16(x), None if held is None else _linear(held), channels, classes)
 
-    op = build() if w is None else packed("head", (isa,), w[:2], build)
+    op = build() if w is None else packed("head", key_of(isa, w), w[:2], build)
     out = torch.empty((batch, classes), dtype=x.dtype, device=x.device)
     op.run(span(x), batch, tokens, span(out))
     return out.to(dtype)
@@ -240,11 +239,11 @@ def _held(x: Tensor) -> Tensor:
     return x.float()
 
 
-def _dense(weights: Any) -> Any:
-    """Weights as packing reads them: each tensor `_held`, one element after another."""
+def _dense(weights: Any, alias: Alias) -> Any:
+    """Weights as packing reads them: the alias of each tensor `_held`, one element after another."""
     if isinstance(weights, Tensor):
-        return _held(weights).contiguous()
-    return type(weights)(*map(_dense, weights)) if isinstance(weights, tuple) else weights
+        return _held(alias(weights)).contiguous()
+    return type(weights)(*(_dense(each, alias) for each in weights)) if isinstance(weights, tuple) else weights
 
 
 @cache

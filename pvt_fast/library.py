@@ -29,7 +29,6 @@ from torch import Tensor
 
 from . import dispatch, ops, reference
 from .accelerate.guard import ambient
-from .config import conv_size
 from .ops import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
 from .ops.packing import within_graph
 
@@ -45,9 +44,12 @@ _IN_GRAPH = " in a graph"
 
 
 def _register(
-    schema: str, function: Callable, arguments: Callable[..., tuple], fake: Callable[..., Tensor]
+    schema: str, function: Callable, arguments: Callable[..., tuple], shape: Callable[..., Sequence[int]]
 ) -> torch.library.CustomOpDef:
-    """Register `pvt_fast::<name of function>`; `arguments(*flat)` and `fake(*flat)` take all but the backend's name."""
+    """Register `pvt_fast::<name of function>`; `arguments(*flat)` takes all but the backend's name.
+
+    shape(*arguments): that of the result, of arguments that were checked: also of tensors without values.
+    """
     name = function.__name__
 
     def run(*flat: Any) -> Tensor:
@@ -72,7 +74,7 @@ def _register(
         return _reference_gradients(recompute, flat, ctx.needs_input_grad, grad_output)
 
     op = torch.library.custom_op(f"pvt_fast::{name}", run, mutates_args=(), schema=schema)
-    op.register_fake(lambda *flat: fake(*flat[:-1]))
+    op.register_fake(lambda *flat: flat[0].new_empty(shape(*arguments(*flat[:-1]))))
     op.register_autograd(backward, setup_context=setup_context)
     return op
 
@@ -108,24 +110,20 @@ def _tokens(output: Tensor | tuple[Tensor, HW]) -> Tensor:
 
 
 def _norm(weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm | None:
-    return None if weight is None or bias is None else Norm(weight, bias, eps)
+    return None if weight is None and bias is None else Norm(weight, bias, eps)  # type: ignore[arg-type]  # checked
 
 
 def _linear(weight: Tensor | None, bias: Tensor | None) -> Linear | None:
-    return None if weight is None else Linear(weight, bias)
-
-
-def _like(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
+    return None if weight is None and bias is None else Linear(weight, bias)  # type: ignore[arg-type]  # checked
 
 
 def _embed_arguments(image, weight, bias, norm_weight, norm_bias, eps, stride) -> tuple:
     return image, PatchEmbedWeights(Linear(weight, bias), Norm(norm_weight, norm_bias, eps)), stride
 
 
-def _embed_fake(image, weight, bias, norm_weight, norm_bias, eps, stride) -> Tensor:
-    height, width = (conv_size(size, weight.shape[2], stride) for size in image.shape[2:])
-    return image.new_empty((image.shape[0], height * width, weight.shape[0]))
+def _embed_shape(image: Tensor, w: PatchEmbedWeights, stride: int) -> Sequence[int]:
+    height, width = ops.check_patch_embed(image, w, stride)
+    return image.shape[0], height * width, w.proj.weight.shape[0]
 
 
 def _attention_arguments(x: Tensor, height: int, width: int, *rest: Any) -> tuple:
@@ -137,6 +135,11 @@ def _attention_arguments(x: Tensor, height: int, width: int, *rest: Any) -> tupl
     return x, (height, width), weights, AttentionSpec(num_heads, scale, linear), residual_scale
 
 
+def _attention_shape(x: Tensor, *rest: Any) -> Sequence[int]:
+    ops.check_attention(x, *rest)
+    return x.shape
+
+
 def _mlp_arguments(x: Tensor, height: int, width: int, *rest: Any) -> tuple:
     norm, fc1, dwconv, fc2 = zip(rest[:8:2], rest[1:8:2], strict=True)
     residual_scale, eps, relu = rest[8:]
@@ -144,16 +147,27 @@ def _mlp_arguments(x: Tensor, height: int, width: int, *rest: Any) -> tuple:
     return x, (height, width), weights, MlpSpec(relu), residual_scale
 
 
+def _mlp_shape(x: Tensor, *rest: Any) -> Sequence[int]:
+    ops.check_mlp(x, *rest)
+    return x.shape
+
+
 def _layer_norm_arguments(x, weight, bias, eps) -> tuple:
     return x, Norm(weight, bias, eps)
+
+
+def _layer_norm_shape(x: Tensor, w: Norm) -> Sequence[int]:
+    ops.check_layer_norm(x, w)
+    return x.shape
 
 
 def _head_arguments(x, weight, bias) -> tuple:
     return x, _linear(weight, bias)
 
 
-def _head_fake(x, weight, bias) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[2] if weight is None else weight.shape[0]))
+def _head_shape(x: Tensor, w: Linear | None) -> Sequence[int]:
+    ops.check_head(x, w)
+    return x.shape[0], x.shape[2] if w is None else w.weight.shape[0]
 
 
 _embed = _register(
@@ -161,7 +175,7 @@ _embed = _register(
     "str backend) -> Tensor",
     reference.overlap_patch_embed,
     _embed_arguments,
-    _embed_fake,
+    _embed_shape,
 )
 _attention = _register(
     "(Tensor x, SymInt height, SymInt width, Tensor norm_weight, Tensor norm_bias, Tensor q_weight, Tensor? q_bias, "
@@ -170,7 +184,7 @@ _attention = _register(
     "int num_heads, float scale, bool linear, str backend) -> Tensor",
     reference.sr_attention,
     _attention_arguments,
-    _like,
+    _attention_shape,
 )
 _mlp = _register(
     "(Tensor x, SymInt height, SymInt width, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, "
@@ -178,16 +192,16 @@ _mlp = _register(
     "Tensor? residual_scale, float eps, bool relu, str backend) -> Tensor",
     reference.dwconv_mlp,
     _mlp_arguments,
-    _like,
+    _mlp_shape,
 )
 _layer_norm = _register(
     "(Tensor x, Tensor weight, Tensor bias, float eps, str backend) -> Tensor",
     reference.layer_norm,
     _layer_norm_arguments,
-    _like,
+    _layer_norm_shape,
 )
 _head = _register(
-    "(Tensor x, Tensor? weight, Tensor? bias, str backend) -> Tensor", reference.head, _head_arguments, _head_fake
+    "(Tensor x, Tensor? weight, Tensor? bias, str backend) -> Tensor", reference.head, _head_arguments, _head_shape
 )
 
 

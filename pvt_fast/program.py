@@ -9,14 +9,14 @@ ops' Python takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _C, dispatch, library
-from .accelerate.guard import Guard, ambient, edges, facts
+from .accelerate.fused import Fused
+from .accelerate.guard import Guard, Moment, ambient, edges, facts
 from .ops import is_plain, packing
 
 if TYPE_CHECKING:
@@ -45,12 +45,12 @@ class Whole:
             image = image.detach()  # over the same memory to the end, whatever another thread does to the caller's
         if model.training:
             self.program = None  # nothing is packed for longer than a step
-        cpp = dispatch.select(model.facts(image), model.backend)
-        if cpp.__name__ != dispatch.ORDER["cpp"] or model.training or ambient() is not None:
+        backend = dispatch.select(model.facts(image), model.backend)
+        if backend.__name__ != dispatch.ORDER["cpp"] or model.training or ambient() is not None:
             return None
         if _needs_gradients(model, image) or not fits(model, image):
             return None
-        program, isa = self.program, cpp.isa()
+        program, isa = self.program, backend.isa()
         if program is not None and program.holds(model, image, isa):
             return program.run(image)
         state = State.of(model, image, isa)
@@ -69,23 +69,36 @@ class Whole:
 class State:
     """All that a model's forward on an image reads but for the parameters' values, as it was at one moment."""
 
-    def __init__(self, model: PVT_V2, image: Tensor, isa: str, guard: Guard) -> None:
+    def __init__(self, model: PVT_V2, image: Tensor, isa: str, guard: Guard, fused: list[Fused]) -> None:
         self.isa, self.dtype, self.layout, self.channels = isa, image.dtype, _layout(image), image.shape[1]
-        self.stages = model.config.num_stages  # asked first: the configuration follows a replaced head when it is asked
-        self.settings = model.forward_settings()
-        self.guard = guard
-        self.parameters = tuple(model.parameters())
-        self.facts, self.kept = facts(model, guard, parameters=True, soon=_lines(self.parameters))
+        _ = model.config  # which follows a replaced head when it is asked
+        self.settings, self.guard = model.forward_settings(), guard
+        soon = _lines(tuple(model.parameters()))
+        self.facts, self.kept = facts(model, guard, parameters=True, soon=soon)
+        # from what the facts compare with: read again, a value may be another for that once
+        calls = [call for piece in fused for call in piece.calls(Moment(self.kept))]
+        self.keys = [packing.key_of(isa, *call) for call in calls]
+        self.pieces = [_tensors(weights) for weights, *_ in calls]  # the parameters of each op of a forward, in order
+        self.parameters = tuple({id(tensor): tensor for piece in self.pieces for tensor in piece}.values())
 
     @classmethod
     def of(cls, model: PVT_V2, image: Tensor, isa: str) -> State | None:
         """None where a forward is more than ops."""
         guard = Guard(edges(model._modules.items()))
-        if not model.is_as_published() or guard.disturbed(model) is not None:
+        known = {id(module) for _, module in guard.modules}
+        if not model.is_as_published():
             return None
         if not all(is_plain(parameter) for parameter in model.parameters()):
             return None
-        return cls(model, image, isa, guard)
+        fused = [stand_in.current(owner) for owner, stand_in in model.stand_ins()]
+        if not all(
+            piece is not None and piece.whole and all(id(module) in known for module, _, _ in piece.parameters)
+            for piece in fused
+        ):
+            return None
+        state = cls(model, image, isa, guard, fused)
+        # asked last: it is one moment only if nothing was changed in between
+        return state if guard.changed(model) is None and guard.disturbed(model) is None else None
 
     def holds(self, model: PVT_V2, image: Tensor, isa: str) -> bool:
         """Would a forward read the same now?"""
@@ -99,19 +112,18 @@ class State:
 class Program:
     """The packed ops of a forward, and all that must still be so for them to be the model's forward."""
 
-    def __init__(self, model: PVT_V2, state: State, records: list[packing.Record]) -> None:
+    def __init__(self, state: State, records: list[packing.Record]) -> None:
         self.state, self.records = state, records
         self.forward = _C.Forward([used.form for used in records])
-        self.parameters = state.parameters
-        self.head = next(i for i, parameter in enumerate(self.parameters) if parameter is model.head.weight)
-        self.sources = packing.Sources(self.parameters, keep=True)
+        self.parameters, self.head = state.parameters, state.pieces[-1][0]
+        self.sources = packing.Sources(self.parameters, packing.aliases(self.parameters), keep=True)
 
     def holds(self, model: PVT_V2, image: Tensor, isa: str) -> bool:
         """Would running op by op do the same?"""
         if any(used.dropped for used in self.records) or not self.state.holds(model, image, isa):
             return False
         # asked at once, as another number of logits would be returned; other shapes are among the values
-        if self.parameters[self.head].shape[0] != self.forward.classes:
+        if self.head.shape[0] != self.forward.classes:
             return False
         if self.sources.hold_values(self.parameters):
             return True
@@ -139,30 +151,28 @@ def record(model: PVT_V2, image: Tensor, state: State, records: list[packing.Rec
     None where it is more than its packed ops, or where another thread changed something meanwhile.
     """
     # weights that are computed at each forward (parametrizations, say) are packed at each forward
-    pieces = [{parameter.data_ptr() for parameter in piece} for piece in _pieces(model, state.stages)]
-    if [set(used.addresses) for used in records] != pieces or any(used.key[0] != state.isa for used in records):
+    if [used.key for used in records] != state.keys:
         return None
-    program = Program(model, state, records)
+    program = Program(state, records)
     # It compares with the values of now. What the ops were packed from may have changed since, unseen as yet.
-    if not all(used.sources.same_memory() for used in records):
+    if not all(_is_packed_of(used, piece) for used, piece in zip(records, state.pieces, strict=True)):
         packing.doubt()
         return None
     return program if program.holds(model, image, state.isa) else None
 
 
-def _pieces(model: PVT_V2, stages: int) -> Iterator[list[Tensor]]:
-    """The parameters of each op of a forward, in order."""
+def _is_packed_of(used: packing.Record, piece: list[Tensor]) -> bool:
+    by_address = {parameter.data_ptr(): parameter for parameter in piece}
+    if by_address.keys() != set(used.addresses):
+        return False
+    return used.sources.hold_all([by_address[address] for address in used.addresses])
 
-    def of(*modules: nn.Module) -> list[Tensor]:
-        return [parameter for module in modules for parameter in module.parameters()]
 
-    for stage in range(stages):
-        yield of(getattr(model, f"patch_embed{stage + 1}"))
-        for block in getattr(model, f"block{stage + 1}"):
-            yield of(block.norm1, block.attn)
-            yield of(block.norm2, block.mlp)
-        yield of(getattr(model, f"norm{stage + 1}"))
-    yield of(model.head)
+def _tensors(weights: Any) -> list[Tensor]:
+    """All tensors among an op's weights."""
+    if isinstance(weights, Tensor):
+        return [weights]
+    return [tensor for part in weights for tensor in _tensors(part)] if isinstance(weights, tuple) else []
 
 
 def _needs_gradients(model: nn.Module, image: Tensor) -> bool:

@@ -461,7 +461,7 @@ def builds(monkeypatch) -> list[str]:
     module = ModuleType("tests_compiled_backend")
 
     def dwconv_mlp(x, hw, w, spec, residual_scale=None):
-        def build():
+        def build(_):
             log.append("dwconv_mlp")
             return w.fc1.weight.detach().clone()
 

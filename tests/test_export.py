@@ -138,7 +138,7 @@ def test_aot_inductor_package_packs_once_and_runs_in_another_process(target, ind
     packaged, built = torch._inductor.aoti_load_package(path), []
 
     def counted(kind, key, tensors, build):
-        return packing.packed(kind, key, tensors, lambda: (built.append(kind), build())[1])
+        return packing.packed(kind, key, tensors, lambda alias: (built.append(kind), build(alias))[1])
 
     monkeypatch.setattr(target.module, "packed", counted)
     expected = model(other)

@@ -26,7 +26,7 @@ class Builder:
     def __init__(self, *tensors: Tensor) -> None:
         self.tensors, self.builds = [tensor.detach() for tensor in tensors], 0
 
-    def __call__(self) -> float:
+    def __call__(self, _: object = None) -> float:
         self.builds += 1
         return sum(float(tensor.sum()) for tensor in self.tensors)
 
@@ -55,7 +55,7 @@ def test_another_key_rebuilds(layer):
 def test_other_weights_and_kinds_have_records_of_their_own(layer):
     other = copy.deepcopy(layer)
     assert [use(each)[1] for each in (layer, other, layer, other)] == [1, 1, 0, 0]
-    assert packed("other", "layout", (layer.weight, layer.bias), lambda: "other") == "other"
+    assert packed("other", "layout", (layer.weight, layer.bias), lambda _: "other") == "other"
     assert use(layer)[1] == 0
 
 
@@ -140,17 +140,17 @@ def test_a_tensor_at_a_reused_address_rebuilds():
     """Address, version and values may all repeat in other memory; the storage does not."""
     memory = np.zeros(4, np.float32)
     first = torch.from_numpy(memory)
-    assert packed("k", None, (first,), lambda: "first") == "first"
+    assert packed("k", None, (first,), lambda _: "first") == "first"
     del first
     second = torch.from_numpy(memory)
-    assert packed("k", None, (second,), lambda: "second") == "second"
+    assert packed("k", None, (second,), lambda _: "second") == "second"
 
 
 def test_another_view_of_the_same_memory_is_the_same_weight():
     memory = torch.arange(8.0)
-    assert packed("k", None, (memory[:4],), lambda: "first") == "first"
-    assert packed("k", None, (memory[:4].detach(),), lambda: "second") == "first"
-    assert packed("k", None, (memory[:2],), lambda: "third") == "third"
+    assert packed("k", None, (memory[:4],), lambda _: "first") == "first"
+    assert packed("k", None, (memory[:4].detach(),), lambda _: "second") == "first"
+    assert packed("k", None, (memory[:2],), lambda _: "third") == "third"
 
 
 def test_inference_tensors_have_no_version_and_still_cache():
@@ -166,7 +166,7 @@ def test_inference_tensors_have_no_version_and_still_cache():
 
 def test_a_failed_build_leaves_no_trace(layer):
     with pytest.raises(ZeroDivisionError):
-        packed("sum", "layout", (layer.weight, None, layer.bias), lambda: 1 / 0)
+        packed("sum", "layout", (layer.weight, None, layer.bias), lambda _: 1 / 0)
     assert use(layer)[1] == 1
 
 
@@ -177,8 +177,8 @@ def test_memory_of_another_address_leaves_no_record_of_the_old(layer):
     values = layer.weight.detach().clone()
     others = [torch.empty(0) for _ in range(4)]
     for index in range(4):
-        packed("sum", "layout", (layer.weight, layer.bias), lambda: None)
-        packed("sum", "layout", (layer.weight, other.bias), lambda: None)
+        packed("sum", "layout", (layer.weight, layer.bias), lambda _: None)
+        packed("sum", "layout", (layer.weight, other.bias), lambda _: None)
         assert len(packing._records) == before + 2
         size = storage.nbytes()
         storage.resize_(0)
@@ -310,7 +310,7 @@ def builds(monkeypatch) -> list[str]:
             weights = next(item for item in arguments if hasattr(item, "_fields") and not hasattr(item, "num_heads"))
             weight = getattr(weights, gemm).weight if gemm else weights.weight
 
-            def build():
+            def build(_):
                 log.append(name)
                 return weight.detach().clone()
 

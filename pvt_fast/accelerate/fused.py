@@ -34,7 +34,7 @@ from .block_names import (
     required_parameters,
     takes_tokens_only,
 )
-from .guard import Guard, ambient, edges
+from .guard import NOW, Guard, When, ambient, edges
 from .halves import AttentionHalf, MlpHalf, Part, linear_of, norm_of
 from .peers import PVT_FAST
 
@@ -124,6 +124,10 @@ class Fused:
                 return f"{name} of a {type(module).__name__} is no longer a plain {shape} tensor, or not one like x"
         return self.disturbance(owner)
 
+    def calls(self, when: When = NOW) -> list[tuple]:
+        """(weights, *what the weights' packed form depends on besides) of each op that a call runs."""
+        raise NotImplementedError
+
     names: tuple[str, ...] = ()  # of the ops
     refusals: dict[str, str] = {}  # why other ops, by name, do not stand in  # noqa: RUF012
     exports = False  # are its registered ops to be seen in exported programs?
@@ -193,6 +197,9 @@ class FusedBlock(Fused):
             return None
         tokens = to_tokens(x) if self.layout.call == MAP else x
         return self.wrap(self.compute(block, backend, tokens, hw), hw)
+
+    def calls(self, when: When = NOW) -> list[tuple]:
+        return [(half.weights(False, when), half.spec(when)) for half in self.halves.values()]
 
     def compute(self, block: nn.Module, backend: str, x: Tensor, hw: HW) -> Tensor:
         """tokens x (B, N, C) -> (B, N, C)."""
@@ -283,9 +290,12 @@ class FusedEmbed(Fused):
         ops = self.ops(embed, image)
         if ops is None:
             return None
-        weights = PatchEmbedWeights(linear_of(self.proj), norm_of(self.norm))
-        x, hw = ops.overlap_patch_embed(image, weights, self.proj.module.stride[0])  # type: ignore[index]
+        x, hw = ops.overlap_patch_embed(image, *self.calls()[0])
         return x, *hw
+
+    def calls(self, when: When = NOW) -> list[tuple]:
+        weights = PatchEmbedWeights(linear_of(self.proj, when), norm_of(self.norm, when))
+        return [(weights, when.setting(self.proj.module, "stride")[0])]
 
 
 class FusedNorm(Fused):
@@ -305,6 +315,9 @@ class FusedNorm(Fused):
         ops = self.ops(owner, x)
         return None if ops is None else ops.layer_norm(x, norm_of(self.norm))
 
+    def calls(self, when: When = NOW) -> list[tuple]:
+        return [(norm_of(self.norm, when),)]
+
 
 class FusedHead(Fused):
     """The mean over tokens, then the classifier, a linear."""
@@ -322,6 +335,9 @@ class FusedHead(Fused):
         (x,) = args
         ops = self.ops(owner, x)
         return None if ops is None else ops.head(x, linear_of(self.linear))
+
+    def calls(self, when: When = NOW) -> list[tuple]:
+        return [(linear_of(self.linear, when),)]
 
 
 class StandIn:

@@ -275,19 +275,21 @@ class Guard:
             for definer, method in definitions(kind, name)
         ]
         self.configs = attention_configs(children)
-        self._facts: _C.Facts | None = None
-        self._kept: Any = None  # alive while `_facts` is
+        # with what is kept alive for them: both at once, as other threads may look at any time
+        self._facts: tuple[_C.Facts, tuple] | None = None
 
     def intact(self, owner: nn.Module) -> bool:
         """Neither changed nor disturbed?"""
         if not self.others_hold():
             return False
-        if self._facts is not None and self._kept[0] is owner._modules and self._facts.hold(owner):
+        known = self._facts
+        if known is not None and known[1][0] is owner._modules and known[0].hold(owner):
             return True
+        seen = facts(owner, self)  # before it is known that they are as they were
         if self.changed(owner) is not None or self.disturbed(owner) is not None:
             return False
         if not any(getattr(child, kind) for _, child in self.modules for kind in _HOOKS):  # hooks may be idle
-            self._facts, self._kept = facts(owner, self)
+            self._facts = seen
         return True
 
     def others_hold(self) -> bool:
@@ -346,7 +348,7 @@ class Guard:
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_facts": None, "_kept": None}
+        return {**vars(self), "_facts": None}
 
 
 def facts(owner: nn.Module, guard: Guard, parameters: bool = False, soon: Sequence[int] = ()) -> tuple[_C.Facts, tuple]:
@@ -368,6 +370,34 @@ def facts(owner: nn.Module, guard: Guard, parameters: bool = False, soon: Sequen
         dicts.append((child._parameters, _items(child._parameters, child._parameters if parameters else {})))
         dicts += [(values[name], _items(values[name])) for name in ("_buffers", *_HOOKS)]
     return _C.Facts(objects, dicts, soon), (owner._modules, objects, dicts)
+
+
+class When:
+    """Where a module's settings and parameters are read: in the module, as it is at each reading."""
+
+    def setting(self, module: nn.Module, name: str) -> Any:
+        return getattr(module, name)
+
+    def parameter(self, module: nn.Module, name: str) -> Any:
+        return module._parameters.get(name)
+
+
+NOW = When()
+
+
+class Moment(When):
+    """In what `facts` of modules and their parameters kept: all as these facts know them. None for other modules."""
+
+    def __init__(self, kept: tuple) -> None:
+        _, objects, dicts = kept
+        self._objects = {id(module): dict(items) for module, _, items in objects}
+        self._dicts = {id(of): dict(items) for of, items in dicts}
+
+    def setting(self, module: nn.Module, name: str) -> Any:
+        return self._objects.get(id(module), {}).get(name)
+
+    def parameter(self, module: nn.Module, name: str) -> Any:
+        return self._dicts.get(id(self.setting(module, "_parameters")), {}).get(name)
 
 
 def _items(all_of: Mapping[str, Any], fixed: Mapping[str, Any] = MappingProxyType({})) -> list[tuple[str, Any]]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm
-from ..ops.packing import packed
+from ..ops.packing import Alias, packed
+from .guard import NOW, When
 
 
 class Part(NamedTuple):
@@ -30,10 +31,9 @@ class Part(NamedTuple):
         tensors = [module._parameters[name] for name in names]
         return cls(module, tuple(None if tensor is None else tuple(tensor.shape) for tensor in tensors), names)
 
-    def tensors(self) -> tuple[Any, Any]:
+    def tensors(self, when: When = NOW) -> tuple[Any, Any]:
         """(weight, bias or None)."""
-        parameters = self.module._parameters
-        return parameters.get(self.names[0]), parameters.get(self.names[1])
+        return when.parameter(self.module, self.names[0]), when.parameter(self.module, self.names[1])
 
 
 class Derived:
@@ -45,7 +45,11 @@ class Derived:
     def __call__(self, fresh: bool, *tensors: Any) -> tuple:
         if fresh or self.build is not join:  # the others are views, known by the memory that they look at
             return self.build(*tensors)
-        return packed("derived", self.build.__name__, tensors, lambda: self.build(*tensors))
+
+        def build(alias: Alias) -> tuple:
+            return self.build(*(None if tensor is None else alias(tensor) for tensor in tensors))
+
+        return packed("derived", self.build.__name__, tensors, build)
 
 
 def join(key: Tensor, value: Tensor, key_bias: Tensor | None, value_bias: Tensor | None) -> tuple:
@@ -88,8 +92,8 @@ class AttentionHalf:
         # in the order of `qkv`: one part is an nn.MultiheadAttention's, two are q and kv, three are q, k and v
         self.derived = {1: Derived(split), 2: None, 3: Derived(join)}[len(qkv)]
 
-    def weights(self, fresh: bool) -> AttentionWeights:
-        tensors = [part.tensors() for part in self.qkv]
+    def weights(self, fresh: bool, when: When = NOW) -> AttentionWeights:
+        tensors = [part.tensors(when) for part in self.qkv]
         if len(tensors) == 1 and self.derived:
             q, kv, q_bias, kv_bias = self.derived(fresh, *tensors[0])
         elif len(tensors) == 3 and self.derived:
@@ -98,17 +102,17 @@ class AttentionHalf:
         else:
             (q, q_bias), (kv, kv_bias) = tensors
         return AttentionWeights(
-            norm_of(self.norm),
+            norm_of(self.norm, when),
             Linear(q, q_bias),
             Linear(kv, kv_bias),
-            None if self.sr is None else linear_of(self.sr),
-            None if self.sr_norm is None else norm_of(self.sr_norm),
-            linear_of(self.proj),
+            None if self.sr is None else linear_of(self.sr, when),
+            None if self.sr_norm is None else norm_of(self.sr_norm, when),
+            linear_of(self.proj, when),
         )
 
-    def spec(self) -> AttentionSpec:
-        heads = getattr(*self.heads)
-        scale = getattr(*self.scale) if self.scale else (self.norm.shapes[0][0] // heads) ** -0.5
+    def spec(self, when: When = NOW) -> AttentionSpec:
+        heads = when.setting(*self.heads)
+        scale = when.setting(*self.scale) if self.scale else (self.norm.shapes[0][0] // heads) ** -0.5
         return AttentionSpec(heads, scale, self.linear)
 
     def run(self, ops: Any, x: Tensor, hw: HW, residual_scale: Tensor | None, fresh: bool) -> Tensor:
@@ -130,27 +134,30 @@ class MlpHalf:
         self.parts = (norm, fc1, dwconv, fc2)
         self.derived = Derived(matrices) if len(fc1.shapes[0]) == 4 else None
 
-    def weights(self, fresh: bool) -> MlpWeights:
-        (fc1, fc1_bias), (fc2, fc2_bias) = self.fc1.tensors(), self.fc2.tensors()
+    def weights(self, fresh: bool, when: When = NOW) -> MlpWeights:
+        (fc1, fc1_bias), (fc2, fc2_bias) = self.fc1.tensors(when), self.fc2.tensors(when)
         if self.derived:
             fc1, fc2 = self.derived(fresh, fc1, fc2)
-        return MlpWeights(norm_of(self.norm), Linear(fc1, fc1_bias), linear_of(self.dwconv), Linear(fc2, fc2_bias))
+        norm, dwconv = norm_of(self.norm, when), linear_of(self.dwconv, when)
+        return MlpWeights(norm, Linear(fc1, fc1_bias), dwconv, Linear(fc2, fc2_bias))
+
+    def spec(self, when: When = NOW) -> MlpSpec:
+        return MlpSpec(self.relu)
 
     def run(self, ops: Any, x: Tensor, hw: HW, residual_scale: Tensor | None, fresh: bool) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
-        return ops.dwconv_mlp(x, hw, self.weights(fresh), MlpSpec(self.relu), residual_scale)
+        return ops.dwconv_mlp(x, hw, self.weights(fresh), self.spec(), residual_scale)
 
     def least_size(self) -> int:
         """The fewest rows and columns of a map that it takes."""
         return 1
 
 
-def norm_of(part: Part) -> Norm:
+def norm_of(part: Part, when: When = NOW) -> Norm:
     """A LayerNorm's weights as the contract has them."""
-    weight, bias = part.tensors()
-    return Norm(weight, bias, part.module.eps)  # type: ignore[arg-type]
+    return Norm(*part.tensors(when), when.setting(part.module, "eps"))
 
 
-def linear_of(part: Part) -> Linear:
+def linear_of(part: Part, when: When = NOW) -> Linear:
     """A linear's or convolution's weights as the contract has them."""
-    return Linear(*part.tensors())
+    return Linear(*part.tensors(when))

@@ -2,7 +2,7 @@
 
 Each `check_*` raises before anything is allocated or read: TypeError for a class or a dtype, ValueError for a shape, a
 device or a number, as `op: argument must condition, got value`. A backend that reads memory asks for `plain` tensors
-besides: strided ones of torch's own classes, whose memory holds their values.
+besides: strided ones of torch's own classes, whose memory holds all their values.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from torch import Tensor
 
 from ..config import conv_size
 from .contract import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
+from .packing import available, extent
 
 # Classes whose instances are what they look like. Tensor: a parameter that torch.func.functional_call, or a compiled
 # graph, put in place of another
 PLAIN = (torch.nn.Parameter, Tensor)
+
+_MOST = 2**31 - 1  # of a stride or a number of heads
 
 Size = str | int  # the name of a size, or a number
 
@@ -80,9 +83,9 @@ OPERANDS: dict[str, list[Operand]] = {
 def check_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int, *, plain: bool = False) -> HW:
     """Check the arguments of `overlap_patch_embed`; return the size of the output map."""
     op = "overlap_patch_embed"
-    _check_activations(op, "image", image, 4, "(B, Cin, H, W)")
+    _check_activations(op, "image", image, 4, "(B, Cin, H, W)", plain)
     _check_class(op, "w", w, PatchEmbedWeights)
-    weight = _weight(op, "w.proj", w.proj)
+    weight = _weight(op, "w.proj", w.proj, plain)
     _check_count(op, "stride", stride)
     if weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
         raise ValueError(f"{op}: w.proj.weight must have shape (C, Cin, k, k), got {tuple(weight.shape)}")
@@ -109,19 +112,22 @@ def check_attention(
     op = "sr_attention"
     _check_class(op, "w", w, AttentionWeights)
     _check_class(op, "spec", spec, AttentionSpec)
-    _check_tokens(op, x, hw, _weight(op, "w.q", w.q), scale, plain)
+    _check_tokens(op, x, hw, _weight(op, "w.q", w.q, plain), scale, plain)
     channels = x.shape[2]
     _check_count(op, "spec.num_heads", spec.num_heads)
     if channels % spec.num_heads:
         raise ValueError(f"{op}: channels must be divisible by num_heads = {spec.num_heads}, got {channels}")
     _check_number(op, "spec.scale", spec.scale)
+    _check_flag(op, "spec.linear", spec.linear)
+    _check_rate(op, "spec.attn_drop", spec.attn_drop)
+    _check_rate(op, "spec.proj_drop", spec.proj_drop)
     if spec.linear and w.sr is None:
         raise ValueError(f"{op}: w.sr must be a 1x1 convolution in the linear form, got None")
     if (w.sr is None) != (w.sr_norm is None):
         raise ValueError(f"{op}: w.sr and w.sr_norm must be given together, got one of them")
     ratio = 1
     if w.sr is not None and not spec.linear:
-        kernel = _weight(op, "w.sr", w.sr)
+        kernel = _weight(op, "w.sr", w.sr, plain)
         if kernel.dim() != 4:
             raise ValueError(f"{op}: w.sr.weight must have shape (C, C, R, R), got {tuple(kernel.shape)}")
         ratio = kernel.shape[2]
@@ -135,7 +141,9 @@ def check_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, scale: Tensor | N
     op = "dwconv_mlp"
     _check_class(op, "w", w, MlpWeights)
     _check_class(op, "spec", spec, MlpSpec)
-    weight = _weight(op, "w.fc1", w.fc1)
+    _check_flag(op, "spec.relu", spec.relu)
+    _check_rate(op, "spec.drop", spec.drop)
+    weight = _weight(op, "w.fc1", w.fc1, plain)
     _check_tokens(op, x, hw, weight, scale, plain)
     _check_weights(op, w, {"C": x.shape[2], "hidden": weight.shape[0]}, "x", x, plain)
 
@@ -143,7 +151,7 @@ def check_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, scale: Tensor | N
 def check_layer_norm(x: Tensor, w: Norm, *, plain: bool = False) -> None:
     """Check the arguments of `layer_norm`."""
     op = "layer_norm"
-    _check_floating(op, "x", x)
+    _check_floating(op, "x", x, plain)
     _check_class(op, "w", w, Norm)
     if x.dim() < 1:
         raise ValueError(f"{op}: x must have a last dimension of channels, got a scalar")
@@ -153,11 +161,10 @@ def check_layer_norm(x: Tensor, w: Norm, *, plain: bool = False) -> None:
 def check_head(x: Tensor, w: Linear | None, *, plain: bool = False) -> None:
     """Check the arguments of `head`."""
     op = "head"
-    _check_activations(op, "x", x, 3, "(B, N, C)")
+    _check_activations(op, "x", x, 3, "(B, N, C)", plain)
     if w is None:
-        _check_plain(op, "x", x, plain)
         return
-    weight = _weight(op, "w", w)
+    weight = _weight(op, "w", w, plain)
     if weight.dim() != 2:
         raise ValueError(f"{op}: w.weight must have shape (classes, C), got {tuple(weight.shape)}")
     _check_weights(op, w, {"classes": weight.shape[0], "C": x.shape[2]}, "x", x, plain)
@@ -167,7 +174,6 @@ def _check_weights(op: str, w: Any, sizes: dict[str, int], name: str, x: Tensor,
     """Every operand must have its declared shape, and dtype and device of the activations x, of that name."""
     if any(size < 1 for size in sizes.values()):
         raise ValueError(f"{op}: {name} and weights must have at least one element each way, got {sizes}")
-    _check_plain(op, name, x, plain)
     dtype, device = x.dtype, x.device
     for operand, index, kind, field, shape, optional, part_optional in OPERANDS[
         op
@@ -180,19 +186,18 @@ def _check_weights(op: str, w: Any, sizes: dict[str, int], name: str, x: Tensor,
         tensor = part[field]
         if tensor is None and optional:
             continue
-        _check_class(op, operand, tensor, Tensor)
+        _check_tensor(op, operand, tensor, plain)
         expected = tuple([size if isinstance(size, int) else sizes[size] for size in shape])
         if tensor.shape != expected:
             raise ValueError(f"{op}: {operand} must have shape {expected}, got {tuple(tensor.shape)}")
         if tensor.dtype is not dtype or tensor.device != device:
             _check_like(op, operand, tensor, x, f"{name}'s")
-        _check_plain(op, operand, tensor, plain)
         if kind is Norm:
             _check_number(op, f"{operand.rpartition('.')[0]}.eps", part.eps)
 
 
 def _check_tokens(op: str, x: Tensor, hw: HW, weight: Tensor, scale: Tensor | None, plain: bool) -> None:
-    _check_activations(op, "x", x, 3, "(B, N, C)")
+    _check_activations(op, "x", x, 3, "(B, N, C)", plain)
     _check_like(op, "x", x, weight, "the weights'")
     if not isinstance(hw, (tuple, list)) or len(hw) != 2:
         raise TypeError(f"{op}: hw must be two ints (H, W), got {hw!r}")
@@ -203,23 +208,22 @@ def _check_tokens(op: str, x: Tensor, hw: HW, weight: Tensor, scale: Tensor | No
     if weight.dim() != 2 or x.shape[2] != weight.shape[1]:
         raise ValueError(f"{op}: x must have {weight.shape[-1]} channels, got {x.shape[2]}")
     if scale is not None:
-        _check_floating(op, "residual_scale", scale)
+        _check_floating(op, "residual_scale", scale, plain)
         if scale.shape != (x.shape[0],):
             raise ValueError(f"{op}: residual_scale must have shape (B,) = ({x.shape[0]},), got {tuple(scale.shape)}")
         _check_device(op, "residual_scale", scale, x, "x's")
-        _check_plain(op, "residual_scale", scale, plain)
 
 
-def _check_activations(op: str, name: str, x: Tensor, rank: int, shape: str) -> None:
-    _check_floating(op, name, x)
+def _check_activations(op: str, name: str, x: Tensor, rank: int, shape: str, plain: bool) -> None:
+    _check_floating(op, name, x, plain)
     if x.dim() != rank:
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(x.shape)}")
 
 
-def _weight(op: str, name: str, linear: Any) -> Tensor:
+def _weight(op: str, name: str, linear: Any, plain: bool) -> Tensor:
     """The weight of a linear that tells an op's sizes."""
     _check_class(op, name, linear, Linear)
-    _check_class(op, f"{name}.weight", linear.weight, Tensor)
+    _check_tensor(op, f"{name}.weight", linear.weight, plain)
     if linear.weight.dim() < 1:
         raise ValueError(f"{op}: {name}.weight must have dimensions, got a scalar")
     return linear.weight
@@ -230,8 +234,19 @@ def _check_class(op: str, name: str, value: Any, kind: type) -> None:
         raise TypeError(f"{op}: {name} must be a {kind.__name__}, got {_describe(value)}")
 
 
-def _check_floating(op: str, name: str, x: Tensor) -> None:
-    _check_class(op, name, x, Tensor)
+def _check_tensor(op: str, name: str, value: Any, plain: bool) -> None:
+    _check_class(op, name, value, Tensor)
+    if not plain:
+        return
+    if type(value) not in PLAIN or value.layout is not torch.strided or value.is_nested:
+        raise TypeError(f"{op}: {name} must be a strided torch.Tensor, got {_describe(value)}")
+    # a storage may have been resized below its tensors
+    if (needed := extent(value)) > (there := available(value)):
+        raise ValueError(f"{op}: {name} must have {needed} bytes of memory, got {there}")
+
+
+def _check_floating(op: str, name: str, x: Tensor, plain: bool) -> None:
+    _check_tensor(op, name, x, plain)
     if not x.dtype.is_floating_point:
         raise TypeError(f"{op}: {name} must have a floating-point dtype, got {x.dtype}")
 
@@ -247,24 +262,34 @@ def _check_device(op: str, name: str, tensor: Tensor, other: Tensor, whose: str)
         raise ValueError(f"{op}: {name} must be on {whose} device {other.device}, got {tensor.device}")
 
 
-def _check_plain(op: str, name: str, tensor: Tensor, asked: bool) -> None:
-    if asked and not is_plain(tensor):
-        raise TypeError(f"{op}: {name} must be a strided torch.Tensor, got {_describe(tensor)}")
-
-
 def _check_count(op: str, name: str, value: Any) -> None:
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {value!r}")
     if value < 1:
         raise ValueError(f"{op}: {name} must be at least 1, got {value}")
+    if isinstance(value, int) and value > _MOST:
+        raise ValueError(f"{op}: {name} must be below 2^31, got {value}")
 
 
 def _check_number(op: str, name: str, value: Any) -> None:
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    if isinstance(value, int) and value.bit_length() > 1023:
+        raise ValueError(f"{op}: {name} must be in the range of a float, got an int of {value.bit_length()} bits")
+
+
+def _check_flag(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {value!r}")
+
+
+def _check_rate(op: str, name: str, value: Any) -> None:
+    _check_number(op, name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name} must be between 0 and 1, got {value}")
 
 
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a {type(value).__name__} of layout {value.layout}"
+        return f"a {'nested ' * value.is_nested}{type(value).__name__} of layout {value.layout}"
     return f"a {type(value).__name__}" if value is not None else "None"

@@ -34,11 +34,13 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .. import _C
+from .contract import Norm
 
 # Within as many uses every value has been compared.
 CALLS: int = _C.Watch.PARTS
 
 Tensors = tuple[Tensor | None, ...]
+Alias = Callable[[Tensor], Tensor]
 
 
 class UnannouncedChange(RuntimeError):
@@ -64,25 +66,27 @@ class Sources:
     def __init__(
         self,
         tensors: Sequence[Tensor],
+        seen: Sequence[Tensor],
         gone: Callable[[Any], object] | None = None,
         keep: bool = False,
     ) -> None:
-        """gone: called when the memory of one of the tensors is freed. keep: let the memory live as long as this, for
-        `hold_values`.
+        """seen: `aliases` of the tensors. gone: called when the memory of one of them is freed. keep: let the memory
+        live as long as this, for `hold_values`.
         """
         # a graph may have raised the version of a weight whose values it changes later
         self._sure = _UNSURE if _thread.in_graph else _doubts.count
         self._calls = itertools.count()
-        self._storages = [ref(tensor.untyped_storage(), gone) for tensor in tensors]
-        self._addresses = [tensor.data_ptr() for tensor in tensors]
+        # before the values: of what changes from here on the versions differ
         self._objects = [_object(tensor) for tensor in tensors]
         self._versions = [_version(tensor) for tensor in tensors]
+        self._storages = [ref(tensor.untyped_storage(), gone) for tensor in seen]
+        self._addresses = [tensor.data_ptr() for tensor in seen]
         # another order of the same memory; a vector has but one
-        self._compact = [(i, tensor.is_contiguous()) for i, tensor in enumerate(tensors) if tensor.dim() > 1]
-        self._shapes = [_shape(tensor) for tensor in tensors]
-        self._kept = [tensor.detach() for tensor in tensors] if keep else None
-        on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-        self._watch = _C.Watch([_extent(tensor) for tensor in tensors]) if on_cpu else _Snapshot(tensors)
+        self._compact = [(i, tensor.is_contiguous()) for i, tensor in enumerate(seen) if tensor.dim() > 1]
+        self._shapes = [_shape(tensor) for tensor in seen]
+        self._kept = seen if keep else None
+        on_cpu = all(tensor.device.type == "cpu" for tensor in seen)
+        self._watch = _C.Watch([_region(tensor) for tensor in seen]) if on_cpu else _Snapshot(seen)
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         """Are `tensors` these, with the values that they had, as far as the module's guarantee goes?"""
@@ -146,9 +150,10 @@ class Sources:
             return True
         return self._watch.next() if isinstance(self._watch, _C.Watch) else self._watch.next(tensors)
 
-    def same_memory(self) -> bool:
-        """Does the CPU's memory of the tensors, which is alive, hold all the values that it held?"""
-        return isinstance(self._watch, _C.Watch) and self._watch.first_changed() < 0
+    def hold_all(self, tensors: Sequence[Tensor]) -> bool:
+        """Are `tensors` these, with all the values that they had?"""
+        storages = [storage() for storage in self._storages]  # alive until the values have been compared
+        return None not in storages and self.hold(tensors) and self._first_changed(tensors) < 0
 
     def _first_changed(self, tensors: Sequence[Tensor]) -> int:
         """The index of the first tensor with a changed value, all compared; -1 where there is none."""
@@ -186,10 +191,12 @@ class Record:
 
     __slots__ = ("addresses", "dropped", "form", "key", "memory", "sources", "trains")
 
-    def __init__(self, key: Any, memory: tuple, tensors: Sequence[Tensor], form: Any, sources: Sources) -> None:
+    def __init__(
+        self, key: Any, memory: tuple, tensors: Sequence[Tensor], seen: Sequence[Tensor], form: Any, sources: Sources
+    ) -> None:
         self.key, self.memory, self.form, self.sources = key, memory, form, sources
         self.dropped = False  # as its weights were said to have changed
-        self.addresses = [tensor.data_ptr() for tensor in tensors]
+        self.addresses = [tensor.data_ptr() for tensor in seen]
         self.trains = any(tensor.requires_grad for tensor in tensors)
 
 
@@ -221,32 +228,44 @@ _records: dict[tuple, Record] = {}
 _places: dict[tuple, tuple] = {}
 
 
-def packed(kind: str, key: Any, tensors: Tensors, build: Callable[[], Any]) -> Any:
-    """The packed form of `tensors`: what is kept of them while it holds, else what `build()` gives.
+def aliases(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors over the memory that `tensors` have now, whatever another thread puts into those."""
+    return [tensor.detach() for tensor in tensors]
+
+
+def packed(kind: str, key: Any, tensors: Tensors, build: Callable[[Alias], Any]) -> Any:
+    """The packed form of `tensors`: what is kept of them while it holds, else what `build(alias)` gives.
 
     One form is kept of a `kind` of op and its weights; `key` names its layout (ISA, options), and under another key it
-    is built anew.
+    is built anew. What is read is to be `alias(tensor)` of each: that is what later is compared with.
     """
     present = [tensor for tensor in tensors if tensor is not None]
     place = (kind, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
     record = _records.get(place)
     if record is None or record.key != key or not record.sources.hold(present):
-        memory = (kind, *((tensor.untyped_storage()._cdata, tensor.storage_offset()) for tensor in present))
+        seen = aliases(present)
+        memory = (kind, *((tensor.untyped_storage()._cdata, tensor.storage_offset()) for tensor in seen))
 
         def gone(_: Any) -> None:
             _records.pop(place, None)
             _places.pop(memory, None)
 
-        sources = Sources(
-            present, gone
-        )  # before they are read: another thread's change meanwhile is seen at the next use
-        record = Record(key, memory, present, build(), sources)
+        # before they are read: another thread's change meanwhile is seen at the next use
+        sources = Sources(present, seen, gone)
+        alias = {id(tensor): other for tensor, other in zip(present, seen, strict=True)}
+        record = Record(key, memory, present, seen, build(lambda tensor: alias[id(tensor)]), sources)
         if (before := _places.get(memory, place)) != place:
             _records.pop(before, None)
         _records[place], _places[memory] = record, place
     if _thread.used is not None:
         _thread.used.append(record)
     return record.form
+
+
+def key_of(isa: str, w: Any, *numbers: Any) -> tuple:
+    """All that an op's packed form depends on but for the tensors of its weights."""
+    norms = (w,) if isinstance(w, Norm) else (part for part in w if isinstance(part, Norm))
+    return isa, *(norm.eps for norm in norms), *numbers
 
 
 @contextmanager
@@ -332,27 +351,38 @@ def _is(tensor: Tensor, known: Any) -> bool:
 
 
 def _shape(tensor: Tensor) -> tuple:
-    return tensor.shape, tensor.stride(), tensor.dtype
+    """All that tells which values the same memory stands for."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.is_neg()
 
 
 def span(tensor: Tensor) -> tuple[int, int]:
     """Address of a strided tensor's first value, and the bytes from there to the end of its memory."""
-    offset = int(tensor.storage_offset()) * tensor.element_size()
-    return tensor.data_ptr(), max(int(tensor.untyped_storage().nbytes()) - offset, 0)
+    return tensor.data_ptr(), available(tensor)
 
 
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The part of its span in which a strided tensor's values lie. RuntimeError where the memory is too small."""
-    if tensor.numel() == 0:
-        return 0, 0
+def available(tensor: Tensor) -> int:
+    """Bytes of memory from a strided tensor's first value; none where it has no address (but on meta)."""
+    if not tensor.is_meta and tensor.data_ptr() == 0:
+        return 0
+    return max(int(tensor.untyped_storage().nbytes()) - int(tensor.storage_offset()) * tensor.element_size(), 0)
+
+
+def extent(tensor: Tensor) -> int:
+    """Bytes from a strided tensor's first value to the end of its last."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    address, held = span(tensor)
-    needed = (last + 1) * tensor.element_size()
-    if needed > held:
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
+
+
+def _region(tensor: Tensor) -> tuple[int, int]:
+    """The part of its span in which a strided tensor's values lie. RuntimeError where the memory is too small."""
+    address, there = span(tensor)
+    if (needed := extent(tensor)) > there:
         raise RuntimeError(
-            f"pvt_fast: a weight of shape {tuple(tensor.shape)} must have {needed} bytes of memory, got {held}"
+            f"pvt_fast: a weight of shape {tuple(tensor.shape)} must have {needed} bytes of memory, got {there}"
         )
-    return address, needed
+    return (address, needed) if needed else (0, 0)
 
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
