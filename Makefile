@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # what the editable install is built from
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test test-all test-peers lint style wheel cpp-test sanitize amx-test neon-test cross-tools bench-cpu gpu gpu-gates \
+.PHONY: setup demo test test-all test-peers lint style wheel cpp-test sanitize fuzz soak amx-test neon-test cross-tools bench-cpu gpu gpu-gates \
 	gpu-gates-update gpu-gates-all instructions instructions-update clean
 
 setup: $(VENV)/.demo
@@ -120,6 +120,15 @@ build/test_kernels_aarch64: $(call objects,aarch64,$(KERNELS) csrc/tests/test_ke
 
 build/instructions: $(call objects,optimised,$(KERNELS) benchmarks/instructions.cpp)
 	$(CXX) -fopenmp $^ -o $@
+
+# drawn calls and spoiled files; a part of it is in `make test`
+fuzz: $(VENV)/.test
+	PVT_FAST_FUZZ_SECONDS=600 $(BIN)/python -m pytest -q tests/test_fuzz_files.py tests/test_fuzz_ops.py $(PYTEST_ARGS)
+
+SOAK_SECONDS ?= 600
+
+soak: $(VENV)/.test
+	$(BIN)/python benchmarks/soak.py --seconds $(SOAK_SECONDS)
 
 cpp-test:
 	$(BUILD) build/test_kernels build/test_isolation build/test_team
