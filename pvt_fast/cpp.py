@@ -102,7 +102,7 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
     strides = image.stride()
     channels_last = strides[1] == 1 and strides[3] == in_channels
     if not channels_last and strides[3] != 1:
-        image = image.contiguous()
+        image = image.clone(memory_format=torch.contiguous_format)  # contiguous(): any stride will do for a side of 1
         strides = image.stride()
 
     def build(alias: Alias) -> Any:

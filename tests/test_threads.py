@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -302,7 +303,8 @@ def test_what_another_thread_does_at_any_line_is_seen_by_the_next_call(action, l
             try:
                 at_line(number, lambda: action(model, stack), lambda: twice(model))  # noqa: B023
             except (RuntimeError, ValueError, TypeError) as error:
-                assert "shape" in str(error) or "dtype" in str(error) or "size" in str(error), error  # noqa: PT017
+                # of sizes or types that changed between two layers: torch would raise it, too
+                assert re.search("shape|size|type", str(error)), error  # noqa: PT017
             for layout in (torch.contiguous_format, torch.channels_last):
                 for _ in range(2):
                     actual, expected = run(model, image(layout)), run(copy.deepcopy(model), image(layout))
