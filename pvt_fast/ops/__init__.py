@@ -1,6 +1,6 @@
 """The ops that models are made of: their contract, the checks of their arguments, and packed forms of their weights."""
 
-from .checks import PLAIN, check_attention, check_head, check_layer_norm, check_mlp, check_patch_embed, is_plain
+from .checks import check_attention, check_head, check_layer_norm, check_mlp, check_patch_embed
 from .contract import (
     HW,
     AttentionSpec,
@@ -14,6 +14,7 @@ from .contract import (
     to_map,
     to_tokens,
 )
+from .packing import PLAIN, is_plain
 
 __all__ = [
     "HW",

@@ -2,7 +2,8 @@
 
 Each `check_*` raises before anything is allocated or read: TypeError for a class or a dtype, ValueError for a shape, a
 device or a number, as `op: argument must condition, got value`. A backend that reads memory asks for `plain` tensors
-besides: strided ones of torch's own classes, whose memory holds all their values.
+besides: strided ones of torch's own classes, whose memory holds all their values. Weights that it has `packed` were
+checked then: of them only what tells the activations' sizes is looked at again.
 """
 
 from __future__ import annotations
@@ -14,20 +15,11 @@ from torch import Tensor
 
 from ..config import conv_size
 from .contract import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
-from .packing import available, extent
-
-# Classes whose instances are what they look like. Tensor: a parameter that torch.func.functional_call, or a compiled
-# graph, put in place of another
-PLAIN = (torch.nn.Parameter, Tensor)
+from .packing import available, extent, is_plain
 
 _MOST = 2**31 - 1  # of a stride or a number of heads
 
 Size = str | int  # the name of a size, or a number
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Does memory hold a value for each element of `tensor` (of negative-bit views its negative)?"""
-    return type(tensor) in PLAIN and tensor.layout is torch.strided
 
 
 class Operand(NamedTuple):
@@ -80,7 +72,16 @@ OPERANDS: dict[str, list[Operand]] = {
 }
 
 
-def check_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int, *, plain: bool = False) -> HW:
+# The norms and linears among an op's weights: (name, index or None, class, may it be None?).
+PARTS = {
+    op: list(dict.fromkeys((o.name.rpartition(".")[0], o.part, o.kind, o.part_optional) for o in operands))
+    for op, operands in OPERANDS.items()
+}
+
+
+def check_patch_embed(
+    image: Tensor, w: PatchEmbedWeights, stride: int, *, plain: bool = False, packed: bool = False
+) -> HW:
     """Check the arguments of `overlap_patch_embed`; return the size of the output map."""
     op = "overlap_patch_embed"
     _check_activations(op, "image", image, 4, "(B, Cin, H, W)", plain)
@@ -93,11 +94,10 @@ def check_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int, *, plain
         raise ValueError(f"{op}: image must have {weight.shape[1]} channels, got {image.shape[1]}")
     _check_like(op, "image", image, weight, "the weights'")
     channels, in_channels, kernel, _ = weight.shape
-    _check_weights(op, w, {"C": channels, "Cin": in_channels, "k": kernel}, "image", image, plain)
+    _check_weights(op, w, {"C": channels, "Cin": in_channels, "k": kernel}, "image", image, plain, packed)
     hw = (conv_size(image.shape[2], kernel, stride), conv_size(image.shape[3], kernel, stride))
-    if any(
-        size < 1 for size in (*image.shape[2:], *hw)
-    ):  # not by min(), which a compiler takes for a comparison of sizes
+    # not by min(), which a compiler takes for a comparison of sizes
+    if any(size < 1 for size in (*image.shape[2:], *hw)):
         raise ValueError(
             f"{op}: image must give at least one token with a {kernel}x{kernel} kernel of stride {stride}, "
             f"got {image.shape[2]}x{image.shape[3]}"
@@ -106,7 +106,14 @@ def check_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int, *, plain
 
 
 def check_attention(
-    x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, scale: Tensor | None, *, plain: bool = False
+    x: Tensor,
+    hw: HW,
+    w: AttentionWeights,
+    spec: AttentionSpec,
+    scale: Tensor | None,
+    *,
+    plain: bool = False,
+    packed: bool = False,
 ) -> None:
     """Check the arguments of `sr_attention`; scale: its `residual_scale`."""
     op = "sr_attention"
@@ -131,12 +138,21 @@ def check_attention(
         if kernel.dim() != 4:
             raise ValueError(f"{op}: w.sr.weight must have shape (C, C, R, R), got {tuple(kernel.shape)}")
         ratio = kernel.shape[2]
-    _check_weights(op, w, {"C": channels, "2C": 2 * channels, "R": ratio}, "x", x, plain)
+    _check_weights(op, w, {"C": channels, "2C": 2 * channels, "R": ratio}, "x", x, plain, packed)
     if min(hw) < ratio:
         raise ValueError(f"{op}: hw must be at least sr_ratio = {ratio} each way, got {hw}")
 
 
-def check_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, scale: Tensor | None, *, plain: bool = False) -> None:
+def check_mlp(
+    x: Tensor,
+    hw: HW,
+    w: MlpWeights,
+    spec: MlpSpec,
+    scale: Tensor | None,
+    *,
+    plain: bool = False,
+    packed: bool = False,
+) -> None:
     """Check the arguments of `dwconv_mlp`; scale: its `residual_scale`."""
     op = "dwconv_mlp"
     _check_class(op, "w", w, MlpWeights)
@@ -145,20 +161,21 @@ def check_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, scale: Tensor | N
     _check_rate(op, "spec.drop", spec.drop)
     weight = _weight(op, "w.fc1", w.fc1, plain)
     _check_tokens(op, x, hw, weight, scale, plain)
-    _check_weights(op, w, {"C": x.shape[2], "hidden": weight.shape[0]}, "x", x, plain)
+    _check_weights(op, w, {"C": x.shape[2], "hidden": weight.shape[0]}, "x", x, plain, packed)
 
 
-def check_layer_norm(x: Tensor, w: Norm, *, plain: bool = False) -> None:
+def check_layer_norm(x: Tensor, w: Norm, *, plain: bool = False, packed: bool = False) -> None:
     """Check the arguments of `layer_norm`."""
     op = "layer_norm"
     _check_floating(op, "x", x, plain)
     _check_class(op, "w", w, Norm)
     if x.dim() < 1:
         raise ValueError(f"{op}: x must have a last dimension of channels, got a scalar")
-    _check_weights(op, w, {"C": x.shape[-1]}, "x", x, plain)
+    packed = packed and is_plain(w.weight) and _is_like(w.weight, x) and w.weight.shape == x.shape[-1:]
+    _check_weights(op, w, {"C": x.shape[-1]}, "x", x, plain, packed)
 
 
-def check_head(x: Tensor, w: Linear | None, *, plain: bool = False) -> None:
+def check_head(x: Tensor, w: Linear | None, *, plain: bool = False, packed: bool = False) -> None:
     """Check the arguments of `head`."""
     op = "head"
     _check_activations(op, "x", x, 3, "(B, N, C)", plain)
@@ -167,33 +184,41 @@ def check_head(x: Tensor, w: Linear | None, *, plain: bool = False) -> None:
     weight = _weight(op, "w", w, plain)
     if weight.dim() != 2:
         raise ValueError(f"{op}: w.weight must have shape (classes, C), got {tuple(weight.shape)}")
-    _check_weights(op, w, {"classes": weight.shape[0], "C": x.shape[2]}, "x", x, plain)
+    packed = packed and _is_like(weight, x) and weight.shape[1] == x.shape[2]
+    _check_weights(op, w, {"classes": weight.shape[0], "C": x.shape[2]}, "x", x, plain, packed)
 
 
-def _check_weights(op: str, w: Any, sizes: dict[str, int], name: str, x: Tensor, plain: bool) -> None:
-    """Every operand must have its declared shape, and dtype and device of the activations x, of that name."""
+def _check_weights(op: str, w: Any, sizes: dict[str, int], name: str, x: Tensor, plain: bool, packed: bool) -> None:
+    """Every operand must have its declared shape, and dtype and device of the activations x, of that name.
+
+    packed: only what a form depends on that was packed of checked weights, beside their tensors.
+    """
     if any(size < 1 for size in sizes.values()):
         raise ValueError(f"{op}: {name} and weights must have at least one element each way, got {sizes}")
-    dtype, device = x.dtype, x.device
-    for operand, index, kind, field, shape, optional, part_optional in OPERANDS[
-        op
-    ]:  # a plain loop: it runs at each call
+    for part_name, index, kind, optional in PARTS[op]:
+        part = w if index is None else w[index]
+        if part is None and optional:
+            continue
+        _check_class(op, part_name, part, kind)
+        if kind is Norm:
+            _check_number(op, f"{part_name}.eps", part.eps)
+    if packed:
+        return
+    for operand, index, _, field, shape, optional, part_optional in OPERANDS[op]:
         part = w if index is None else w[index]
         if part is None and part_optional:
             continue
-        if type(part) is not kind:
-            _check_class(op, operand.rpartition(".")[0], part, kind)
         tensor = part[field]
         if tensor is None and optional:
             continue
         _check_tensor(op, operand, tensor, plain)
+        if plain:
+            _check_memory(op, operand, tensor)
         expected = tuple([size if isinstance(size, int) else sizes[size] for size in shape])
         if tensor.shape != expected:
             raise ValueError(f"{op}: {operand} must have shape {expected}, got {tuple(tensor.shape)}")
-        if tensor.dtype is not dtype or tensor.device != device:
+        if not _is_like(tensor, x):
             _check_like(op, operand, tensor, x, f"{name}'s")
-        if kind is Norm:
-            _check_number(op, f"{operand.rpartition('.')[0]}.eps", part.eps)
 
 
 def _check_tokens(op: str, x: Tensor, hw: HW, weight: Tensor, scale: Tensor | None, plain: bool) -> None:
@@ -236,12 +261,13 @@ def _check_class(op: str, name: str, value: Any, kind: type) -> None:
 
 def _check_tensor(op: str, name: str, value: Any, plain: bool) -> None:
     _check_class(op, name, value, Tensor)
-    if not plain:
-        return
-    if type(value) not in PLAIN or value.layout is not torch.strided or value.is_nested:
+    if plain and not is_plain(value):
         raise TypeError(f"{op}: {name} must be a strided torch.Tensor, got {_describe(value)}")
-    # a storage may have been resized below its tensors
-    if (needed := extent(value)) > (there := available(value)):
+
+
+def _check_memory(op: str, name: str, tensor: Tensor) -> None:
+    """A storage may have been resized below its tensors."""
+    if (needed := extent(tensor)) > (there := available(tensor)):
         raise ValueError(f"{op}: {name} must have {needed} bytes of memory, got {there}")
 
 
@@ -249,12 +275,18 @@ def _check_floating(op: str, name: str, x: Tensor, plain: bool) -> None:
     _check_tensor(op, name, x, plain)
     if not x.dtype.is_floating_point:
         raise TypeError(f"{op}: {name} must have a floating-point dtype, got {x.dtype}")
+    if plain:
+        _check_memory(op, name, x)
 
 
 def _check_like(op: str, name: str, tensor: Tensor, other: Tensor, whose: str) -> None:
     if tensor.dtype != other.dtype:
         raise TypeError(f"{op}: {name} must have {whose} dtype {other.dtype}, got {tensor.dtype}")
     _check_device(op, name, tensor, other, whose)
+
+
+def _is_like(tensor: Tensor, other: Tensor) -> bool:
+    return tensor.dtype is other.dtype and tensor.device == other.device
 
 
 def _check_device(op: str, name: str, tensor: Tensor, other: Tensor, whose: str) -> None:

@@ -39,6 +39,10 @@ from .contract import Norm
 # Within as many uses every value has been compared.
 CALLS: int = _C.Watch.PARTS
 
+# Classes whose instances are what they look like. Tensor: a parameter that torch.func.functional_call, or a compiled
+# graph, put in place of another
+PLAIN = (torch.nn.Parameter, Tensor)
+
 Tensors = tuple[Tensor | None, ...]
 Alias = Callable[[Tensor], Tensor]
 
@@ -228,21 +232,36 @@ _records: dict[tuple, Record] = {}
 _places: dict[tuple, tuple] = {}
 
 
+def is_plain(tensor: Any) -> bool:
+    """Does memory hold a value for each element (of negative-bit views its negative)?"""
+    return type(tensor) in PLAIN and tensor.layout is torch.strided and not tensor.is_nested
+
+
 def aliases(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors over the memory that `tensors` have now, whatever another thread puts into those."""
     return [tensor.detach() for tensor in tensors]
 
 
-def packed(kind: str, key: Any, tensors: Tensors, build: Callable[[Alias], Any]) -> Any:
+def packed(
+    kind: str,
+    key: Any,
+    tensors: Tensors,
+    build: Callable[[Alias], Any],
+    check: Callable[[], object] = lambda: None,
+) -> Any:
     """The packed form of `tensors`: what is kept of them while it holds, else what `build(alias)` gives.
 
     One form is kept of a `kind` of op and its weights; `key` names its layout (ISA, options), and under another key it
-    is built anew. What is read is to be `alias(tensor)` of each: that is what later is compared with.
+    is built anew. What is read is to be `alias(tensor)` of each: that is what later is compared with. check() raises
+    where they cannot be packed, before anything else is asked of them.
     """
+    if not all(tensor is None or is_plain(tensor) for tensor in tensors):
+        check()
     present = [tensor for tensor in tensors if tensor is not None]
     place = (kind, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
     record = _records.get(place)
     if record is None or record.key != key or not record.sources.hold(present):
+        check()
         seen = aliases(present)
         memory = (kind, *((tensor.untyped_storage()._cdata, tensor.storage_offset()) for tensor in seen))
 
