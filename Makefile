@@ -121,9 +121,9 @@ build/test_kernels_aarch64: $(call objects,aarch64,$(KERNELS) csrc/tests/test_ke
 build/instructions: $(call objects,optimised,$(KERNELS) benchmarks/instructions.cpp)
 	$(CXX) -fopenmp $^ -o $@
 
-# drawn calls and spoiled files; a part of it is in `make test`
+# drawn calls, damaged files, and other threads at any line; a part of it is in `make test`
 fuzz: $(VENV)/.test
-	PVT_FAST_FUZZ_SECONDS=600 $(BIN)/python -m pytest -q tests/test_fuzz_files.py tests/test_fuzz_ops.py $(PYTEST_ARGS)
+	PVT_FAST_FUZZ_SECONDS=600 PVT_FAST_POINTS=200 $(PYTEST) tests/test_fuzz_files.py tests/test_fuzz_ops.py tests/test_threads.py $(PYTEST_ARGS)
 
 SOAK_SECONDS ?= 600
 

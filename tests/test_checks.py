@@ -352,6 +352,19 @@ def test_any_layout_of_any_operand_is_computed(layout, target):
                 assert_parity(actual, truth, same, f"{name} with {place} {layout}")
 
 
+@pytest.mark.only("cpp")
+def test_the_stride_of_a_side_of_one_pixel_is_of_no_matter(target):
+    """torch calls such an image contiguous whatever it is."""
+    _, call = CALLS["overlap_patch_embed"]
+    for size in ((1, 3, 9, 1), (1, 3, 1, 9), (1, 3, 1, 1)):
+        narrow = torch.randn(size)
+        for image in (narrow, torch.stack([narrow, narrow], -1)[..., 0]):
+            given = {**call, "image": image}
+            with target.in_use():
+                actual = of(WAYS["direct"]("overlap_patch_embed", given, "cpp"))
+            torch.testing.assert_close(actual, of(reference.overlap_patch_embed(**given)), rtol=1e-3, atol=1e-4)
+
+
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
