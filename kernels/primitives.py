@@ -121,8 +121,8 @@ def tile_moments(x, offs_k, count, COLUMNS: tl.constexpr):
 @triton.jit
 def inverse_deviation(squares, count, eps):
     """1 / sqrt(squares / count + eps); NaN of a variance that overflowed, where 0 would leave the bias alone."""
-    variance = squares / count
-    return tl.rsqrt(variance + eps) + variance * 0.0
+    variance = squares / count + eps
+    return variance * 0.0 + tl.rsqrt(variance)
 
 
 @triton.jit
@@ -218,20 +218,20 @@ def gelu_erf(x):
 
 @triton.jit
 def gelu_polynomial(x):
-    """x * Phi(x) to 7.8e-5: Phi - 1/2 as an odd polynomial of x / 4.15 on [-1, 1], exactly +-1/2 at its ends.
+    """x * Phi(x) to 1.3e-4: Phi - 1/2 as an odd polynomial on [-4, 4], exactly +-1/2 at its ends.
 
-    There even the rounded sums are: any slip would grow with x. 13 instructions and no branch, against 25 for erf, and
-    six times closer than the tanh form. Half a unit in the last place of bf16 at 1 is 2e-3, of fp16 2.4e-4.
+    So are the rounded sums, as 4 is a power of two: any slip would grow with x. 12 instructions and no branch, against 25
+    for erf, and closer than the tanh form (4.7e-4). Half a unit in the last place of bf16 at 1 is 2e-3, of fp16 2.4e-4.
     """
-    z = tl.minimum(tl.maximum(x * 0.24096386, -1.0), 1.0)
+    z = tl.minimum(tl.maximum(x, -4.0), 4.0)
     u = z * z
-    p = -1.75316668 * u + 8.87118816
-    p = p * u + -19.5173798
-    p = p * u + 24.7486515
-    p = p * u + -20.2933922
-    p = p * u + 11.4772053
-    p = p * u + -4.68685722
-    p = p * u + 1.65375137
+    p = -9.70419745e-10 * u + 8.41579961e-08
+    p = p * u + -3.15933130e-06
+    p = p * u + 6.82760801e-05
+    p = p * u + -0.000956433243
+    p = p * u + 0.00928673521
+    p = p * u + -0.0653953552
+    p = p * u + 0.398288012
     return x * (0.5 + z * p)
 
 
