@@ -230,11 +230,15 @@ def _check_class(op: str, name: str, value: Any, kind: type) -> None:
 
 
 def _check_tensor(op: str, name: str, value: Any, plain: bool) -> None:
-    _check_class(op, name, value, Tensor)
+    ours = type(value) in PLAIN
+    if not ours:
+        _check_class(op, name, value, Tensor)
     if not plain:
         return
-    if type(value) not in PLAIN or value.layout is not torch.strided or value.is_nested:
+    if not ours or value.layout is not torch.strided or value.is_nested:
         raise TypeError(f"{op}: {name} must be a strided torch.Tensor, got {_describe(value)}")
+    if value.untyped_storage().nbytes() == value.nbytes and value.is_contiguous() and value.data_ptr():
+        return  # most are all of their own memory: this is asked of each weight at each call
     # a storage may have been resized below its tensors
     if (needed := extent(value)) > (there := available(value)):
         raise ValueError(f"{op}: {name} must have {needed} bytes of memory, got {there}")
