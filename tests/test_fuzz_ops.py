@@ -112,8 +112,17 @@ def check(op: str, call: Call) -> str:
     if not truth.isfinite().all() or not same.isfinite().all():
         assert actual.shape == truth.shape
         return "not finite"
-    assert_parity(actual, truth, same, op)
+    if truth.numel() >= 64:
+        assert_parity(actual, truth, same, op)
+    else:  # of few values plain torch may have rounded none
+        torch.testing.assert_close(actual.double(), truth, rtol=0, atol=float(few_values_bound(truth, same)))
     return "computed"
+
+
+def few_values_bound(truth: Tensor, same: Tensor) -> Tensor:
+    if not truth.numel():
+        return torch.zeros(())
+    return 40 * (same.double() - truth).abs().max() + 20 * torch.finfo(same.dtype).eps * (truth.abs().max() + 1)
 
 
 def doubled(value: Any) -> Any:
