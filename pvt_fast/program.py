@@ -186,7 +186,8 @@ def _lines(tensors: tuple[Tensor, ...]) -> list[int]:
 
     A forward leaves none of them in the inner caches, and one after another they take longer than all the rest.
     """
-    regions = [((id(t), 64), (t._cdata, 256), (t.untyped_storage()._cdata, 128)) for t in tensors]
+    dense = [t for t in tensors if t.layout is torch.strided]
+    regions = [((id(t), 64), (t._cdata, 256), (t.untyped_storage()._cdata, 128)) for t in dense]
     return [start + at for regions_of in regions for start, size in regions_of for at in range(0, size, 64)]
 
 

@@ -243,7 +243,7 @@ def test_an_unknown_backend_is_refused(backend):
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 HUGE = (2**31, 2**40, 2**62, 2**63, 2**70)
-NOT_NUMBERS = ("1", None, 1j, [1.0], torch.tensor(1.0), 2**2000)
+NOT_NUMBERS = ("1", None, 1j, [1.0], torch.tensor(1.0), 2**64, 2**2000)
 NUMBERS: dict[str, tuple] = {
     "stride": (0, -2, 2.0, True, None, "2", np.int64(2), torch.tensor(2), *HUGE),
     "hw": (
@@ -304,7 +304,7 @@ def test_dropout_is_refused_by_name(place, target):
 
 @pytest.mark.only("cpp")
 @pytest.mark.one_isa
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1.0, 0, True, 1e300, 2**1000], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1.0, 0, True, 1e300, 2**62], ids=str)
 def test_any_float_is_computed_as_torch_does(value, target):
     for op, call in CALLS.values():
         for place in ("w.eps", "w.norm.eps", "w.sr_norm.eps", "spec.scale"):

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from pvt_fast import cpp, reference, testing
 from pvt_fast.dispatch import BackendUnavailable
-from pvt_fast.testing import assert_parity
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -109,20 +108,14 @@ def check(op: str, call: Call) -> str:
     same, error = attempt(lambda: getattr(reference, op)(**call))
     assert error is None, f"answered where the reference raises {error!r}"
     truth = of(getattr(reference, op)(**{name: doubled(value) for name, value in call.items()}))
+    assert (actual.shape, actual.dtype) == (truth.shape, same.dtype)
     if not truth.isfinite().all() or not same.isfinite().all():
-        assert actual.shape == truth.shape
         return "not finite"
-    if truth.numel() >= 64:
-        assert_parity(actual, truth, same, op)
-    else:  # of few values plain torch may have rounded none
-        torch.testing.assert_close(actual.double(), truth, rtol=0, atol=float(few_values_bound(truth, same)))
+    if truth.numel():
+        # for wrong reads, not for rounding: of few values, or of one hidden channel, plain torch may have rounded none
+        bound = 40 * (same.double() - truth).abs().max() + 20 * torch.finfo(same.dtype).eps * (truth.abs().max() + 1)
+        torch.testing.assert_close(actual.double(), truth, rtol=0, atol=float(bound))
     return "computed"
-
-
-def few_values_bound(truth: Tensor, same: Tensor) -> Tensor:
-    if not truth.numel():
-        return torch.zeros(())
-    return 40 * (same.double() - truth).abs().max() + 20 * torch.finfo(same.dtype).eps * (truth.abs().max() + 1)
 
 
 def doubled(value: Any) -> Any:

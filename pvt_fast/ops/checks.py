@@ -306,8 +306,8 @@ def _check_count(op: str, name: str, value: Any) -> None:
 def _check_number(op: str, name: str, value: Any) -> None:
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    if isinstance(value, int) and value.bit_length() > 1023:
-        raise ValueError(f"{op}: {name} must be in the range of a float, got an int of {value.bit_length()} bits")
+    if isinstance(value, int) and value.bit_length() > 63:  # torch takes no longer ones
+        raise ValueError(f"{op}: {name} must be a float or an int of 64 bits, got one of {value.bit_length()} bits")
 
 
 def _check_flag(op: str, name: str, value: Any) -> None:
