@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -368,12 +369,18 @@ def test_control_c_ends_it_quietly(delay):
     """From when torch is being loaded; before, Python itself starts."""
     program = [sys.executable, "-m", "pvt_fast", "bench", "--model", "pvt_v2_b0", "--rounds", "1000000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/") as process:
-        while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
-            time.sleep(0.005)
-        time.sleep(delay)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment, "cwd": "/"}
+    # whatever these tests run under may ignore the signal, and hand that down
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(program, preexec_fn=heeded, **options) as process:
+        try:
+            while "torch" not in Path(f"/proc/{process.pid}/maps").read_text():
+                time.sleep(0.005)
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert (process.returncode, out, err) == (130, b"", b"")
 
 
