@@ -137,8 +137,8 @@ def test_aot_inductor_package_packs_once_and_runs_in_another_process(target, ind
     path = package(model, inductor_cache)
     packaged, built = torch._inductor.aoti_load_package(path), []
 
-    def counted(kind, key, tensors, build):
-        return packing.packed(kind, key, tensors, lambda alias: (built.append(kind), build(alias))[1])
+    def counted(kind, key, tensors, build, check):
+        return packing.packed(kind, key, tensors, lambda alias: (built.append(kind), build(alias))[1], check)
 
     monkeypatch.setattr(target.module, "packed", counted)
     expected = model(other)
