@@ -88,7 +88,7 @@ build/aarch64/%.o: %.cpp Makefile | cross-tools
 
 -include $(shell find build -name '*.d' 2>/dev/null)
 
-build/test_kernels: $(call objects,optimised,$(KERNELS) csrc/tests/test_kernels.cpp)
+build/test_kernels build/test_team: build/test_%: $(call objects,optimised,$(KERNELS)) build/optimised/csrc/tests/test_%.o
 	$(CXX) -fopenmp $^ -o $@
 
 build/test_kernels_sanitized: $(call objects,sanitized,$(SANITIZED_KERNELS) csrc/tests/test_kernels.cpp)
@@ -96,9 +96,6 @@ build/test_kernels_sanitized: $(call objects,sanitized,$(SANITIZED_KERNELS) csrc
 
 build/test_kernels_threads build/test_team_threads: build/test_%_threads: $(call objects,threads,$(SANITIZED_KERNELS)) build/threads/csrc/tests/test_%.o
 	$(CXX) -fopenmp $(THREAD_SANITIZED) $^ -o $@
-
-build/test_team: $(call objects,optimised,$(KERNELS) csrc/tests/test_team.cpp)
-	$(CXX) -fopenmp $^ -o $@
 
 # with a stand-in for what shares work items out
 ISOLATED := $(filter-out csrc/parallel.cpp,$(KERNELS)) csrc/tests/isolated_items.cpp csrc/tests/test_isolation.cpp

@@ -19,12 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import quantiles
 
-import report
 import torch
 from contenders import CONTENDERS, Case, truth
-from cpu import Contender, check, cpu_name, numbers, require_known, words
-
-import pvt_fast
+from cpu import Contender, check, contenders_of, cpu_name, numbers, require_cases, words
 
 PERIOD = 100_000  # microseconds, the kernel's default
 
@@ -76,9 +73,8 @@ def _make_group(pid: int, cores: float) -> Path:
 
 
 def compare(case: Case, options: argparse.Namespace) -> None:
-    names = [report.OURS, *(peer for peer in options.peers if peer != report.OURS)]
     exact, plain = truth(case)
-    contenders = [Contender(name, CONTENDERS[name], case, exact, options.threads) for name in names]
+    contenders = [Contender(name, CONTENDERS[name], case, exact, options.threads) for name in contenders_of(options)]
     check(contenders[0], exact, plain)
     conditions = [(f"{busy} busy", busy, None) for busy in options.busy]
     conditions += [(f"{cores:g} cores", 0, cores) for cores in options.quota]
@@ -118,20 +114,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=1.5, help="per contender and round")
     options = parser.parse_args()
-    options.models = [f"pvt_v2_{model.removeprefix('pvt_v2_')}" for model in options.models]
-    require_known(
-        parser,
-        ("--models", options.models, pvt_fast.list_models()),
-        ("--dtype", options.dtype, report.DTYPES),
-        ("--peers", options.peers, CONTENDERS),
-    )
+    require_cases(parser, options)
     return options
 
 
 def main() -> None:
     options = parse()
     print(f"{cpu_name()}, {options.threads} threads, 224 px, batch 1; ms: median, 95 % (over ours)\n")
-    names = [report.OURS, *(peer for peer in options.peers if peer != report.OURS)]
+    names = contenders_of(options)
     print(f"| model | beside | {' | '.join(names)} |\n|---|---|{'---|' * len(names)}")
     for model, dtype in itertools.product(options.models, options.dtype):
         compare(Case(model, 1, 224, dtype), options)

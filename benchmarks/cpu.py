@@ -83,9 +83,14 @@ class Contender:
         return {**spread(self.times), "error": self.error, "note": self.note}
 
 
+def contenders_of(options: argparse.Namespace) -> list[str]:
+    """Ours first, then the peers asked for."""
+    return [report.OURS, *(peer for peer in options.peers if peer != report.OURS)]
+
+
 def compare(case: Case, options: argparse.Namespace, peaks: bool, progress: Progress) -> report.Row:
     """Time one case; its row of the report."""
-    names = [report.OURS, *(peer for peer in options.peers if peer != report.OURS)]
+    names = contenders_of(options)
     task = progress.add_task(str(case), total=len(names) + options.rounds)
     exact, plain = truth(case)
     contenders = [Contender(name, CONTENDERS[name], case, exact, options.threads) for name in names]
@@ -160,6 +165,17 @@ def require_known(parser: argparse.ArgumentParser, *options: tuple[str, list[str
                 parser.error(f"{option} must be among {', '.join(known)}; got {word}")
 
 
+def require_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Models by their whole names; a usage error for models, dtypes or peers that are not known."""
+    options.models = [f"pvt_v2_{model.removeprefix('pvt_v2_')}" for model in options.models]
+    require_known(
+        parser,
+        ("--models", options.models, pvt_fast.list_models()),
+        ("--dtype", options.dtype, report.DTYPES),
+        ("--peers", options.peers, CONTENDERS),
+    )
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=words, default=["b0", "b2", "b2_li"], help="comma-separated, e.g. b0,b2_li")
@@ -173,13 +189,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder that cpu.json, cpu.md and cpu.png are made or merged in")
     parser.add_argument("--op", action="store_true", help="single ops against plain torch, printed; without peers")
     options = parser.parse_args()
-    options.models = [f"pvt_v2_{model.removeprefix('pvt_v2_')}" for model in options.models]
-    require_known(
-        parser,
-        ("--models", options.models, pvt_fast.list_models()),
-        ("--dtype", options.dtype, report.DTYPES),
-        ("--peers", options.peers, CONTENDERS),
-    )
+    require_cases(parser, options)
     if options.op and options.out:
         parser.error(f"--out must be left out with --op, which prints only; got {options.out}")
     return options

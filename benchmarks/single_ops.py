@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pvt_fast import cpp, reference, testing
 from pvt_fast.config import VARIANTS, PVTConfig
+from pvt_fast.ops import tensors_in
 
 
 def op_cases(cases: list[Case]) -> list[tuple[testing.Case, str]]:
@@ -30,9 +31,7 @@ def op_cases(cases: list[Case]) -> list[tuple[testing.Case, str]]:
 
 def least_bytes(arguments: tuple, output: Tensor) -> int:
     """Bytes that a call has to move at least: input, weights and output, once each."""
-    sizes = [output.numel() * output.element_size()]
-    testing.backend_arguments(arguments, lambda tensor: sizes.append(tensor.numel() * tensor.element_size()))
-    return sum(sizes)
+    return sum(tensor.nbytes for tensor in (output, *tensors_in(arguments)))
 
 
 def compare(cases: list[Case], options: argparse.Namespace, peaks: bool, progress: Progress) -> str:

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pvt_fast.dispatch import BackendUnavailable, Facts
+from pvt_fast.dispatch import BackendUnavailable, Facts, cannot_run
 from pvt_fast.ops.packing import packed
 
 T = TypeVar("T")
@@ -142,7 +142,7 @@ def require_runs(op: str, x: Tensor, *rates: float) -> None:
     """BackendUnavailable unless the kernels run on x, at these rates of dropout. A recording needs no device."""
     device = x.device.type if _recording is None else "cuda"
     if (reason := unsupported(Facts(device, x.dtype, dropout=any(rates)))) is not None:
-        raise BackendUnavailable(f"{op}: backend 'triton' cannot run: {reason}")
+        raise BackendUnavailable(f"{op}: {cannot_run('triton', reason)}")
 
 
 def operands(op: str, x: Tensor, residual_scale: Tensor | None = None, *rates: float) -> tuple[Tensor, Tensor | None]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .dispatch import BackendUnavailable, backends
+from .dispatch import BackendUnavailable, backends, cannot_run
 from .model import PVT_V2
 from .testing import assert_parity
 
@@ -118,7 +118,7 @@ def compare(
     absent = {status.name: status.reason for status in backends() if not status.available}
     for contender in contenders:
         if contender.backend in absent:
-            refusals[contender] = f"backend {contender.backend!r} cannot run: {absent[contender.backend]}"
+            refusals[contender] = str(cannot_run(contender.backend, absent[contender.backend]))
             continue
         call = _call(model, images, contender)
         try:

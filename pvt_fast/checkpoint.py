@@ -16,6 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .ops.packing import available, extent
+
 # Metadata entry of a file of `model_file.save_model`.
 METADATA_KEY = "pvt_fast"
 # Names under which training scripts nest the state dict, and how often at most.
@@ -136,7 +138,7 @@ def require_memory(op: str, name: str, parameter: Tensor) -> None:
         return
     if parameter.is_inference() and not torch.is_inference_mode_enabled():
         got = "an inference tensor outside torch.inference_mode()"
-    elif _is_released(parameter):
+    elif extent(parameter) > available(parameter):
         got = "one whose memory was released"
     elif is_expanded(parameter):
         got = "one with more elements than memory"
@@ -153,22 +155,13 @@ def _not_values(value: Tensor) -> str | None:
         return f"one of {value.dtype}"
     if value.is_meta:
         return "one on the meta device"
-    return "one whose memory was released" if _is_released(value) else None
+    return "one whose memory was released" if extent(value) > available(value) else None
 
 
 def _is_plain(value: Tensor) -> bool:
     """Has a tensor its values, and nothing else, in one storage?"""
     wrapper = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
     return not (wrapper or value.is_nested or value.is_quantized) and value.layout == torch.strided
-
-
-def _is_released(value: Tensor) -> bool:
-    return value.numel() > 0 and (_last(value) + 1) * value.element_size() > value.untyped_storage().nbytes()
-
-
-def _last(value: Tensor) -> int | torch.SymInt:
-    """The place of the last element in the storage."""
-    return value.storage_offset() + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
 
 
 def memory_of(value: Tensor) -> int | None:

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _C
-from .dispatch import BackendMisconfigured, BackendUnavailable, Facts
+from .dispatch import BackendMisconfigured, BackendUnavailable, Facts, cannot_run
 from .ops import (
     HW,
     AttentionSpec,
@@ -35,8 +35,9 @@ from .ops import (
     check_layer_norm,
     check_mlp,
     check_patch_embed,
+    map_tensors,
 )
-from .ops.packing import Alias, key_of, packed, span
+from .ops.packing import Alias, Tensors, key_of, packed, span
 
 logger = logging.getLogger("pvt_fast")
 
@@ -97,7 +98,8 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
     """LayerNorm(conv(image)); see `reference.overlap_patch_embed`."""
     hw = check_patch_embed(image, w, stride, plain=True, packed=True)
     _require_runs("overlap_patch_embed", image)
-    isa, dtype, given, image = _isa, image.dtype, image, _held(image)
+    isa, given = _isa, image.detach()
+    image = _readable(given)
     channels, in_channels, kernel, _ = w.proj.weight.shape
     strides = image.stride()
     channels_last = strides[1] == 1 and strides[3] == in_channels
@@ -105,19 +107,19 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
         image = image.clone(memory_format=torch.contiguous_format)  # contiguous(): any stride will do for a side of 1
         strides = image.stride()
 
-    def build(alias: Alias) -> Any:
-        held = _dense(w, alias)
-        check_patch_embed(image, held, stride)
+    def check(weights: Any) -> None:
+        check_patch_embed(given, weights, stride, plain=True)
+
+    def build(held: Any) -> Any:
         sizes = (in_channels, channels, kernel, stride)
         return _C.PatchEmbed(isa, _is_bf16(image), _linear(held.proj), _norm(held.norm), sizes, channels_last)
 
     tensors = (*w.proj[:2], *w.norm[:2])
     kind = "patch_embed channels_last" if channels_last else "patch_embed"
-    check = partial(check_patch_embed, given, w, stride, plain=True)
-    op = packed(kind, key_of(isa, w, stride), tensors, build, check)
+    op = _packed(kind, key_of(isa, w, stride), w, tensors, check, build)
     out = torch.empty((image.shape[0], hw[0] * hw[1], channels), dtype=image.dtype, device=image.device)
     op.run(span(image), (image.shape[0], *image.shape[2:]), strides, span(out))
-    return out.to(dtype), hw
+    return out.to(given.dtype), hw
 
 
 def sr_attention(
@@ -126,11 +128,13 @@ def sr_attention(
     """x + proj(softmax(q k^T * scale) v); see `reference.sr_attention`."""
     check_attention(x, hw, w, spec, residual_scale, plain=True, packed=True)
     _require_runs("sr_attention", x, spec.attn_drop, spec.proj_drop)
-    isa, dtype, given, x = _isa, x.dtype, x, _held(x).contiguous()
+    isa, given = _isa, x.detach()
+    x = _readable(given).contiguous()
 
-    def build(alias: Alias) -> Any:
-        held = _dense(w, alias)
-        check_attention(x, hw, held, spec, None)
+    def check(weights: Any) -> None:
+        check_attention(given, hw, weights, spec, None, plain=True)
+
+    def build(held: Any) -> Any:
         weights = {
             "norm": _norm(held.norm),
             "q": _linear(held.q),
@@ -148,20 +152,21 @@ def sr_attention(
 
     sr = () if w.sr is None or w.sr_norm is None else (*w.sr[:2], *w.sr_norm[:2])
     tensors = (*w.norm[:2], *w.q[:2], *w.kv[:2], *w.proj[:2], *sr)
-    check = partial(check_attention, given, hw, w, spec, None, plain=True)
-    op = packed("attention", key_of(isa, w, spec), tensors, build, check)
-    return _run_residual(op, x, hw, residual_scale).to(dtype)
+    op = _packed("attention", key_of(isa, w, spec), w, tensors, check, build)
+    return _run_residual(op, x, hw, residual_scale).to(given.dtype)
 
 
 def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None) -> Tensor:
     """x + fc2(gelu(dwconv3x3([relu] fc1(LayerNorm(x))))); see `reference.dwconv_mlp`."""
     check_mlp(x, hw, w, spec, residual_scale, plain=True, packed=True)
     _require_runs("dwconv_mlp", x, spec.drop)
-    isa, dtype, given, x = _isa, x.dtype, x, _held(x).contiguous()
+    isa, given = _isa, x.detach()
+    x = _readable(given).contiguous()
 
-    def build(alias: Alias) -> Any:
-        held = _dense(w, alias)
-        check_mlp(x, hw, held, spec, None)
+    def check(weights: Any) -> None:
+        check_mlp(given, hw, weights, spec, None, plain=True)
+
+    def build(held: Any) -> Any:
         weights = {
             "norm": _norm(held.norm),
             "fc1": _linear(held.fc1),
@@ -174,52 +179,71 @@ def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: 
         return _C.mlp(isa, _is_bf16(x), weights)
 
     tensors = (*w.norm[:2], *w.fc1[:2], *w.dwconv[:2], *w.fc2[:2])
-    check = partial(check_mlp, given, hw, w, spec, None, plain=True)
-    op = packed("mlp", key_of(isa, w, spec), tensors, build, check)
-    return _run_residual(op, x, hw, residual_scale).to(dtype)
+    op = _packed("mlp", key_of(isa, w, spec), w, tensors, check, build)
+    return _run_residual(op, x, hw, residual_scale).to(given.dtype)
 
 
 def layer_norm(x: Tensor, w: Norm) -> Tensor:
     """LayerNorm over the last dimension; see `reference.layer_norm`."""
     check_layer_norm(x, w, plain=True, packed=True)
     _require_runs("layer_norm", x)
-    isa, dtype, given, x = _isa, x.dtype, x, _held(x).contiguous()
+    isa, given = _isa, x.detach()
+    x = _readable(given).contiguous()
 
-    def build(alias: Alias) -> Any:
-        held = _dense(w, alias)
-        check_layer_norm(x, held)
+    def check(weights: Any) -> None:
+        check_layer_norm(given, weights, plain=True)
+
+    def build(held: Norm) -> Any:
         return _C.LayerNorm(isa, _is_bf16(x), _norm(held), x.shape[-1])
 
-    check = partial(check_layer_norm, given, w, plain=True)
-    op = packed("layer_norm", key_of(isa, w), w[:2], build, check)
+    op = _packed("layer_norm", key_of(isa, w), w, w[:2], check, build)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     op.run(span(x), x.numel() // x.shape[-1], span(out))
-    return out.to(dtype)
+    return out.to(given.dtype)
 
 
 def head(x: Tensor, w: Linear | None) -> Tensor:
     """Mean over tokens, then the classifier; see `reference.head`."""
     check_head(x, w, plain=True, packed=True)
     _require_runs("head", x)
-    isa, dtype, given, x = _isa, x.dtype, x, _held(x).contiguous()
+    isa, given = _isa, x.detach()
+    x = _readable(given).contiguous()
     batch, tokens, channels = x.shape
     classes = channels if w is None else w.weight.shape[0]
 
-    def build(alias: Alias | None = None) -> Any:
-        held = None if alias is None else _dense(w, alias)
-        check_head(x, held)
-        return _C.Head(isa, _is_bf16(x), None if held is None else _linear(held), channels, classes)
+    def check(weights: Any) -> None:
+        check_head(given, weights, plain=True)
 
-    check = partial(check_head, given, w, plain=True)
-    op = build() if w is None else packed("head", key_of(isa, w), w[:2], build, check)
+    def build(held: Linear) -> Any:
+        return _C.Head(isa, _is_bf16(x), _linear(held), channels, classes)
+
+    if w is None:
+        op = _C.Head(isa, _is_bf16(x), None, channels, classes)
+    else:
+        op = _packed("head", key_of(isa, w), w, w[:2], check, build)
     out = torch.empty((batch, classes), dtype=x.dtype, device=x.device)
     op.run(span(x), batch, tokens, span(out))
-    return out.to(dtype)
+    return out.to(given.dtype)
+
+
+def _packed(
+    kind: str, key: tuple, w: Any, tensors: Tensors, check: Callable[[Any], object], build: Callable[[Any], Any]
+) -> Any:
+    """The packed op of weights `w`, whose `tensors` are given apart as a call has no time to look for them.
+
+    Where it has to be built both see weights that nobody changes meanwhile: check(weights) as they are, build(weights)
+    as the kernels read them, `_readable` and one element after another.
+    """
+
+    def held(alias: Alias) -> Any:
+        return build(map_tensors(w, lambda tensor: _readable(alias(tensor)).contiguous()))
+
+    return packed(kind, key, tensors, held, lambda alias: check(map_tensors(w, alias)))
 
 
 def _run_residual(op: Any, x: Tensor, hw: HW, residual_scale: Tensor | None) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    scale = None if residual_scale is None else _held(residual_scale).to(x.dtype).contiguous()
+    scale = None if residual_scale is None else _readable(residual_scale.detach()).to(x.dtype).contiguous()
     op.run(span(x), x.shape[0], *hw, None if scale is None else span(scale), span(out))
     return out
 
@@ -228,28 +252,19 @@ def _require_runs(op: str, x: Tensor, *rates: float) -> None:
     if x.device.type == "cpu" and x.dtype in _DTYPES and not any(rates):  # the answer, at a fraction of its time
         return
     reason = unsupported(Facts(x.device.type, x.dtype, dropout=any(rates)))
-    raise BackendUnavailable(f"{op}: backend 'cpp' cannot run: {reason}")
+    raise BackendUnavailable(f"{op}: {cannot_run('cpp', reason)}")
 
 
-def _held(x: Tensor) -> Tensor:
-    """The same values in memory that the kernels read, which stays what it is whatever is put into `x` meanwhile.
-
-    float16 becomes float32.
+def _readable(alias: Tensor) -> Tensor:
+    """The same values as the kernels read them, of a tensor that nobody else has, so that none changes its memory: a
+    negative-bit view's in memory of their own, float16 as float32.
     """
-    x = x.detach()
-    if x.is_neg():
-        x = x.resolve_neg()
-    if x.dtype != torch.float16:
-        return x
+    if alias.is_neg():
+        alias = alias.resolve_neg()
+    if alias.dtype != torch.float16:
+        return alias
     _log_float16()
-    return x.float()
-
-
-def _dense(weights: Any, alias: Alias) -> Any:
-    """Weights as packing reads them: the alias of each tensor `_held`, one element after another."""
-    if isinstance(weights, Tensor):
-        return _held(alias(weights)).contiguous()
-    return type(weights)(*(_dense(each, alias) for each in weights)) if isinstance(weights, tuple) else weights
+    return alias.float()
 
 
 @cache

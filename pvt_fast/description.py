@@ -35,6 +35,7 @@ from .accelerate.guard import hidden_by, settings_of
 from .checkpoint import reason, require_values
 from .hub import CONFIG_FILE
 from .layers import DropPath
+from .ops import PLAIN
 
 if TYPE_CHECKING:
     from .model import PVT_V2
@@ -56,7 +57,7 @@ _CHECKPOINTED = "_checkpoint_wrapped_module"
 
 
 def describe(op: str, model: PVT_V2, kind: type[PVT_V2]) -> dict[str, Any]:
-    """The arguments of `kind` under "config", and what `settle` brings a model made of them to.
+    """The arguments of `kind` under "config", and what `rebuild` brings a model made of them to.
 
     Raises ValueError, as `op`, where the model is not what comes back then.
     """
@@ -195,7 +196,7 @@ def _special_head(model: PVT_V2) -> str | None:
     kind = next((known for known in (nn.Linear, nn.Identity) if isinstance(head, known)), None)
     if kind is not None and type(head).forward is kind.forward and "forward" not in vars(head):
         state = head.state_dict(keep_vars=True)
-        plain = all(_is_plain(value) for value in state.values())
+        plain = all(type(value) in PLAIN for value in state.values())
         if not state if kind is nn.Identity else plain and state.keys() <= {"weight", "bias"}:
             weight = state.get("weight")
             if weight is None or weight.shape[1:] == (channels,):
@@ -209,7 +210,7 @@ def _differences(model: nn.Module, twin: nn.Module) -> Iterator[str]:
     for name, value in own.items():
         if name not in made:
             yield f"an unknown {name}"
-        elif not _is_plain(value):
+        elif type(value) not in PLAIN:
             yield f"a {type(value).__name__} at {name}"
         elif value.shape != made[name].shape:
             yield f"{name} of shape {tuple(value.shape)} for {tuple(made[name].shape)}"
@@ -250,7 +251,3 @@ def _differences(model: nn.Module, twin: nn.Module) -> Iterator[str]:
 
 def _without_head(named: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in named.items() if name.partition(".")[0] != "head"}
-
-
-def _is_plain(value: Any) -> bool:
-    return type(value) in (Tensor, nn.Parameter)

@@ -120,15 +120,18 @@ def load(name: str) -> ModuleType | BackendUnavailable:
         return error
 
 
+def cannot_run(name: str, reason: object) -> BackendUnavailable:
+    """The error of a backend that was asked for by name."""
+    return BackendUnavailable(f"backend {name!r} cannot run: {reason}")
+
+
 def named(name: str, source: str) -> ModuleType:
     """The module of a backend asked for by name. ValueError where there is none of that name; BackendUnavailable, with
     why, where it cannot be loaded here.
     """
-    if name not in ORDER:
-        raise ValueError(f"{source} must be one of {', '.join(ORDER)}; got {name!r}")
-    module = load(name)
+    module = load(choice(source, name, tuple(ORDER)))
     if isinstance(module, BackendUnavailable):
-        raise BackendUnavailable(f"backend {name!r} cannot run: {module}")
+        raise cannot_run(name, module)
     return module
 
 
@@ -141,11 +144,10 @@ def select(facts: Facts, own: str = "auto") -> ModuleType:
     if name != "auto":
         if name not in ORDER:
             check_environment()
-        module = load(name)
-        reason = str(module) if isinstance(module, BackendUnavailable) else module.unsupported(facts)
-        if reason is None and isinstance(module, ModuleType):
-            return module
-        raise BackendUnavailable(f"backend {name!r} cannot run: {reason}")
+        asked = named(name, "select: own")
+        if (reason := asked.unsupported(facts)) is not None:
+            raise cannot_run(name, reason)
+        return asked
     for candidate in ORDER:
         module = load(candidate)
         if isinstance(module, BackendMisconfigured):

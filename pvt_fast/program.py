@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import _C, dispatch, library
 from .accelerate.fused import Fused
 from .accelerate.guard import Guard, Moment, ambient, edges, facts
-from .ops import is_plain, packing
+from .ops import is_plain, packing, tensors_in
 
 if TYPE_CHECKING:
     from .model import PVT_V2
@@ -78,7 +78,7 @@ class State:
         # from what the facts compare with: read again, a value may be another for that once
         calls = [call for piece in fused for call in piece.calls(Moment(self.kept))]
         self.keys = [packing.key_of(isa, *call) for call in calls]
-        self.pieces = [_tensors(weights) for weights, *_ in calls]  # the parameters of each op of a forward, in order
+        self.pieces = [tensors_in(weights) for weights, *_ in calls]  # the parameters of each op of a forward, in order
         self.parameters = tuple({id(tensor): tensor for piece in self.pieces for tensor in piece}.values())
 
     @classmethod
@@ -166,13 +166,6 @@ def _is_packed_of(used: packing.Record, piece: list[Tensor]) -> bool:
     if by_address.keys() != set(used.addresses):
         return False
     return used.sources.hold_all([by_address[address] for address in used.addresses])
-
-
-def _tensors(weights: Any) -> list[Tensor]:
-    """All tensors among an op's weights."""
-    if isinstance(weights, Tensor):
-        return [weights]
-    return [tensor for part in weights for tensor in _tensors(part)] if isinstance(weights, tuple) else []
 
 
 def _needs_gradients(model: nn.Module, image: Tensor) -> bool:

@@ -27,6 +27,7 @@ from .ops import (
     MlpWeights,
     Norm,
     PatchEmbedWeights,
+    map_tensors,
     to_map,
     to_tokens,
 )
@@ -238,16 +239,6 @@ def model_flops(config: PVTConfig, batch: int, hw: tuple[int, int]) -> int:
     return head + sum(case.gemm_flops() for case in model_cases(config, batch, hw))
 
 
-def backend_arguments(arguments: Any, transform: Any) -> Any:
-    """Apply `transform` to every tensor inside nested argument tuples."""
-    if isinstance(arguments, Tensor):
-        return transform(arguments)
-    if isinstance(arguments, tuple):
-        items = [backend_arguments(item, transform) for item in arguments]
-        return type(arguments)(*items) if hasattr(arguments, "_fields") else tuple(items)
-    return arguments
-
-
 def run(backend: Any, case: Case, arguments: tuple) -> Tensor:
     """Call the case's op on a backend; the tokens it gives."""
     output = getattr(backend, case.op)(*arguments)
@@ -274,8 +265,8 @@ def run_stages(model: PVT_V2, image: Tensor, backend: str) -> Tensor:
 
 def expected(case: Case, arguments: tuple) -> tuple[Tensor, Tensor]:
     """(float64 truth, plain torch in the arguments' own dtype), both on the CPU."""
-    cpu = backend_arguments(arguments, lambda t: t.cpu())
-    truth = run(reference, case, backend_arguments(cpu, lambda t: t.double()))
+    cpu = map_tensors(arguments, lambda t: t.cpu())
+    truth = run(reference, case, map_tensors(cpu, lambda t: t.double()))
     return truth, run(reference, case, cpu)
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import pvt_fast
-from pvt_fast import PVT_V2, library, reference, testing
+from pvt_fast import PVT_V2, library, reference
+from pvt_fast.ops import map_tensors
 from pvt_fast.testing import AttentionCase, Case, MlpCase, PatchEmbedCase, assert_parity, run
 
 # the backward is the reference's, whatever the instruction set
@@ -32,12 +33,12 @@ def leaves_of(arguments: tuple) -> tuple[tuple, list[Tensor]]:
         leaves.append(tensor.detach().clone().requires_grad_())
         return leaves[-1]
 
-    return testing.backend_arguments(arguments, leaf), leaves
+    return map_tensors(arguments, leaf), leaves
 
 
 def gradients(backend, case: Case, arguments: tuple, dtype: torch.dtype) -> list[Tensor]:
     """Gradients of a fixed random projection of the op's output by every tensor argument."""
-    arguments, leaves = leaves_of(testing.backend_arguments(arguments, lambda tensor: tensor.to(dtype)))
+    arguments, leaves = leaves_of(map_tensors(arguments, lambda tensor: tensor.to(dtype)))
     output = run(backend, case, arguments)
     assert output.requires_grad
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -50,7 +51,7 @@ def test_gradients_of_every_argument(small, target, dtype):
     arguments = small.make(dtype, target.device)
     with target.in_use():
         ours = gradients(library.registered(target.backend), small, arguments, dtype)
-    cpu = testing.backend_arguments(arguments, lambda tensor: tensor.cpu())
+    cpu = map_tensors(arguments, lambda tensor: tensor.cpu())
     truth = gradients(reference, small, cpu, torch.float64)
     plain = gradients(reference, small, cpu, dtype)
     for index, trio in enumerate(zip(ours, truth, plain, strict=True)):
@@ -63,7 +64,7 @@ def test_the_reference_passes_gradcheck(small):
 
     def op(*tensors: Tensor) -> Tensor:
         rest = iter(tensors)
-        return run(reference, small, testing.backend_arguments(arguments, lambda _: next(rest)))
+        return run(reference, small, map_tensors(arguments, lambda _: next(rest)))
 
     assert torch.autograd.gradcheck(op, leaves, fast_mode=True)
 

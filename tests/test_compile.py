@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import pvt_fast
-from pvt_fast import PVT_V2, dispatch, library, reference, testing
-from pvt_fast.ops import packing
+from pvt_fast import PVT_V2, dispatch, library, reference
+from pvt_fast.ops import map_tensors, packing, tensors_in
 from pvt_fast.ops.packing import packed
 from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase, run
 
@@ -225,7 +225,7 @@ STRIDES = pytest.mark.parametrize("strides", [torch.Tensor.contiguous, permuted]
 @pytest.mark.parametrize("small", SMALL, ids=str)
 def test_opcheck(small, strides, target, monkeypatch):
     """Schema, fake implementation, autograd registration and tracing of each fused op, by torch's own checker."""
-    arguments = testing.backend_arguments(
+    arguments = map_tensors(
         small.make(torch.float32, target.device), lambda t: strides(t.detach().clone()).requires_grad_()
     )
     assert arguments[0].is_contiguous() == (strides is not permuted)
@@ -254,14 +254,11 @@ def test_registered_ops_give_what_the_backend_gives(small, target):
     arguments, ops = small.make(torch.float32, target.device), library.RegisteredOps(target.backend)
     with target.in_use():
         assert torch.equal(run(ops, small, arguments), run(target.module, small, arguments))
-        leaves = [testing.backend_arguments(arguments, lambda t: t.detach().clone().requires_grad_()) for _ in range(2)]
+        leaves = [map_tensors(arguments, lambda t: t.detach().clone().requires_grad_()) for _ in range(2)]
         for backend, leaf in zip((ops, reference), leaves, strict=True):
             run(backend, small, leaf).sum().backward()
-    grads = [[], []]
-    for leaf, found in zip(leaves, grads, strict=True):
-        testing.backend_arguments(leaf, lambda t, found=found: found.append(t.grad) or t)
-    for ours, expected in zip(*grads, strict=True):
-        assert torch.equal(ours, expected)
+    for ours, expected in zip(*map(tensors_in, leaves), strict=True):
+        assert torch.equal(ours.grad, expected.grad)
 
 
 def test_registered_ops_refuse_what_they_cannot_do():

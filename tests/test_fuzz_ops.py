@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pvt_fast import cpp, reference, testing
 from pvt_fast.dispatch import BackendUnavailable
+from pvt_fast.ops import map_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -120,7 +121,7 @@ def check(op: str, call: Call) -> str:
 
 
 def doubled(value: Any) -> Any:
-    return testing.backend_arguments(value, Tensor.double)
+    return map_tensors(value, Tensor.double)
 
 
 def test_any_call_is_refused_or_computed():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pvt_fast import reference, testing
-from pvt_fast.ops import AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm
+from pvt_fast.ops import AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, map_tensors
 from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase, run
 
 pytestmark = [
@@ -58,7 +58,7 @@ def replaced(arguments, index: int, value: float):
             tensor[tuple(size // 2 for size in tensor.shape)] = value
         return tensor
 
-    changed = testing.backend_arguments(arguments, replace)
+    changed = map_tensors(arguments, replace)
     return changed if index < seen else None
 
 
@@ -66,7 +66,7 @@ def travels(target, case, arguments, what: str) -> None:
     with target.in_use():
         actual = run(target.module, case, arguments)
     alike = torch.zeros(actual.shape, dtype=torch.bool)
-    for like in (arguments, testing.backend_arguments(arguments, lambda tensor: tensor.double())):
+    for like in (arguments, map_tensors(arguments, lambda tensor: tensor.double())):
         alike |= kinds(actual) == kinds(run(reference, case, like).to(actual.dtype))
     assert alike.all(), f"{what} of {case} on {target}: {(~alike).sum()} of {alike.numel()} values of another kind"
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pvt_fast import reference, testing
-from pvt_fast.ops import AttentionSpec, Backend, Linear, MlpSpec, MlpWeights, Norm
+from pvt_fast.ops import AttentionSpec, Backend, Linear, MlpSpec, MlpWeights, Norm, map_tensors, tensors_in
 from pvt_fast.testing import AttentionCase, Case, MlpCase, PatchEmbedCase, assert_parity, expected, run
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -29,12 +29,6 @@ _make = lru_cache(maxsize=8)(lambda case, dtype, device: case.make(dtype, device
 @lru_cache(maxsize=256)
 def truth_of(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return expected(case, case.make(dtype))
-
-
-def tensors_in(arguments) -> list[Tensor]:
-    found: list[Tensor] = []
-    testing.backend_arguments(arguments, lambda tensor: found.append(tensor) or tensor)
-    return found
 
 
 def check_parity(case: Case, target, arguments: tuple) -> None:
@@ -146,8 +140,8 @@ def test_parity_of_the_small_ops(op, shape, target, dtype):
     call = op.partition(" ")[0]
     with target.in_use():
         actual = getattr(target.module, call)(x, weights)
-    cpu = testing.backend_arguments((x, weights), lambda t: t.cpu())
-    truth = getattr(reference, call)(*testing.backend_arguments(cpu, lambda t: t.double()))
+    cpu = map_tensors((x, weights), lambda t: t.cpu())
+    truth = getattr(reference, call)(*map_tensors(cpu, lambda t: t.double()))
     assert_parity(actual, truth, getattr(reference, call)(*cpu))
 
 
@@ -188,7 +182,7 @@ def test_gelu_on_a_grid(target, dtype):
     w = MlpWeights(norm, Linear(identity, nothing), Linear(delta, nothing), Linear(identity, nothing))
     arguments = (torch.zeros(1, 1, count, dtype=dtype), (1, 1), w, MlpSpec(relu=False))
     with target.in_use():
-        actual = target.module.dwconv_mlp(*testing.backend_arguments(arguments, lambda t: t.to(target.device)))
+        actual = target.module.dwconv_mlp(*map_tensors(arguments, lambda t: t.to(target.device)))
     exact = F.gelu(grid.double()).reshape(1, 1, -1)
     assert_parity(actual, exact, F.gelu(grid).reshape(1, 1, -1), what=f"GELU on {target}")
 
@@ -234,7 +228,7 @@ def test_strides_do_not_matter(small, target, dtype):
     """Bitwise the same from a view with gaps, an expanded batch and a compact copy."""
     arguments = make(small, target, dtype)
     assert not arguments[0].is_contiguous()
-    compact = testing.backend_arguments(arguments, lambda tensor: tensor.contiguous())
+    compact = map_tensors(arguments, lambda tensor: tensor.contiguous())
     expanded = (compact[0][:1].expand_as(compact[0]), *compact[1:])
     repeated = (compact[0][:1].repeat(2, *[1] * (compact[0].dim() - 1)), *compact[1:])
     with target.in_use():

@@ -11,6 +11,8 @@ from .contract import (
     MlpWeights,
     Norm,
     PatchEmbedWeights,
+    map_tensors,
+    tensors_in,
     to_map,
     to_tokens,
 )
@@ -33,6 +35,8 @@ __all__ = [
     "check_mlp",
     "check_patch_embed",
     "is_plain",
+    "map_tensors",
+    "tensors_in",
     "to_map",
     "to_tokens",
 ]

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import MOST, flag, integer
 from ..config import conv_size
 from .contract import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
 from .packing import available, extent, is_plain
-
-_MOST = 2**31 - 1  # of a stride or a number of heads
 
 Size = str | int  # the name of a size, or a number
 
@@ -295,12 +294,11 @@ def _check_device(op: str, name: str, tensor: Tensor, other: Tensor, whose: str)
 
 
 def _check_count(op: str, name: str, value: Any) -> None:
-    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{op}: {name} must be at least 1, got {value}")
-    if isinstance(value, int) and value > _MOST:
-        raise ValueError(f"{op}: {name} must be below 2^31, got {value}")
+    if isinstance(value, torch.SymInt):
+        if value < 1:
+            raise ValueError(f"{op}: {name} must be at least 1, got {value}")
+    elif type(value) is not int or not 1 <= value <= MOST:  # without the words, at each call
+        integer(f"{op}: {name}", value, least=1)
 
 
 def _check_number(op: str, name: str, value: Any) -> None:
@@ -311,8 +309,8 @@ def _check_number(op: str, name: str, value: Any) -> None:
 
 
 def _check_flag(op: str, name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be a bool, got {value!r}")
+    if value is not True and value is not False:
+        flag(f"{op}: {name}", value)
 
 
 def _check_rate(op: str, name: str, value: Any) -> None:

@@ -20,7 +20,8 @@ queries and the attention scores never reach memory.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -115,6 +116,23 @@ class Backend(Protocol):
     def layer_norm(x: Tensor, w: Norm) -> Tensor: ...
     @staticmethod
     def head(x: Tensor, w: Linear | None) -> Tensor: ...
+
+
+def map_tensors(arguments: Any, transform: Callable[[Tensor], Any]) -> Any:
+    """The same nested tuples with `transform(tensor)` for every tensor in them."""
+    if isinstance(arguments, Tensor):
+        return transform(arguments)
+    if isinstance(arguments, tuple):
+        items = [map_tensors(item, transform) for item in arguments]
+        return type(arguments)(*items) if hasattr(arguments, "_fields") else tuple(items)
+    return arguments
+
+
+def tensors_in(arguments: Any) -> list[Tensor]:
+    """All tensors in nested tuples, in order."""
+    found: list[Tensor] = []
+    map_tensors(arguments, found.append)
+    return found
 
 
 def to_map(x: Tensor, hw: HW) -> Tensor:

@@ -247,22 +247,27 @@ def packed(
     key: Any,
     tensors: Tensors,
     build: Callable[[Alias], Any],
-    check: Callable[[], object] = lambda: None,
+    check: Callable[[Alias], object] = lambda alias: None,
 ) -> Any:
     """The packed form of `tensors`: what is kept of them while it holds, else what `build(alias)` gives.
 
     One form is kept of a `kind` of op and its weights; `key` names its layout (ISA, options), and under another key it
-    is built anew. What is read is to be `alias(tensor)` of each: that is what later is compared with. check() raises
-    where they cannot be packed, before anything else is asked of them.
+    is built anew. What is read is to be `alias(tensor)` of each: that is what later is compared with. check(alias)
+    raises where they cannot be packed, before anything else is asked of them.
     """
     if not all(tensor is None or is_plain(tensor) for tensor in tensors):
-        check()
+        check(lambda tensor: tensor)
     present = [tensor for tensor in tensors if tensor is not None]
     place = (kind, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
     record = _records.get(place)
     if record is None or record.key != key or not record.sources.hold(present):
-        check()
         seen = aliases(present)
+        by_id = {id(tensor): other for tensor, other in zip(present, seen, strict=True)}
+
+        def alias(tensor: Tensor) -> Tensor:
+            return by_id[id(tensor)]
+
+        check(alias)
         memory = (kind, *((tensor.untyped_storage()._cdata, tensor.storage_offset()) for tensor in seen))
 
         def gone(_: Any) -> None:
@@ -271,8 +276,7 @@ def packed(
 
         # before they are read: another thread's change meanwhile is seen at the next use
         sources = Sources(present, seen, gone)
-        alias = {id(tensor): other for tensor, other in zip(present, seen, strict=True)}
-        record = Record(key, memory, present, seen, build(lambda tensor: alias[id(tensor)]), sources)
+        record = Record(key, memory, present, seen, build(alias), sources)
         if (before := _places.get(memory, place)) != place:
             _records.pop(before, None)
         _records[place], _places[memory] = record, place
