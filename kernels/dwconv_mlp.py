@@ -128,7 +128,7 @@ def norm_fc1_kernel(
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) + load_vector(bias_ptr, offs_n, HID)[None, :]
             h = rows_product(acc, y, (weight_ptr, C), offs_n, HID, NORM, PRECISION)
             if RELU:
-                h = tl.maximum(h, 0.0)
+                h = tl.maximum(h, 0.0, propagate_nan=tl.PropagateNan.ALL)
             mask = row_mask[:, None] & (offs_n < HID)[None, :]
             ptrs = hidden_ptr + row_offsets(pixel, HID)[:, None] + offs_n[None, :]
             tl.store(ptrs, round_to(h, hidden_ptr.dtype.element_ty), mask=mask)

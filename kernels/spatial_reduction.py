@@ -24,6 +24,7 @@ from .launch import chip_of, dense, dot_precision, inputs_last, launch, packed_a
 from .primitives import (
     bound,
     dot,
+    inverse_deviation,
     is_last,
     load_rows,
     load_vector,
@@ -152,7 +153,7 @@ def pool_kernel(
         token = (image * height + first_row + index // bin_width) * width + first_column + index % bin_width
         x = load_rows(x_ptr, row_offsets(token, C), index < count, offs_c, C).to(tl.float32)
         mean, squares = tile_moments(x, offs_c, C, C)
-        rstd = tl.rsqrt(squares / C + eps)
+        rstd = inverse_deviation(squares, C, eps)
         total += tl.sum(tl.where((index < count)[:, None], (x - mean[:, None]) * rstd[:, None], 0.0), 0)
     pooled = total / count * load_vector(norm_weight_ptr, offs_c, C) + load_vector(norm_bias_ptr, offs_c, C)
     ptrs = out_ptr + tl.cast(pid, tl.int64) * C + offs_c

@@ -17,7 +17,7 @@ from pvt_fast.ops import AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWe
 from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase, run
 
 pytestmark = [
-    pytest.mark.only("cpp"),
+    pytest.mark.only("cpp", "triton"),
     pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, under Triton's interpreter
 ]
@@ -83,6 +83,13 @@ def test_a_value_in_any_argument_travels_as_in_the_reference(target, op_dtype, v
         while (changed := replaced(arguments, index, value)) is not None:
             travels(target, case, changed, f"{value} in tensor {index}")
             index += 1
+
+
+@DTYPES
+@pytest.mark.only("triton")
+def test_a_value_in_x_travels_as_in_the_reference(target, op_dtype):
+    for case in SMALL_CASES:
+        travels(target, case, replaced(case.make(op_dtype), 0, -INF), "-inf in x")
 
 
 @DTYPES
