@@ -333,8 +333,7 @@ def _drop(which: Callable[[Record], bool]) -> None:
 
 def _address(tensor: Tensor) -> int:
     """0 for tensors of which nothing can be packed: of classes of their own, sparse, without values."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
-    return tensor.data_ptr() if plain else 0
+    return tensor.data_ptr() if is_plain(tensor) and not tensor.is_meta else 0
 
 
 @contextmanager
@@ -416,7 +415,7 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 def _stepped(optimizer: Any, args: Any, kwargs: Any) -> None:
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     if torch.compiler.is_compiling():
-        plain = [parameter for parameter in parameters if type(parameter) in (Tensor, torch.nn.Parameter)]
+        plain = [parameter for parameter in parameters if type(parameter) in PLAIN]
         if plain:
             _stepped_in_graph(plain[0])
         return
