@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import reprlib
+import struct
 import threading
 import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from .ops.packing import available, extent
+from .pickled import require_bounded, require_filled
 
 # Metadata entry of a file of `model_file.save_model`.
 METADATA_KEY = "pvt_fast"
@@ -26,6 +29,8 @@ _DEEPEST = 8
 _PICKLES = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *_PICKLES)
 _LONGEST_REASON = 300
+_ARCHIVE, _PICKLE = b"PK\x03\x04", "data.pkl"  # how one begins, and what it holds beside storages
+_HEADER = "<26xHH"  # of an entry: the lengths of its name and of what else stands before its bytes
 _FOLDER, _CHUNK = 0x10, 1 << 20  # the attribute of folders in archives; bytes
 # How torch begins to advise to read a refused pickle as code.
 _ADVICE = "Weights only load failed"
@@ -37,8 +42,8 @@ def load_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, st
     """(state dict on the CPU, metadata) of a .safetensors, .pth, .pt or .bin file; only safetensors has metadata.
 
     Pickled files are read with `weights_only=True`: one that would run code is refused. The state dict may be nested
-    under "state_dict", "model" or "module". No more memory is taken than the file has bytes, and what its pickle
-    itself takes. Raises ValueError for a file that holds no state dict.
+    under "state_dict", "model" or "module". Memory and time are in proportion to the file (see `pickled`). Raises
+    ValueError for a file that holds no state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -61,11 +66,10 @@ def load_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, st
         ) from error
     try:
         state = unnest(content)
-        for name, value in state.items():
-            if _not_values(value) is None and is_expanded(value):
-                raise ValueError(
-                    f"{printable(name)} has fewer elements in memory than the {value.numel()} of its shape"
-                )
+        # tensors may share a storage, or repeat its values
+        size = sum(value.nbytes for value in state.values() if _not_values(value) is None)
+        if size > path.stat().st_size:
+            raise ValueError(f"its tensors have {size} bytes, more than the file")
         return state, {}
     except ValueError as error:
         raise ValueError(
@@ -75,8 +79,12 @@ def load_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, st
 
 
 def _unpickle(path: Path) -> Any:
-    if zipfile.is_zipfile(path):
+    with open(path, "rb") as file:
+        is_archive = file.read(len(_ARCHIVE)) == _ARCHIVE  # as torch decides it
+    if is_archive:
         _require_whole(path)
+    else:
+        require_filled(path)
     with _LOADING:
         # the official training script keeps its arguments, a plain Namespace, beside the weights
         allowed = Namespace in torch.serialization.get_safe_globals()
@@ -103,6 +111,17 @@ def _require_whole(path: Path) -> None:
                 with archive.open(entry) as stream:
                     while stream.read(_CHUNK):
                         pass
+            if entry.filename.lower().endswith(_PICKLE):  # torch's reader makes no difference of case
+                require_bounded(_stored(path, entry))
+
+
+def _stored(path: Path, entry: zipfile.ZipInfo) -> IO[bytes]:
+    """An entry's bytes, which `zipfile` does not give where they have no checksum."""
+    with open(path, "rb") as file:
+        file.seek(entry.header_offset)
+        name, extra = struct.unpack(_HEADER, file.read(struct.calcsize(_HEADER)))
+        file.seek(name + extra, os.SEEK_CUR)
+        return io.BytesIO(file.read(entry.file_size))
 
 
 def unnest(content: Any) -> dict[str, Tensor]:

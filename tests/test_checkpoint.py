@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import threading
 import zipfile
 from argparse import Namespace
@@ -133,9 +134,10 @@ def test_nesting_has_a_limit(tmp_path):
             load_state(tmp_path / name)
 
 
-def pickled(path: Path, content: bytes) -> None:
+def pickled(path: Path, content: bytes, *others: tuple[str, bytes]) -> None:
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", content)
+        for entry in (*others, ("archive/data.pkl", content)):
+            archive.writestr(*entry)
         archive.writestr("archive/version", "3\n")
 
 
@@ -143,7 +145,7 @@ def test_absurdly_nested_pickles(tmp_path):
     dicts = b"}X\x05\x00\x00\x00model" * 50_000 + b"}" + b"s" * 50_000
     for name, body in (("dicts", dicts), ("tuples", b"K\x01" + b"\x85" * 50_000)):
         pickled(tmp_path / f"{name}.pth", b"\x80\x02" + body + b".")
-        with pytest.raises(ValueError, match="path must hold a state dict"):
+        with pytest.raises(ValueError, match="its pickle nests or repeats its values too often"):
             load_state(tmp_path / f"{name}.pth")
 
 
@@ -225,7 +227,7 @@ def test_archives_without_sums_are_read(tmp_path):
 
 def test_tensors_as_large_as_anybody_says_are_refused(tmp_path):
     torch.save({**STATE, "head.weight": torch.ones(1).expand(10**12, 32)}, tmp_path / "huge.pth")
-    with pytest.raises(ValueError, match=r"head\.weight has fewer elements in memory than the 32000000000000 of"):
+    with pytest.raises(ValueError, match=r"its tensors have 128000000\d+ bytes, more than the file"):
         load_state(tmp_path / "huge.pth")
 
 
@@ -279,3 +281,62 @@ def test_pipes_are_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "model.pth")
     with pytest.raises(ValueError, match="path must be an existing file"):
         load_state(tmp_path / "model.pth")
+
+
+INT = b"\x8a\x05\x00\x00\x00\x00\x01"  # 2^32
+PAIRS = b")" + b"".join(b"q%ch%c\x86" % (level, level) for level in range(60))  # ((x, x), (x, x)), 60 deep
+
+
+@pytest.mark.parametrize(
+    ("body", "got"),
+    [
+        (b"cbuiltins\nbytearray\n" + INT + b"\x85R", "builtins.bytearray in a pickle can take memory"),
+        (b"ctorch\nFloatTensor\n" + INT + b"\x85R", "torch.FloatTensor in a pickle can take memory"),
+        (b"ctorch\nTensor\n" + INT + b"\x85\x81", "torch.Tensor in a pickle can take memory"),
+        (b"ctorch.sparse\nHalfTensor\n" + INT + b"\x85R", "torch.sparse.HalfTensor in a pickle can take memory"),
+        (b"ctorch._utils\n_rebuild_qtensor\n)R", "torch._utils._rebuild_qtensor in a pickle can take memory"),
+        (b"c_codecs\nencode\nU\x01aU\x03hex\x86R", "_codecs.encode in a pickle can take memory"),
+        (b"}" + PAIRS + b"Ns", "its pickle nests or repeats its values too often"),
+        (b"ccollections\nOrderedDict\n" + PAIRS + b"\x85R", "its pickle nests or repeats its values too often"),
+        (b"h\x05", "its pickle takes value 5, which it has not kept"),
+        (b"\x86", "its pickle takes more values than it has"),
+    ],
+)
+def test_pickles_that_take_more_than_they_have_are_refused(body, got, tmp_path):
+    pickled(tmp_path / "lower.pth", b"\x80\x02" + body + b".")
+    pickled(tmp_path / "upper.pth", b"\x80\x02}.", ("archive/DATA.PKL", b"\x80\x02" + body + b"."))
+    for name in ("lower.pth", "upper.pth"):
+        with pytest.raises(ValueError, match=rf"path must be a checkpoint of tensors only, .* \({re.escape(got)}"):
+            load_state(tmp_path / name)
+
+
+def test_tensors_that_share_a_storage_are_counted_each(tmp_path):
+    pool = torch.randn(100_000)
+    torch.save({f"{i}": pool[: 90_000 + i] for i in range(50)}, tmp_path / "shared.pth")
+    with pytest.raises(ValueError, match=r"its tensors have 18004900 bytes, more than the file"):
+        load_state(tmp_path / "shared.pth")
+
+
+def test_files_of_old_torch(tmp_path):
+    torch.save({"state_dict": STATE, "epoch": 3}, path := tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert same(load_state(path)[0])
+    content = path.read_bytes()
+    keys = content.index(b"\x80\x02]", content.index(b"epoch"))
+    for list_of_keys in (b"\x80\x02].", b"\x80\x02}.", b"\x80\x02]X\x01\x00\x00\x000a."):
+        path.write_bytes(content[:keys] + list_of_keys + content[keys:])
+        with pytest.raises(ValueError, match=r"\d+ of its \d+ storages are not in the file"):
+            load_state(path)
+    for there in (b"", b"hello", b"<!DOCTYPE html>", content[:100], content[: keys + 40]):
+        path.write_bytes(there)
+        with pytest.raises(ValueError, match="load_state: path must be a checkpoint of tensors only"):
+            load_state(path)
+
+
+def test_what_looks_like_an_archive_at_its_end_only(tmp_path):
+    """torch decides by the first bytes, Python's zipfile by the last."""
+    pickled(tmp_path / "end.pth", b"\x80\x02}.")
+    old = b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {}))
+    old += b"\x80\x02cbuiltins\nbytearray\n" + INT + b"\x85R." + b"\x80\x02]."
+    (tmp_path / "both.pth").write_bytes(old + (tmp_path / "end.pth").read_bytes())
+    with pytest.raises(ValueError, match=r"builtins\.bytearray in a pickle can take memory"):
+        load_state(tmp_path / "both.pth")
