@@ -8,8 +8,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # what the editable install is built from
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test test-all test-peers lint style wheel cpp-test sanitize fuzz soak amx-test neon-test cross-tools bench-cpu gpu gpu-gates \
-	gpu-gates-update gpu-gates-all instructions instructions-update clean
+.PHONY: setup demo test test-all test-peers lint style wheel cpp-test sanitize fuzz soak amx-test neon-test cross-tools \
+	bench-cpu bench-busy gpu gpu-gates gpu-gates-update gpu-gates-all instructions instructions-update clean
 
 setup: $(VENV)/.demo
 
@@ -26,11 +26,11 @@ test: $(VENV)/.test
 test-all: $(VENV)/.test
 	$(PYTEST) --full $(PYTEST_ARGS)
 
-# style first: it needs nothing built and fails within seconds
 # with libraries that fine-tune and quantize, which are not needed for the rest
 test-peers: $(VENV)/.test-peers
 	$(PYTEST) tests/test_adapters.py $(PYTEST_ARGS)
 
+# style first: it needs nothing built and fails within seconds
 lint: style $(VENV)/.test
 	$(BIN)/mypy
 
@@ -165,6 +165,10 @@ bench-cpu: $(VENV)/.bench
 	$(BENCH_CPU) --models b2_li --size 512
 	$(BENCH_CPU) --models b2 --size 1024 --rounds 6 --seconds 1.5
 	PVT_FAST_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 $(BENCH_CPU) --models b0,b2 --dtype fp32 --peers compile
+
+# beside other processes, the README's second table; a quota of cores needs control groups (benchmarks/busy.py --quota)
+bench-busy: $(VENV)/.bench
+	$(BIN)/python benchmarks/busy.py
 
 # everything that wants a CUDA GPU, with the Python that has torch for it and what else is installed there; more options
 # by GPU_ARGS, e.g. --dry-run, which needs no GPU

@@ -148,17 +148,17 @@ struct Running {
 using Size = std::tuple<std::int64_t, std::int64_t, std::int64_t>;                   // batch, height, width
 using Strides = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;  // of batch, channel, row, column
 
-pvt::Image view(const Span& image, const Size& size, const Strides& strides, std::int64_t channels,
+pvt::Image view(const char* op, const Span& image, const Size& size, const Strides& strides, std::int64_t channels,
                 std::size_t element_size) {
   const auto [batch, height, width] = size;
   const auto [stride_batch, stride_channel, stride_row, stride_column] = strides;
   require(std::min(height, width) >= 1 && std::max(height, width) <= pvt::kMostSide,
-          "image must have sides of 1 to 2^20 pixels");
+          std::string(op) + ": image must have sides of 1 to 2^20 pixels");
   std::int64_t needed = elements({batch, 1});
   if (batch > 0)
     needed = 1 + elements({batch - 1, stride_batch}) + elements({channels - 1, stride_channel}) +
              elements({height - 1, stride_row}) + elements({width - 1, stride_column});
-  return {memory(image, needed, element_size, "image"),
+  return {memory(image, needed, element_size, (std::string(op) + ": image").c_str()),
           batch,
           height,
           width,
@@ -171,7 +171,7 @@ pvt::Image view(const Span& image, const Size& size, const Strides& strides, std
 void run_patch_embed(const Packed<pvt::PatchEmbed>& packed, const Span& image, const Size& size, const Strides& strides,
                      const Span& out) {
   const pvt::PatchEmbed& op = *packed.op;
-  const pvt::Image from = view(image, size, strides, op.in_channels(), packed.element_size);
+  const pvt::Image from = view("PatchEmbed", image, size, strides, op.in_channels(), packed.element_size);
   require(op.accepts(from), "PatchEmbed: image strides must fit the packed layout");
   const pvt::Map map = op.map(from);
   require(pvt::fits(map, op.channels()), "PatchEmbed: map must have fewer than 2^31 elements");
@@ -222,7 +222,7 @@ class Forward {
   int classes() const { return forward_->classes(); }
 
   void run(const Span& image, const Size& size, const Strides& strides, const Span& out) const {
-    const pvt::Image from = view(image, size, strides, in_channels(), element_size_);
+    const pvt::Image from = view("Forward", image, size, strides, in_channels(), element_size_);
     void* to = memory(out, elements({from.batch, classes()}), element_size_, "out");
     const Running running;
     forward_->run(from, to);

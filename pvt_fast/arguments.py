@@ -11,6 +11,7 @@ type, ValueError for one of the right type that does not do.
 from __future__ import annotations
 
 import math
+import os
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -112,6 +113,16 @@ def instance(where: str, value: Any, kinds: type | tuple[type, ...], kind: str) 
     if not isinstance(value, kinds):
         raise TypeError(f"{where} must be {kind}, got {shown(value)}")
     return value
+
+
+def pathname(where: str, value: Any, kind: str = "a path") -> str:
+    """A path that a file may have; `kind` says in the error what it must be."""
+    text = os.fspath(instance(where, value, (str, os.PathLike), kind))
+    if not isinstance(text, str):
+        raise TypeError(f"{where} must be {kind} of str, got {shown(value)}")
+    if not text or "\0" in text:
+        raise ValueError(f"{where} must be {kind}, got {shown(value)}")
+    return text
 
 
 def function(where: str, value: Any, kind: str = "callable") -> Any:

@@ -34,6 +34,7 @@ from .layouts import to_official
 from .model import PVT_V2
 from .model_file import build_model, has_config
 from .preprocess import Preprocess, read_image
+from .replacing import replacing
 from .weights import assign
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -224,7 +225,11 @@ def _logits(model: PVT_V2, preprocess: Preprocess, paths: Sequence[Path]) -> tor
             images = [preprocess(read_image(path)) for path in paths[first : first + _CLASSIFY_BATCH]]
         with torch.inference_mode():
             logits.append(model(torch.stack(images).to(like)))
-    return torch.cat(logits)
+    joined = torch.cat(logits)
+    for path, finite in zip(paths, joined.isfinite().all(dim=1).tolist(), strict=True):
+        if not finite:
+            raise BadArgument(f"classify: --weights must give finite logits in this dtype, got others for {path}")
+    return joined
 
 
 def _load(name: str | None, path: Path) -> tuple[PVT_V2, Preprocess]:
@@ -257,14 +262,18 @@ def _read_labels(path: Path, classes: int) -> list[str]:
         raise ValueError(f"classify: --labels must have at most {_MOST_LABELS} bytes, got more in {path}")
     try:
         text = content.decode("utf-8-sig")
-        labels = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+        labels = json.loads(text) if text.lstrip().startswith("[") else _lines(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"classify: --labels must be UTF-8 lines or a JSON list, got {path} ({error})") from error
-    while labels and labels[-1] == "":
-        labels.pop()
     if len(labels) != classes or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"classify: --labels must name the model's {classes} classes, got {len(labels)} in {path}")
     return labels
+
+
+def _lines(text: str) -> list[str]:
+    """Without empty ones at the end; what else breaks lines for Python may be part of a name."""
+    named = text.rstrip("\r\n")
+    return [line.removesuffix("\r") for line in named.split("\n")] if named else []
 
 
 def _answer_table(answers: list[dict[str, Any]]) -> Table:
@@ -314,7 +323,8 @@ def _bench(args: argparse.Namespace, console: Console) -> None:
         console.print(reason, highlight=False, markup=False, soft_wrap=True)
     if args.json:
         settings = {"model": args.model, "batch": args.batch, "size": args.size, "threads": used_threads}
-        args.json.write_text(json.dumps(_figures(settings, comparison), indent=2) + "\n")
+        with replacing("bench", args.json) as (unfinished,):
+            unfinished.write_text(json.dumps(_figures(settings, comparison), indent=2) + "\n")
 
 
 def _check_fits(batch: int, size: int) -> None:

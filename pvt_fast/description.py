@@ -107,7 +107,7 @@ def write_tensors(op: str, state: Mapping[str, Tensor], path: Path, metadata: di
     try:
         save_file(dict(state), path, metadata=metadata)
     except SafetensorError as error:
-        raise OSError(f"{op}: weights must fit on the disk, got {reason(error)}") from error
+        raise OSError(f"{op}: weights must be written to their end, got {reason(error)}") from error
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

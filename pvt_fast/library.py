@@ -53,6 +53,7 @@ def _register(
     name = function.__name__
 
     def run(*flat: Any) -> Tensor:
+        ops.refuse_forward_mode(f"pvt_fast::{name}")
         *given, named = flat
         backend = named.removesuffix(_IN_GRAPH)
         module = dispatch.named(backend, f"pvt_fast::{name}: backend")
@@ -221,6 +222,7 @@ def number(model: PVT_V2) -> int:
 def _run_model(image: Tensor, parameters: list[Tensor], model: int, classes: int) -> Tensor:
     from .model import PVT_V2  # which imports this module
 
+    ops.refuse_forward_mode("pvt_fast::run_model")
     whole = _models[model]
     if not parameters:  # the model's own, whatever they are by now
         return PVT_V2.forward(whole, image)  # a subclass's forward is traced, and calls this

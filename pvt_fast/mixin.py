@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 
-from .arguments import flag, instance
-from .checkpoint import load_state
+from .arguments import flag, instance, pathname, shown
+from .checkpoint import load_state, reason
 from .description import NORM_EPS, config_text, describe, in_folder, tensors, write_tensors
 from .hub import CONFIG_FILE, WEIGHT_FILES, locate
 from .rebuild import rebuilt, split
@@ -55,9 +54,16 @@ class HubMixin(
         adapters, parametrizations, quantised or replaced modules, norms of one kind with several epsilons. Raises
         OSError where the directory cannot be written.
         """
-        instance("save_pretrained: save_directory", save_directory, (str, os.PathLike), "a path")
+        folder = Path(pathname("save_pretrained: save_directory", save_directory))
+        if repo_id is not None:
+            instance("save_pretrained: repo_id", repo_id, str, 'a str "org/name", or None')
+        if model_card_kwargs is not None:
+            instance("save_pretrained: model_card_kwargs", model_card_kwargs, dict, "a dict or None")
+        flag("save_pretrained: push_to_hub", push_to_hub)
+        unused = [name for name, value in options.items() if value is not None]
+        if unused and not push_to_hub:
+            raise TypeError(f"save_pretrained: push_to_hub must be True for its options, got {', '.join(unused)}")
         described = self._described("save_pretrained")
-        folder = Path(save_directory)
         has_card = (folder / _CARD).exists()
         card = "" if has_card else str(self.generate_model_card(**(model_card_kwargs or {})))
         state = tensors(cast("PVT_V2", self))
@@ -107,11 +113,20 @@ class HubMixin(
         Raises ValueError for another library's repository: those load with `load_weights` into a model made here; and
         for damaged files. Raises OSError where the files are not in the cache and there is no network.
         """
-        where, kinds = "from_pretrained: pretrained_model_name_or_path", (str, os.PathLike)
-        instance(where, pretrained_model_name_or_path, kinds, "a path or name")
+        source = pathname(
+            "from_pretrained: pretrained_model_name_or_path", pretrained_model_name_or_path, "a path or name"
+        )
         flag("from_pretrained: strict", strict)
-        source = str(pretrained_model_name_or_path)
-        path, config = locate(
+        flag("from_pretrained: force_download", force_download)
+        flag("from_pretrained: local_files_only", local_files_only)
+        if revision is not None:
+            instance("from_pretrained: revision", revision, str, "a str or None")
+        if cache_dir is not None:
+            pathname("from_pretrained: cache_dir", cache_dir)
+        if token is not None:
+            instance("from_pretrained: token", token, (str, bool), "a str, a bool or None")
+        device = _device(map_location)
+        weights, config = locate(
             "from_pretrained",
             source,
             revision=revision,
@@ -120,12 +135,23 @@ class HubMixin(
             local_files_only=local_files_only,
             token=token,
         )
-        state, metadata = load_state(path)
+        state, metadata = load_state(weights)
         flat = in_folder("from_pretrained", metadata, config)
         if flat is None or NORM_EPS not in flat:
             raise ValueError(_foreign(source, flat))
         kind = cast("type[PVT_V2]", cls)
-        return rebuilt("from_pretrained", kind, split(flat), state, arguments, strict).to(map_location)
+        return rebuilt("from_pretrained", kind, split(flat), state, arguments, strict).to(device)
+
+
+def _device(map_location: Any) -> torch.device:
+    """The device of that name, on which memory can be had."""
+    try:
+        device = torch.device(map_location)
+        torch.empty(0, device=device)
+    except Exception as error:  # also AssertionError, of a torch without CUDA
+        got = f"{shown(map_location)} ({reason(error)})"
+        raise ValueError(f"from_pretrained: map_location must be a device of this machine, got {got}") from error
+    return device
 
 
 def _foreign(repository: str, config: dict | None) -> str:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from .arguments import instance
+from .arguments import instance, pathname
 from .checkpoint import METADATA_KEY, load_state
 from .description import describe, from_text, tensors, to_text, write_tensors
 from .model import PVT_V2
@@ -30,7 +30,7 @@ def save_model(model: PVT_V2, path: str | os.PathLike, preprocess: Preprocess) -
     OSError where the file cannot be written; what was there is then as it was.
     """
     instance("save_model: model", model, PVT_V2, "a PVT_V2")
-    instance("save_model: path", path, (str, os.PathLike), "a path")
+    pathname("save_model: path", path)
     instance("save_model: preprocess", preprocess, Preprocess, "a Preprocess")
     description = {**describe("save_model", model, PVT_V2), "preprocess": asdict(preprocess)}
     text = to_text("save_model", description)
@@ -69,7 +69,7 @@ def load_model(path: str | os.PathLike) -> tuple[PVT_V2, Preprocess]:
     In float32, which float16 and bfloat16 fit into; parameters that the file has in float64 stay so. Raises ValueError
     for a file that is none, or is damaged, before memory is taken for a model that its weights do not fit.
     """
-    instance("load_model: path", path, (str, os.PathLike), "a path")
+    pathname("load_model: path", path)
     state, metadata = load_state(path)
     if not has_config(metadata):
         raise ValueError(f"load_model: path must be a file written by save_model, got {str(path)!r}")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .arguments import choice, entries, instance, integer, number, shown
+from .arguments import choice, entries, instance, integer, number, pathname, shown
 from .pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -153,7 +153,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
 
     Raises ValueError if there is none that can be decoded, or one of more than 178,956,970 pixels, PIL's limit.
     """
-    instance("read_image: path", path, (str, os.PathLike), "a path")
+    pathname("read_image: path", path)
     if not os.path.exists(path):
         raise ValueError(f"read_image: path must be an existing file, got {str(path)!r}")
     must = f"read_image: path must be a readable image, got {str(path)!r}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,6 +36,10 @@ def replacing(op: str, *paths: str | os.PathLike) -> Iterator[tuple[Path, ...]]:
 
 def _target(op: str, path: str | os.PathLike) -> Path:
     target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, f"{op}: path must lead to a file, got a link that is part of a loop", str(path))
+    if not _is_text(str(path)):
+        raise OSError(errno.EILSEQ, f"{op}: path must be UTF-8 to be read again, got", str(path))
     if target.is_dir():
         raise IsADirectoryError(f"{op}: path must be a file or a new name, got the folder {str(path)!r}")
     if not target.parent.is_dir():
@@ -42,6 +47,11 @@ def _target(op: str, path: str | os.PathLike) -> Path:
     if target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(f"{op}: path must be writable, got {str(path)!r}")
     return target
+
+
+def _is_text(name: str) -> bool:
+    """Else the system's name has bytes that stand for no character."""
+    return not any("\udc80" <= character <= "\udcff" for character in name)
 
 
 def _is_special(target: Path) -> bool:

@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .arguments import choice, flag, instance, shown
+from .arguments import choice, flag, instance, pathname, shown
 from .checkpoint import METADATA_KEY, SUFFIXES, load_state, memory_of, printable, require_memory, require_values, unnest
 from .description import EPS_KINDS, NORM_EPS, TRANSFORMERS_EPS, from_text, in_folder, require_rebuilt
 from .hub import locate
@@ -112,8 +112,8 @@ def assign(
     values, report = fit(model, state, norm_eps, strict)
     for name in report.adapted:
         values[name] = _with_channels(values[name], model.config.in_channels)
-    _change(model, values, report.norm_eps)
-    logger.info("%s", report)
+    with _changed(model, values, report.norm_eps):
+        logger.info("%s", report)  # which a user's handler may make raise
     return report
 
 
@@ -159,8 +159,9 @@ def fit(
     return {name: values[name] for name in loaded}, report
 
 
-def _change(model: PVT_V2, values: Mapping[str, Tensor], norm_eps: Mapping[str, float]) -> None:
-    """Copy the values and set the epsilons; where that raises, by an interrupt or a hook, all is as it was."""
+@contextmanager
+def _changed(model: PVT_V2, values: Mapping[str, Tensor], norm_eps: Mapping[str, float]) -> Iterator[None]:
+    """Copy the values and set the epsilons; where that or the block raises, by an interrupt, say, all is as it was."""
     own = model.state_dict()
     for name in values:
         require_memory("load_weights", name, own[name])
@@ -172,6 +173,7 @@ def _change(model: PVT_V2, values: Mapping[str, Tensor], norm_eps: Mapping[str, 
     try:
         model.load_state_dict(values, strict=False)
         model.set_norm_eps(**norm_eps)
+        yield
     except BaseException as error:
         for norm, eps in epsilons:
             norm.eps = eps
@@ -217,7 +219,7 @@ def _read(source: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str, Tens
         return unnest(source), None
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"load_weights: source must be a path, a repository or a state dict, got {shown(source)}")
-    path = Path(source)
+    path = Path(pathname("load_weights: source", source))
     if not path.is_dir() and (path.is_file() or path.suffix in SUFFIXES or not isinstance(source, str)):
         return _read_file(path)
     if not path.is_dir() and not _REPOSITORY.fullmatch(str(source)):

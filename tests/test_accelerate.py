@@ -273,3 +273,28 @@ def test_what_another_library_did_later_is_not_undone():
     assert [block.path for block in report.skipped] == ["stages.1.blocks.0"] * 2
     block.__class__ = own
     pvt_fast.restore_(model)
+
+
+@pytest.mark.parametrize("refuses", ["subclasses", "another class"])
+def test_blocks_whose_class_cannot_be_replaced_are_left_alone(refuses):
+    model = make("official")
+    block = model.block1[1]
+
+    class Frozen(type(block)):
+        def __init_subclass__(cls) -> None:
+            if refuses == "subclasses":
+                raise TypeError("so it is")
+
+        def __setattr__(self, name, value):
+            if name == "__class__" and refuses == "another class":
+                raise AttributeError("so it is")
+            super().__setattr__(name, value)
+
+    object.__setattr__(block, "__class__", Frozen)
+    report = pvt_fast.accelerate_(model)
+    assert len(accelerated_blocks(model)) == len(report.accelerated) == len(model.block1) + len(model.block2) - 1
+    (skipped,) = {(block.path, block.reason.partition(": ")[2]) for block in report.skipped}
+    assert skipped[0] == "block1.1"
+    assert skipped[1].startswith("no subclass can take the place of its class Frozen: ")
+    assert skipped[1].endswith("Error: so it is")
+    assert type(block) is Frozen

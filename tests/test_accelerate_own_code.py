@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as pruning
 
 import pvt_fast
+from pvt_fast.accelerate import verify
 
 
 @torch.no_grad()
@@ -648,3 +649,12 @@ def test_what_is_the_blocks_own_is_watched(name, kind, monkeypatch):
     finally:
         for key, value in kept.items():
             setattr(Gated, key, value)
+
+
+def test_blocks_are_tried_out_with_their_buffers():
+    block = make("official").block1[0]
+    block.register_buffer("table", torch.arange(3))
+    block.mlp.register_buffer("scale", torch.full((4,), 0.5, dtype=torch.bfloat16))
+    tried = verify.twin(block)
+    assert tried.table.tolist() == [0, 1, 2]
+    assert tried.mlp.scale.tolist() == [0.5] * 4

@@ -75,7 +75,7 @@ CALLS = {
     "refresh": lambda model, /, **bad: pvt_fast.refresh(**bad),
     "load_weights": lambda model, /, **bad: pvt_fast.load_weights(**{"model": model, "source": {}, **bad}),
     "export_weights": lambda model, /, **bad: pvt_fast.export_weights(**{"model": model, **bad}),
-    "save_pretrained": lambda model, /, **bad: model.save_pretrained(**bad),
+    "save_pretrained": lambda model, /, **bad: model.save_pretrained(**{"save_directory": "/absent/folder", **bad}),
     "push_to_hub": lambda model, /, **bad: model.push_to_hub(**bad),
     "from_pretrained": lambda model, /, **bad: pvt_fast.PVT_V2.from_pretrained(
         **{"pretrained_model_name_or_path": "absent", **bad}
@@ -164,6 +164,7 @@ NOT_INDICES = [
 ]
 NOT_A_MODEL = [(None, "None"), ("model", "'model'"), (nn.Linear, "Linear"), ({}, "{}")]
 NOT_A_PATH = [(None, "None"), (3, "3"), ([], "[]")]
+NOT_A_FILE = [*NOT_A_PATH, ("", "''"), ("a\0b", "'a\\x00b'"), (b"model", "b'model'")]
 NOT_A_BACKEND = [
     ("gpu", "'gpu'"),
     ("", "''"),
@@ -260,14 +261,23 @@ TABLE = [
     ("load_weights", "source", [*NOT_A_PATH, (True, "True"), ({"a": 1}, "'a'")]),
     ("load_weights", "strict", NOT_A_BOOL),
     ("export_weights", "layout", [("keras", "'keras'"), (None, "None"), (["timm"], "['timm']")]),
-    ("save_pretrained", "save_directory", NOT_A_PATH),
+    ("save_pretrained", "save_directory", NOT_A_FILE),
+    ("save_pretrained", "push_to_hub", NOT_A_BOOL),
+    ("save_pretrained", "repo_id", [(3, "3"), (b"org/name", "b'org/name'")]),
+    ("save_pretrained", "model_card_kwargs", [("x", "'x'"), ([], "[]")]),
+    ("save_pretrained", "safe_serialization", [(False, "safe_serialization")]),
     ("push_to_hub", "repo_id", NOT_A_PATH),
-    ("from_pretrained", "pretrained_model_name_or_path", NOT_A_PATH),
+    ("from_pretrained", "pretrained_model_name_or_path", NOT_A_FILE),
+    ("from_pretrained", "map_location", [("nonsense", "'nonsense'"), (5, "5"), ("cuda:77", "'cuda:77'"), ([], "[]")]),
+    ("from_pretrained", "revision", [(5, "5"), (b"main", "b'main'")]),
+    ("from_pretrained", "cache_dir", [(5, "5"), ("", "''")]),
+    ("from_pretrained", "token", [(5.5, "5.5")]),
+    *(("from_pretrained", name, NOT_A_BOOL) for name in ("force_download", "local_files_only")),
     ("from_pretrained", "strict", NOT_A_BOOL),
     ("save_model", "model", NOT_A_MODEL),
-    ("save_model", "path", NOT_A_PATH),
+    ("save_model", "path", NOT_A_FILE),
     ("save_model", "preprocess", [(None, "None"), ({}, "{}")]),
-    ("load_model", "path", NOT_A_PATH),
+    ("load_model", "path", NOT_A_FILE),
     ("Preprocess", "size", [*NOT_AN_INT, (0, "0"), (4000, "4000")]),
     ("Preprocess", "crop", [*NOT_A_NUMBER, (0, "0"), (1.5, "1.5"), (None, "None"), (1e-300, "1e-300")]),
     ("Preprocess", "interpolation", [("nearest", "'nearest'"), (3, "3"), (None, "None"), (["bicubic"], "['bicubic']")]),
@@ -275,7 +285,7 @@ TABLE = [
     *(("Preprocess", name, [((0.5, value, 0.5), text) for value, text in NOT_A_NUMBER]) for name in ("mean", "std")),
     ("Preprocess", "std", [((1, 0, 1), "(1, 0, 1)"), ((1, 1e-30, 1), "1e-30"), ((1, 1, 1, 1), "(1, 1, 1, 1)")]),
     ("Preprocess()", "image", [*NOT_A_TENSOR, (torch.zeros(3, 8, 8), "tensor("), (Image.new("RGB", (0, 8)), "0x8")]),
-    ("read_image", "path", NOT_A_PATH),
+    ("read_image", "path", NOT_A_FILE),
 ]
 ROWS = [(call, name, value, text) for call, name, bad in TABLE for value, text in bad]
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from sklearn import datasets
 import pvt_fast
 from pvt_fast import _command, bench, cpp
 from pvt_fast.cli import main
+from pvt_fast.model_file import load_model, save_model
 from pvt_fast.preprocess import Preprocess, read_image
 
 ROOT = Path(__file__).parents[1]
@@ -536,6 +538,40 @@ def test_a_fault_of_ours_is_not_hidden(error, monkeypatch):
 def test_what_cannot_be_written_ends_with_status_1(capsys):
     assert call(*BENCH, "--backend", "reference", "--rounds", "1", "--json", "/dev/full") == 1
     assert capsys.readouterr().err == "pvt-fast bench: error: [Errno 28] No space left on device\n"
+
+
+def test_figures_that_do_not_fit_on_the_disk_leave_the_old_ones(tmp_path, capsys):
+    (tmp_path / "old.json").write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        assert call(*BENCH, "--backend", "reference", "--rounds", "1", "--json", tmp_path / "old.json") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in capsys.readouterr().err
+    assert (tmp_path / "old.json").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_logits_that_are_no_numbers_are_no_answer(digit_files, tmp_path, capsys):
+    model, preprocess = load_model(DIGITS)
+    with torch.no_grad():
+        model.head.bias[3] = float("nan")
+    save_model(model, tmp_path / "nan.safetensors", preprocess)
+    assert call("classify", digit_files[5], "--weights", tmp_path / "nan.safetensors", "--json") == 2
+    assert (
+        f"--weights must give finite logits in this dtype, got others for {digit_files[5]}" in capsys.readouterr().err
+    )
+
+
+def test_names_of_classes_may_have_what_breaks_lines_elsewhere(digit_files, tmp_path, capsys):
+    names = ["a\u2028b", "c\rd", "e\x0cf", *"ghijkl", ""]
+    for kind, text in (("txt", "\r\n".join([*names[:-1], "m"]) + "\r\n\n"), ("json", json.dumps(names))):
+        (tmp_path / f"labels.{kind}").write_text(text, newline="")
+        labels = ("--labels", tmp_path / f"labels.{kind}", "--topk", 10)
+        assert call("classify", digit_files[5], "--weights", DIGITS, *labels, "--json") == 0
+        top = json.loads(capsys.readouterr().out)[0]["top"]
+        assert {entry["label"] for entry in top} == {*names[:-1], "m" if kind == "txt" else ""}
 
 
 def test_images_are_read_a_few_at_a_time(digit_files, monkeypatch, capsys):

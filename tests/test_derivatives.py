@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from fused_models import MODELS, assert_rounding, image, plain
+from op_calls import Call, calls, flat
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from pvt_fast import cpp, library
 
 # torch's own use of it, at its first derivative in forward mode
 DEPRECATED = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -233,3 +238,44 @@ def test_jvp_and_vjp(kind):
     assert_close([pull(cotangent)[0].detach()], [grad])
     with torch.no_grad():
         assert_rounding(model(x), value.detach())
+
+
+def small_op(op: str, call: Call) -> dict[str, Callable[[Tensor], Tensor]]:
+    """By how it is called, `op` as a function of its activations."""
+    name = "image" if op == "overlap_patch_embed" else "x"
+
+    def of(function: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+        return lambda x: function({**call, name: x})
+
+    return {
+        "cpp": of(lambda call: getattr(cpp, op)(**call)),
+        **{
+            f"torch.ops, {backend}": of(lambda call, b=backend: getattr(torch.ops.pvt_fast, op)(*flat(op, call, b)))
+            for backend in ("cpp", "reference")
+        },
+        "RegisteredOps": of(lambda call: getattr(library.registered("cpp"), op)(**call)),
+    }
+
+
+@pytest.mark.parametrize("name", calls())
+def test_ops_called_by_themselves_refuse_forward_mode(name):
+    op, call = calls()[name]
+    x = call.get("x", call.get("image"))
+    for function in small_op(op, call).values():
+        with pytest.raises(NotImplementedError, match=rf"{op}: forward-mode derivatives must be taken of"):
+            torch.func.jvp(function, (x,), (x,))
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+            function(forward_ad.make_dual(x, x))
+        function(x)
+
+
+def test_graphs_of_ops_refuse_forward_mode():
+    model, x = make("own").requires_grad_(False), image()
+    exported = torch.export.export(model, (x,)).module()
+    compiled = torch.compile(model, backend="eager")
+    for function in (exported, compiled):
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+            function(forward_ad.make_dual(x, x))
+        assert_rounding(function(x), plain(lambda: model(x)))
+    with pytest.raises(NotImplementedError, match="forward-mode derivatives"):
+        torch.func.jvp(exported, (x,), (x,))

@@ -497,6 +497,14 @@ def take_a_child_away(block: nn.Module) -> None:
     block.attn.attn_drop = lambda x: x  # a function instead of a module
 
 
+def test_a_norm_over_other_dimensions_is_refused_as_torch_does():
+    model, block, _ = with_program()
+    block.norm1.normalized_shape = (4, *block.norm1.normalized_shape)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="Expected weight to be of same shape as normalized_shape"):
+            whole(model)
+
+
 @pytest.mark.parametrize("change", [add_a_child, add_a_child_below, take_a_child_away])
 def test_other_children_are_a_change(change):
     model, block, before = with_program()

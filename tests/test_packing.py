@@ -418,3 +418,16 @@ def test_what_is_packed_dies_with_the_model(model, builds):
     del twin
     gc.collect()
     assert len(packing._records) == before
+
+
+def test_of_mixtures_of_weights_the_newest_are_kept():
+    """Modules mixed at random, as where architectures are searched: not a form for each mixture that ever was."""
+    norm, others = torch.ones(3), [torch.randn(3) for _ in range(packing.MIXTURES + 5)]
+    before = len(packing._records)
+    for other in others:
+        packed("mixture", "layout", (norm, other), lambda _: "form")
+    assert len(packing._records) == len(packing._places) == before + packing.MIXTURES
+    builds = [Builder(norm, other) for other in (others[0], others[-1])]
+    for other, build in zip((others[0], others[-1]), builds, strict=True):
+        packed("mixture", "layout", (norm, other), build)
+    assert [build.builds for build in builds] == [1, 0]

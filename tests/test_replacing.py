@@ -261,6 +261,22 @@ def test_links_stay_and_what_they_lead_to_is_replaced(tmp_path):
     assert equal(load_model(tmp_path / "there.safetensors")[0], NEW)
 
 
+def test_links_in_a_loop_stay(tmp_path):
+    (tmp_path / "config.json").symlink_to("other")
+    (tmp_path / "other").symlink_to("config.json")
+    with pytest.raises(OSError, match="save_pretrained: path must lead to a file, got a link that is part of a loop"):
+        NEW.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "other"]
+
+
+def test_a_name_that_could_not_be_read_again_is_not_written(tmp_path):
+    for path in (tmp_path / "\udcff.safetensors", tmp_path / "\udc80" / "one.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        with pytest.raises(OSError, match="save_model: path must be UTF-8 to be read again"):
+            save_model(NEW, path, PREPROCESS)
+        assert not path.exists()
+
+
 def test_a_pipe_stays_and_is_written_into(tmp_path):
     pipe, got = tmp_path / "pipe", []
     os.mkfifo(pipe)
@@ -295,7 +311,7 @@ def test_a_limit_on_the_size_of_files(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"save_pretrained: weights must fit on the disk, got .*File too large"):
+        with pytest.raises(OSError, match=r"weights must be written to their end, got .*File too large"):
             NEW.save_pretrained(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

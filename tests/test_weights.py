@@ -499,3 +499,17 @@ def test_the_public_names():
     assert pvt_fast.load_weights is load_weights
     assert pvt_fast.export_weights is export_weights
     assert json.loads(json.dumps(load_weights(ours(), ours().state_dict()).norm_eps)) == MIXED
+
+
+def test_a_log_handler_that_raises_changes_nothing(caplog):
+    def refuse(record):
+        raise KeyboardInterrupt
+
+    model = randomised(ours())
+    before = values_of(model)
+    caplog.set_level("INFO", "pvt_fast")
+    caplog.handler.addFilter(refuse)
+    with pytest.raises(KeyboardInterrupt):
+        load_weights(model, {name: value * 2 for name, value in model.state_dict().items()})
+    caplog.handler.removeFilter(refuse)
+    assert equal(model.state_dict(), before)

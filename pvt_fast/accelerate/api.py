@@ -230,6 +230,12 @@ def _taken(block: nn.Module) -> str | None:
         return "it has a forward of its own, set on the instance"
     if isinstance(block, _Accelerated) and type(block) is not _subclass(own_class(block)):
         return "another library has put a class over the accelerated one"
+    given = type(block)
+    try:  # its class, metaclass or __setattr__ may refuse
+        block.__class__ = _subclass(own_class(block))
+        block.__class__ = given
+    except Exception as error:
+        return f"no subclass can take the place of its class {given.__name__}: {type(error).__name__}: {error}"
     return None
 
 

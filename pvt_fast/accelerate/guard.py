@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from .. import _C
+from ..ops import forward_mode
 
 # torch has no public way to ask for these (2.10 to 2.13); tests/test_guard.py fails where one is renamed.
 _GLOBAL_HOOKS = (
@@ -77,7 +77,7 @@ def ambient() -> str | None:
     # torch.device(...) and set_default_device say only where new tensors go
     if _function_modes() and any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()):
         return "a TorchFunctionMode is to see its operations"
-    if forward_ad._current_level >= 0:
+    if forward_mode():
         return "forward-mode derivatives are asked for"
     return None
 

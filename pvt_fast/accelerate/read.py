@@ -213,7 +213,10 @@ def _norm(block: nn.Module, path: str) -> Part:
     norm = at(block, path)
     if not isinstance(norm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
         raise Refusal(f"{path} must be a LayerNorm with weight and bias, got {type(norm).__name__}")
-    return _part(norm, path, (nn.LayerNorm,), (None,))
+    part = _part(norm, path, (nn.LayerNorm,), (None,))
+    if tuple(norm.normalized_shape) != part.shapes[0]:
+        raise Refusal(f"{path} must normalise its weight's shape {_shown(part.shapes[0])}, got {norm.normalized_shape}")
+    return part
 
 
 def _linear(block: nn.Module, path: str, rows: int | None, columns: int) -> Part:

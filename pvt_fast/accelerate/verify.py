@@ -39,7 +39,7 @@ def kind(block: nn.Module) -> tuple:
 
 
 def twin(block: nn.Module) -> nn.Module:
-    """A copy in float64 on the CPU, with random weights and no hooks. Raises Refusal."""
+    """A copy in float64 on the CPU, with random weights, the block's buffers and no hooks. Raises Refusal."""
     try:
         copied = copy.deepcopy(block).to_empty(device="cpu").double()
     except Exception as error:
@@ -49,6 +49,11 @@ def twin(block: nn.Module) -> nn.Module:
         for parameter in copied.parameters():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
             parameter.normal_(0.0 if parameter.dim() > 1 else 0.5, fan_in**-0.5, generator=generator)
+        for buffer, given in zip(copied.buffers(), block.buffers(), strict=True):
+            if given.is_meta:
+                buffer.zero_()
+            else:
+                buffer.copy_(given)
     for module in copied.modules():
         for hooks in (
             module._forward_hooks,

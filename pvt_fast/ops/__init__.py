@@ -1,6 +1,14 @@
 """The ops that models are made of: their contract, the checks of their arguments, and packed forms of their weights."""
 
-from .checks import check_attention, check_head, check_layer_norm, check_mlp, check_patch_embed
+from .checks import (
+    check_attention,
+    check_head,
+    check_layer_norm,
+    check_mlp,
+    check_patch_embed,
+    forward_mode,
+    refuse_forward_mode,
+)
 from .contract import (
     HW,
     AttentionSpec,
@@ -34,8 +42,10 @@ __all__ = [
     "check_layer_norm",
     "check_mlp",
     "check_patch_embed",
+    "forward_mode",
     "is_plain",
     "map_tensors",
+    "refuse_forward_mode",
     "tensors_in",
     "to_map",
     "to_tokens",

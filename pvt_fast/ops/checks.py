@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..arguments import MOST, flag, integer
 from ..config import conv_size
@@ -76,6 +77,20 @@ PARTS = {
     op: list(dict.fromkeys((o.name.rpartition(".")[0], o.part, o.kind, o.part_optional) for o in operands))
     for op, operands in OPERANDS.items()
 }
+
+
+def forward_mode() -> bool:
+    """Are forward-mode derivatives being taken, which only plain torch gives? It has no public name, so only here."""
+    return forward_ad._current_level >= 0
+
+
+def refuse_forward_mode(op: str) -> None:
+    """NotImplementedError where the result would lack a derivative that is asked for."""
+    if forward_mode():
+        raise NotImplementedError(
+            f"{op}: forward-mode derivatives must be taken of the reference's function or of a model, got a call of "
+            "this op within them"
+        )
 
 
 def check_patch_embed(
@@ -179,6 +194,7 @@ def check_head(x: Tensor, w: Linear | None, *, plain: bool = False, packed: bool
     op = "head"
     _check_activations(op, "x", x, 3, "(B, N, C)", plain)
     if w is None:
+        _check_sizes(op, "x", {"C": x.shape[2]})
         return
     weight = _weight(op, "w", w, plain)
     if weight.dim() != 2:
@@ -192,8 +208,7 @@ def _check_weights(op: str, w: Any, sizes: dict[str, int], name: str, x: Tensor,
 
     packed: only what a form depends on that was packed of checked weights, beside their tensors.
     """
-    if any(size < 1 for size in sizes.values()):
-        raise ValueError(f"{op}: {name} and weights must have at least one element each way, got {sizes}")
+    _check_sizes(op, f"{name} and weights", sizes)
     for part_name, index, kind, optional in PARTS[op]:
         part = w if index is None else w[index]
         if part is None and optional:
@@ -218,6 +233,11 @@ def _check_weights(op: str, w: Any, sizes: dict[str, int], name: str, x: Tensor,
             raise ValueError(f"{op}: {operand} must have shape {expected}, got {tuple(tensor.shape)}")
         if not _is_like(tensor, x):
             _check_like(op, operand, tensor, x, f"{name}'s")
+
+
+def _check_sizes(op: str, what: str, sizes: dict[str, int]) -> None:
+    if any(size < 1 for size in sizes.values()):
+        raise ValueError(f"{op}: {what} must have at least one element each way, got {sizes}")
 
 
 def _check_tokens(op: str, x: Tensor, hw: HW, weight: Tensor, scale: Tensor | None, plain: bool) -> None:
@@ -275,6 +295,7 @@ def _check_floating(op: str, name: str, x: Tensor, plain: bool) -> None:
     if not x.dtype.is_floating_point:
         raise TypeError(f"{op}: {name} must have a floating-point dtype, got {x.dtype}")
     if plain:
+        refuse_forward_mode(op)
         _check_memory(op, name, x)
 
 

@@ -39,6 +39,10 @@ from .contract import Norm
 # Within as many uses every value has been compared.
 CALLS: int = _C.Watch.PARTS
 
+# So many packed forms are kept of a kind of op and the first of its weights: of modules that are mixed at random (as in
+# the search for an architecture, or by functional_call) each mixture is packed.
+MIXTURES = 16
+
 # Classes whose instances are what they look like. Tensor: a parameter that torch.func.functional_call, or a compiled
 # graph, put in place of another
 PLAIN = (torch.nn.Parameter, Tensor)
@@ -280,6 +284,10 @@ def packed(
         if (before := _places.get(memory, place)) != place:
             _records.pop(before, None)
         _records[place], _places[memory] = record, place
+        mixtures = [(other, used) for other, used in list(_records.items()) if other[:2] == place[:2]]
+        for oldest, used in mixtures[:-MIXTURES]:
+            _records.pop(oldest, None)
+            _places.pop(used.memory, None)
     if _thread.used is not None:
         _thread.used.append(record)
     return record.form
