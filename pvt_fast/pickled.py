@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import IO, Any
 
 # What takes memory for a number that it is called with, or gives more bytes than it is given.
-_TAKES_MEMORY = re.compile(r"builtins bytearray|torch(\.\w+)* \w*Tensor|torch\._utils _rebuild_qtensor|_codecs encode")
+_TAKES_MEMORY = re.compile(r"builtins bytearray|torch(\.\w+)* \w*Tensor|torch\._utils _rebuild_qtensor")
+# Gives bytes, to "hex" twice as many as it gets; pickles write bytes by it, to "latin1".
+_ENCODE, _SHORTER = "_codecs encode", "latin1"
 # What an instruction takes may have been taken before, as values are shared; in all so many times the instructions.
 _REPEATS, _ALWAYS = 64, 100_000
 _CHANGES_ITS_FIRST = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")
@@ -84,6 +86,9 @@ def _follow(stream: IO[bytes] | mmap.mmap) -> tuple[_Value, set[Any]]:
             taken += sum(value.size for value in values)
             if taken > _REPEATS * count + _ALWAYS:
                 raise ValueError("its pickle nests or repeats its values too often")
+            encodes = any(value.made_by == "GLOBAL" and value.argument == _ENCODE for value in values)
+            if encodes and (name != "REDUCE" or [part.argument for part in values[1].parts[1:]] != [_SHORTER]):
+                raise ValueError(f"_codecs.encode in a pickle must be called with {_SHORTER!r}, got another use")
             if name == "STOP":
                 return values[0], keys
             if name == "BINPERSID" and len(values[0].parts) > 2:

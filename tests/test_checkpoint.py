@@ -295,7 +295,9 @@ PAIRS = b")" + b"".join(b"q%ch%c\x86" % (level, level) for level in range(60))  
         (b"ctorch\nTensor\n" + INT + b"\x85\x81", "torch.Tensor in a pickle can take memory"),
         (b"ctorch.sparse\nHalfTensor\n" + INT + b"\x85R", "torch.sparse.HalfTensor in a pickle can take memory"),
         (b"ctorch._utils\n_rebuild_qtensor\n)R", "torch._utils._rebuild_qtensor in a pickle can take memory"),
-        (b"c_codecs\nencode\nU\x01aU\x03hex\x86R", "_codecs.encode in a pickle can take memory"),
+        (b"c_codecs\nencode\nU\x01aU\x03hex\x86R", "_codecs.encode in a pickle must be called with 'latin1'"),
+        (b"c_codecs\nencode\nq\x00h\x00\x85", "_codecs.encode in a pickle must be called with 'latin1'"),
+        (b"c_codecs\nencode\nU\x01aU\x06latin1c_codecs\nencode\n\x87R", "_codecs.encode in a pickle must"),
         (b"}" + PAIRS + b"Ns", "its pickle nests or repeats its values too often"),
         (b"ccollections\nOrderedDict\n" + PAIRS + b"\x85R", "its pickle nests or repeats its values too often"),
         (b"h\x05", "its pickle takes value 5, which it has not kept"),
@@ -340,3 +342,29 @@ def test_what_looks_like_an_archive_at_its_end_only(tmp_path):
     (tmp_path / "both.pth").write_bytes(old + (tmp_path / "end.pth").read_bytes())
     with pytest.raises(ValueError, match=r"builtins\.bytearray in a pickle can take memory"):
         load_state(tmp_path / "both.pth")
+
+
+def test_what_people_save_beside_weights_is_read(tmp_path):
+    tied = torch.randn(4, 4)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    beside = {
+        "optimizer": optimizer.state_dict(),
+        "scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 5]).state_dict(),
+        "args": Namespace(lr=0.1, layers=[1, 2], nested={"a": (1, None)}),
+        "rng": torch.get_rng_state(),
+        "bytes": b"\x00\xff" * 100,
+        "set": {1, 2},
+        "sizes": [torch.Size([1, 2]), torch.float16, torch.device("cpu"), 3 + 4j],
+        "sparse": torch.eye(3).to_sparse(),
+        "meta": torch.empty(3, device="meta"),
+        "tied": [tied, tied.t(), tied[1:]],
+        "names": ["class"] * 1000,
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+    }
+    for new in (True, False):
+        path = tmp_path / f"{new}.pth"
+        torch.save({"state_dict": STATE, **beside}, path, _use_new_zipfile_serialization=new)
+        assert same(load_state(path)[0])
