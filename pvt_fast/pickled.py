@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import IO, Any
 
 # What takes memory for a number that it is called with, or gives more bytes than it is given.
-_TAKES_MEMORY = re.compile(r"builtins bytearray|torch(\.\w+)* \w*Tensor|torch\._utils _rebuild_qtensor")
+_TAKES_MEMORY = re.compile(
+    r"(__builtin__|builtins)\.bytearray|torch(\.\w+)*\.\w*Tensor|torch\._utils\._rebuild_qtensor"
+)
 # Gives bytes, to "hex" twice as many as it gets; pickles write bytes by it, to "latin1".
-_ENCODE, _SHORTER = "_codecs encode", "latin1"
+_ENCODE, _SHORTER = "_codecs.encode", "latin1"
 # What an instruction takes may have been taken before, as values are shared; in all so many times the instructions.
 _REPEATS, _ALWAYS = 64, 100_000
 _CHANGES_ITS_FIRST = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BUILD")
@@ -50,18 +52,25 @@ def require_filled(path: Path) -> None:
     It has five pickles (a number, a version, sizes of types, the content, the keys of the storages that follow).
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
-        *_, (_, named), (filled, _) = [_follow(stream) for _ in range(5)]
-    keys = {value.argument for value in filled.parts} if filled.made_by == "EMPTY_LIST" else set()
+        *_, (_, storages), (filled, _) = [_follow(stream) for _ in range(5)]
+    named, keys = _texts(storages), _texts(filled.parts) if filled.made_by == "EMPTY_LIST" else set()
     if missing := named - keys:
         raise ValueError(f"{len(missing)} of its {len(named)} storages are not in the file")
 
 
-def _follow(stream: IO[bytes] | mmap.mmap) -> tuple[_Value, set[Any]]:
+def _texts(values: list[_Value]) -> set[Any]:
+    """What the values are, where they are written out as text; else two could be taken for one."""
+    if any(value.made_by != "BINUNICODE" for value in values):
+        raise ValueError("its storages must be named by text")
+    return {value.argument for value in values}
+
+
+def _follow(stream: IO[bytes] | mmap.mmap) -> tuple[_Value, list[_Value]]:
     """The value of the next pickle in `stream`, and the keys of the storages in it."""
     stack: list[_Value] = []
     marks: list[int] = []
     memo: dict[Any, _Value] = {}
-    keys: set[Any] = set()
+    keys: list[_Value] = []
     taken = 0
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream), 1):  # type: ignore[arg-type]
         name, needs = opcode.name, opcode.stack_before
@@ -74,8 +83,10 @@ def _follow(stream: IO[bytes] | mmap.mmap) -> tuple[_Value, set[Any]]:
                 raise ValueError(f"its pickle takes value {argument}, which it has not kept")
             stack.append(memo[argument])
         else:
-            if name == "GLOBAL" and _TAKES_MEMORY.fullmatch(called := str(argument)):
-                raise ValueError(f"{called.replace(' ', '.')} in a pickle can take memory that the file does not have")
+            if name == "GLOBAL":  # torch joins module and name, wherever a pickle parts them
+                argument = str(argument).replace(" ", ".")
+                if _TAKES_MEMORY.fullmatch(argument):
+                    raise ValueError(f"{argument} in a pickle can take memory that the file does not have")
             if pickletools.markobject in needs:
                 first = marks.pop() - needs.index(pickletools.markobject)
             else:
@@ -92,7 +103,7 @@ def _follow(stream: IO[bytes] | mmap.mmap) -> tuple[_Value, set[Any]]:
             if name == "STOP":
                 return values[0], keys
             if name == "BINPERSID" and len(values[0].parts) > 2:
-                keys.add(values[0].parts[2].argument)
+                keys.append(values[0].parts[2])
             if name in _CHANGES_ITS_FIRST:
                 stack.append(values[0].take(values[1:]))
             else:

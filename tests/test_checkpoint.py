@@ -293,6 +293,7 @@ PAIRS = b")" + b"".join(b"q%ch%c\x86" % (level, level) for level in range(60))  
         (b"cbuiltins\nbytearray\n" + INT + b"\x85R", "builtins.bytearray in a pickle can take memory"),
         (b"ctorch\nFloatTensor\n" + INT + b"\x85R", "torch.FloatTensor in a pickle can take memory"),
         (b"ctorch\nTensor\n" + INT + b"\x85\x81", "torch.Tensor in a pickle can take memory"),
+        (b"ctorch\nsparse.HalfTensor\n" + INT + b"\x85R", "torch.sparse.HalfTensor in a pickle can take memory"),
         (b"ctorch.sparse\nHalfTensor\n" + INT + b"\x85R", "torch.sparse.HalfTensor in a pickle can take memory"),
         (b"ctorch._utils\n_rebuild_qtensor\n)R", "torch._utils._rebuild_qtensor in a pickle can take memory"),
         (b"c_codecs\nencode\nU\x01aU\x03hex\x86R", "_codecs.encode in a pickle must be called with 'latin1'"),
@@ -328,6 +329,9 @@ def test_files_of_old_torch(tmp_path):
         path.write_bytes(content[:keys] + list_of_keys + content[keys:])
         with pytest.raises(ValueError, match=r"\d+ of its \d+ storages are not in the file"):
             load_state(path)
+    path.write_bytes(content[:keys] + b"\x80\x02]U\x010a." + content[keys:])
+    with pytest.raises(ValueError, match="its storages must be named by text"):
+        load_state(path)
     for there in (b"", b"hello", b"<!DOCTYPE html>", content[:100], content[: keys + 40]):
         path.write_bytes(there)
         with pytest.raises(ValueError, match="load_state: path must be a checkpoint of tensors only"):
