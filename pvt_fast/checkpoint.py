@@ -30,6 +30,9 @@ _PICKLES = (".pth", ".pt", ".bin")
 SUFFIXES = (".safetensors", *_PICKLES)
 _LONGEST_REASON = 300
 _ARCHIVE, _PICKLE = b"PK\x03\x04", "data.pkl"  # how one begins, and what it holds beside storages
+# What archives end with, where they are large and where not, and before it where the list of entries is that precedes.
+_TAIL, _END, _END64, _PLACE64 = struct.Struct("<4s36xQQ4s4xQ4x4s8xLLH"), b"PK\5\6", b"PK\6\6", b"PK\6\7"
+_END_SIZE = 22
 _HEADER = "<26xHH"  # of an entry: the lengths of its name and of what else stands before its bytes
 _FOLDER, _CHUNK = 0x10, 1 << 20  # the attribute of folders in archives; bytes
 # How torch begins to advise to read a refused pickle as code.
@@ -98,6 +101,7 @@ def _require_whole(path: Path) -> None:
     It takes what it finds in memory for an entry marked as a folder, takes changed bytes for good, and unpacks
     compressed or overlapping entries to any size.
     """
+    _require_one_directory(path)
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         for entry in entries:
@@ -113,6 +117,23 @@ def _require_whole(path: Path) -> None:
                         pass
             if entry.filename.lower().endswith(_PICKLE):  # torch's reader makes no difference of case
                 require_bounded(_stored(path, entry))
+
+
+def _require_one_directory(path: Path) -> None:
+    """Raise where two readers could find two lists of entries: one must end where the records of its place begin."""
+    length = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(length - _TAIL.size, 0))
+        tail = file.read().rjust(_TAIL.size, b"\0")
+    sign64, size64, start64, sign_place, place64, sign, size, start, comment = _TAIL.unpack(tail)
+    end = length - _TAIL.size
+    if sign_place == _PLACE64:
+        whole = sign64 == _END64 and place64 == end
+        size, start = size64, start64
+    else:
+        whole, end = True, length - _END_SIZE
+    if not whole or sign != _END or comment or start + size != end:
+        raise ValueError("it must end with one list of its entries, as torch writes it")
 
 
 def _stored(path: Path, entry: zipfile.ZipInfo) -> IO[bytes]:
