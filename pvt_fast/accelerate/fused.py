@@ -372,7 +372,7 @@ class StandIn:
 
     def current(self, owner: nn.Module) -> Any:
         """The fused form of the owner as it is now; None with a `refusal` where there is none."""
-        if self._read_from is None or self._read_from.changed(owner) is not None:
+        if self._is_of_another(owner):
             children = owner._modules.items()
             seen = Guard(edges((n, m) for n, m in children if self.roots is None or n in self.roots))
             try:
@@ -381,6 +381,12 @@ class StandIn:
                 self.fused, self.refusal = None, str(refusal)
             self._read_from = seen
         return self.fused
+
+    def _is_of_another(self, owner: nn.Module) -> bool:
+        """Must the owner be read again? What was there before the reading may be back while that of it is kept."""
+        if self._read_from is None or self._read_from.changed(owner) is not None:
+            return True
+        return self.fused is not None and self.fused.guard.changed(owner) is not None
 
     def follow(self, settings: Settings) -> None:
         """Take other settings, also for what was read."""

@@ -231,6 +231,7 @@ class _Thread(threading.local):
 
 
 _doubts, _checking, _thread = _Doubts(), _Checking(), _Thread()
+# Gone through as a copy, which no weight that dies and no other thread interrupts, as they do a list of its items.
 _records: dict[tuple, Record] = {}
 # By storages: what is given other memory (FSDP does so around each forward) has another place, and leaves the old one.
 _places: dict[tuple, tuple] = {}
@@ -284,7 +285,7 @@ def packed(
         if (before := _places.get(memory, place)) != place:
             _records.pop(before, None)
         _records[place], _places[memory] = record, place
-        mixtures = [(other, used) for other, used in list(_records.items()) if other[:2] == place[:2]]
+        mixtures = [(other, used) for other, used in _records.copy().items() if other[:2] == place[:2]]
         for oldest, used in mixtures[:-MIXTURES]:
             _records.pop(oldest, None)
             _places.pop(used.memory, None)
@@ -332,7 +333,7 @@ def forget(tensors: Sequence[Tensor]) -> None:
 
 
 def _drop(which: Callable[[Record], bool]) -> None:
-    for place, record in list(_records.items()):
+    for place, record in _records.copy().items():
         if which(record):
             record.dropped = True
             _records.pop(place, None)
