@@ -497,6 +497,27 @@ def take_a_child_away(block: nn.Module) -> None:
     block.attn.attn_drop = lambda x: x  # a function instead of a module
 
 
+def test_what_came_and_went_while_it_was_read_is_read_again():
+    model, block, before = with_program()
+    stand_in, norm = block._fused, block.norm1
+    reader = stand_in.reader
+
+    def read(owner, settings):
+        owner.norm1 = copy.deepcopy(norm)
+        try:
+            return reader(owner, settings)
+        finally:
+            owner.norm1 = norm
+
+    stand_in.reader, stand_in._read_from = read, None
+    assert stand_in.current(block).guard.changed(block) == "its norm1 was replaced"
+    stand_in.reader = reader
+    for _ in range(3):
+        assert torch.equal(whole(model), before)
+    assert stand_in.current(block).guard.changed(block) is None
+    assert model._whole.program is not None
+
+
 def test_a_norm_over_other_dimensions_is_refused_as_torch_does():
     model, block, _ = with_program()
     block.norm1.normalized_shape = (4, *block.norm1.normalized_shape)
