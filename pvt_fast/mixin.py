@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -55,10 +56,8 @@ class HubMixin(
         OSError where the directory cannot be written.
         """
         folder = Path(pathname("save_pretrained: save_directory", save_directory))
-        if repo_id is not None:
-            instance("save_pretrained: repo_id", repo_id, str, 'a str "org/name", or None')
-        if model_card_kwargs is not None:
-            instance("save_pretrained: model_card_kwargs", model_card_kwargs, dict, "a dict or None")
+        instance("save_pretrained: repo_id", repo_id, (str, NoneType), 'a str "org/name", or None')
+        instance("save_pretrained: model_card_kwargs", model_card_kwargs, (dict, NoneType), "a dict or None")
         flag("save_pretrained: push_to_hub", push_to_hub)
         unused = [name for name, value in options.items() if value is not None]
         if unused and not push_to_hub:
@@ -119,12 +118,10 @@ class HubMixin(
         flag("from_pretrained: strict", strict)
         flag("from_pretrained: force_download", force_download)
         flag("from_pretrained: local_files_only", local_files_only)
-        if revision is not None:
-            instance("from_pretrained: revision", revision, str, "a str or None")
+        instance("from_pretrained: revision", revision, (str, NoneType), "a str or None")
         if cache_dir is not None:
             pathname("from_pretrained: cache_dir", cache_dir)
-        if token is not None:
-            instance("from_pretrained: token", token, (str, bool), "a str, a bool or None")
+        instance("from_pretrained: token", token, (str, bool, NoneType), "a str, a bool or None")
         device = _device(map_location)
         weights, config = locate(
             "from_pretrained",

@@ -18,16 +18,17 @@ from typing import IO, Any
 
 import torch
 
-_TENSORS = ("torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2")
-_ENCODE, _DICT = "_codecs.encode", "collections.OrderedDict"
+_TENSORS = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"}
+_ENCODE, _DICT, _NAMESPACE = "_codecs.encode", "collections.OrderedDict", "argparse.Namespace"
 # Called with values that are written out: of a tensor, say, `set` would make as many as its shape pretends to have.
-_OF_WRITTEN = (
-    *("collections.Counter", "torch.Size", "torch.device", "argparse.Namespace", _ENCODE, _DICT),
+_OF_WRITTEN = {
+    *("collections.Counter", "torch.Size", "torch.device", _NAMESPACE, _ENCODE, _DICT),
     *(f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("set", "complex")),
-)
-_CALLED = (
-    *(*_OF_WRITTEN, *_TENSORS, "torch._utils._rebuild_parameter", "torch._utils._rebuild_meta_tensor_no_storage"),
-)
+}
+_CALLED = {
+    *("torch._utils._rebuild_parameter", "torch._utils._rebuild_meta_tensor_no_storage"),
+    *(_OF_WRITTEN | _TENSORS),
+}
 _STORAGE = re.compile(r"torch\.((cuda|storage)\.)?\w+Storage")
 _DTYPE = re.compile(r"torch\.(bool|(u?int|float|bfloat|complex)\d\w*)")
 _UNWRITTEN = ("REDUCE", "NEWOBJ", "BINPERSID", "GLOBAL")
@@ -74,11 +75,15 @@ def require_filled(path: Path) -> None:
 
 
 class _Reading:
-    """The next pickle of a stream. value: what it makes. storages: by key, types and numbers of elements."""
+    """The next pickle of a stream. value: what it makes. storages: by key, types and numbers of elements.
+
+    called, filled: what it may call; and what it may make and give attributes to.
+    """
 
     def __init__(self, stream: IO[bytes] | mmap.mmap) -> None:
         self.storages: dict[str, tuple[str, int]] = {}
-        self.trusted = {_name(kind) for kind in torch.serialization.get_safe_globals()}
+        trusted = {_name(kind) for kind in torch.serialization.get_safe_globals()}
+        self.called, self.filled = _CALLED | trusted, {_NAMESPACE} | trusted
         self.value = self._follow(stream)
 
     def _follow(self, stream: IO[bytes] | mmap.mmap) -> _Value:
@@ -123,9 +128,9 @@ class _Reading:
             return self._known(str(argument).replace(" ", "."))
         if name in ("REDUCE", "NEWOBJ"):
             function, arguments = values
-            if function.made_by != "GLOBAL" or function.argument not in (*_CALLED, *self.trusted):
+            if function.made_by != "GLOBAL" or function.argument not in self.called:
                 raise ValueError(f"its pickle must call what weights are saved with, got {function.argument}")
-            if name == "NEWOBJ" and function.argument not in ("argparse.Namespace", *self.trusted):
+            if name == "NEWOBJ" and function.argument not in self.filled:
                 raise ValueError(f"its pickle must make no {function.argument} in this way")
             self._check_call(function.argument, arguments)
             return function.argument
@@ -136,7 +141,7 @@ class _Reading:
             keys = [part.argument for part in state.parts[::2]] if state.made_by == "EMPTY_DICT" else [None]
             if target.argument == _DICT and keys != ["_metadata"]:
                 raise ValueError("its pickle must give dicts no attributes but _metadata")
-            if target.argument not in (_DICT, "argparse.Namespace", *self.trusted):
+            if target.argument != _DICT and target.argument not in self.filled:
                 raise ValueError(f"its pickle must give attributes to dicts and namespaces, got a {target.made_by}")
         if name in ("SETITEM", "SETITEMS"):
             keys = [value.argument for value in values[1::2]]
@@ -145,7 +150,7 @@ class _Reading:
         return argument
 
     def _known(self, name: str) -> str:
-        if name in _CALLED or name in self.trusted or _STORAGE.fullmatch(name) or _DTYPE.fullmatch(name):
+        if name in self.called or _STORAGE.fullmatch(name) or _DTYPE.fullmatch(name):
             return name
         raise ValueError(f"its pickle must name what weights are saved with, got {name}")
 
@@ -164,10 +169,9 @@ class _Reading:
         if len(parts) < 4 or parts[0].made_by != "BINPERSID":
             raise ValueError("its tensors must have a storage each")
         _, numel = self.storages[_text(parts[0].parts[0].parts[2])]
-        numbers = [parts[1].argument, *parts[2].written(), *parts[3].written()]
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError("its tensors must have offsets, sizes and strides of integers")
         offset, sizes, strides = parts[1].argument, parts[2].written(), parts[3].written()
+        if not all(type(number) is int and number >= 0 for number in (offset, *sizes, *strides)):
+            raise ValueError("its tensors must have offsets, sizes and strides of integers")
         last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
         if 0 not in sizes and last >= numel:
             raise ValueError(
