@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -599,6 +600,11 @@ def shared_memory(model):
     joined(in_another_process(change))
 
 
+# When a group's last reference goes, torch joins its threads while it holds the GIL, for which they may wait to drop
+# what the last operation kept. So groups live on; and a forked process, which lacks these threads, must not drop one.
+_ended: list[Any] = []
+
+
 @contextmanager
 def process_group(port: int, rank: int = 0, size: int = 1) -> Iterator[None]:
     store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
@@ -608,6 +614,7 @@ def process_group(port: int, rank: int = 0, size: int = 1) -> Iterator[None]:
     try:
         yield
     finally:
+        _ended.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
