@@ -9,8 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pvt_fast import cpp, dispatch, reference, testing
+from pvt_fast import testing
+from pvt_fast.backend import cpp, dispatch
 from pvt_fast.config import VARIANTS, PVTConfig
+from pvt_fast.ops import reference
 
 MODELS = ("pvt_v2_b0", "pvt_v2_b2", "pvt_v2_b2_li")
 CASES = list(

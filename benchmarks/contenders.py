@@ -74,7 +74,7 @@ def pvt_fast_cpp(case: Case) -> Ready:
 
 
 def pvt_fast_compiled(case: Case) -> Ready:
-    """Ours under torch.compile: its call is one op (see `pvt_fast.library`)."""
+    """Ours under torch.compile: its call is one op (see `pvt_fast.backend.registered`)."""
     model, images = on_cpp(case)
     compiled = torch.compile(model, fullgraph=True)
     return Ready(lambda: compiled(images))

@@ -34,7 +34,8 @@ from server import Failed, Server
 from timing import burst, spread
 
 import pvt_fast
-from pvt_fast import cpp, testing
+from pvt_fast import testing
+from pvt_fast.backend import cpp
 from pvt_fast.config import VARIANTS, PVTConfig
 
 # The package whose version is told of a contender, besides torch.

@@ -13,9 +13,10 @@ from rich.progress import Progress
 from timing import burst, spread
 from torch import Tensor
 
-from pvt_fast import cpp, reference, testing
+from pvt_fast import testing
+from pvt_fast.backend import cpp
 from pvt_fast.config import VARIANTS, PVTConfig
-from pvt_fast.ops import tensors_in
+from pvt_fast.ops import reference, tensors_in
 
 
 def op_cases(cases: list[Case]) -> list[tuple[testing.Case, str]]:

@@ -35,7 +35,8 @@ from report import WRONG_FACTOR
 from torch import Tensor, nn
 
 import pvt_fast
-from pvt_fast import PVT_V2, cpp
+from pvt_fast import PVT_V2
+from pvt_fast.backend import cpp
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (

@@ -20,11 +20,11 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 import pvt_fast
-from pvt_fast import bench
+from pvt_fast.cli import bench
+from pvt_fast.cli.doctor import cpu_name
 from pvt_fast.digits import Digits, load_digits
-from pvt_fast.doctor import cpu_name
+from pvt_fast.images.preprocess import Preprocess
 from pvt_fast.model_file import load_model
-from pvt_fast.preprocess import Preprocess
 
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 PHOTOGRAPH = "china.jpg"

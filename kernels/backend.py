@@ -11,7 +11,7 @@ a sum depends on the batch, and so do a result's last bits.
 
 from __future__ import annotations
 
-from pvt_fast.dispatch import BackendUnavailable
+from pvt_fast.backend.dispatch import BackendUnavailable
 
 try:
     import triton as _triton  # noqa: F401

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pvt_fast.dispatch import BackendUnavailable, Facts, cannot_run
+from pvt_fast.backend.dispatch import BackendUnavailable, Facts, cannot_run
 from pvt_fast.ops.packing import packed
 
 T = TypeVar("T")

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from pvt_fast.dispatch import environment_switch
+from pvt_fast.backend.dispatch import environment_switch
 
 from .config import Config
 from .launch import INTERPRETED, Chip, chip_of, dot_precision, is_recording, launch

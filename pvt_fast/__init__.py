@@ -5,7 +5,8 @@ model = pvt_fast.pvt_v2_b2().eval()
 logits = model(image)  # image (B, 3, H, W)
 """
 
-from . import _command, _install  # noqa: F401  # first: ends on Ctrl-C; says when this copy of the package cannot work
+from .cli import interrupt as _interrupt  # noqa: F401, I001  # first: the command ends on Ctrl-C
+from . import _install  # noqa: F401  # says when this copy of the package cannot work
 from ._version import __version__
 from .accelerate import (
     AcceleratedBlock,
@@ -20,7 +21,7 @@ from .accelerate import (
     refresh,
     restore_,
 )
-from .dispatch import BackendStatus, BackendUnavailable, backends, use_backend
+from .backend.dispatch import BackendStatus, BackendUnavailable, backends, use_backend
 from .model import PVT_V2
 from .ops.packing import UnannouncedChange, checked_weights
 from .variants import (
@@ -34,7 +35,7 @@ from .variants import (
     pvt_v2_b4,
     pvt_v2_b5,
 )
-from .weights import LoadReport, export_weights, load_weights
+from .checkpoints.weights import LoadReport, export_weights, load_weights
 
 __all__ = [
     "PVT_V2",

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .arguments import entries, flag, integer, shown
-from .preprocess import Preprocess
+from .images.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from .model import PVT_V2

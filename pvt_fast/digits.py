@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .preprocess import Preprocess
+from .images.preprocess import Preprocess
 
 SIZE = 32  # pixels a side, from the data set's 8
 _HIGHEST = 16  # of the data set's grey levels

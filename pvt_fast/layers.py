@@ -16,7 +16,7 @@ from .accelerate.peers import PVT_FAST
 from .accelerate.read import read_attention, read_embed, read_head, read_mlp, read_norm, roots
 from .config import INNER_NORM_EPS, LINEAR_POOL_SIZE
 from .ops import to_tokens
-from .reference import convolvable, pool
+from .ops.reference import convolvable, pool
 
 
 class OverlapPatchEmbed(nn.Module):

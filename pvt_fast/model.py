@@ -10,18 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import dispatch, library
 from .accelerate.fused import Settings, StandIn
 from .accelerate.guard import Kinds
 from .arguments import flag, function, instance, number, shown
-from .capture import CapturedModel
+from .backend import dispatch
+from .backend import registered as library
+from .checkpoints.pretrained import HubMixin
 from .config import PVTConfig
 from .conventions import TimmConventions, init_weights, inputs_of, outputs_of, stage_indices
+from .graphs.cuda_graph import CapturedModel
+from .graphs.program import Whole
+from .images.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from .layers import Block, DWConvMLP, OverlapPatchEmbed, SpatialReductionAttention, classifier, map_of, stage_norm
-from .mixin import HubMixin
 from .ops import packing, to_tokens
-from .pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
-from .program import Whole
 
 
 class PVT_V2(nn.Module, HubMixin, TimmConventions):
@@ -352,7 +353,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
                     return False
         return True
 
-    # -- the whole forward at once: what `program` and `library` ask ------------------------------------------------
+    # -- the whole forward at once: what `graphs` asks ---------------------------------------------------------
 
     def forward_settings(self) -> tuple:
         """What the forward reads that is no module."""

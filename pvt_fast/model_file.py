@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from .arguments import instance, pathname
-from .checkpoint import METADATA_KEY, load_state
-from .description import describe, from_text, tensors, to_text, write_tensors
+from .checkpoints.description import describe, from_text, tensors, to_text, write_tensors
+from .checkpoints.files import METADATA_KEY, load_state
+from .checkpoints.rebuild import rebuilt
+from .checkpoints.replacing import replacing
+from .images.preprocess import Preprocess
 from .model import PVT_V2
-from .preprocess import Preprocess
-from .rebuild import rebuilt
-from .replacing import replacing
 
 
 def save_model(model: PVT_V2, path: str | os.PathLike, preprocess: Preprocess) -> None:

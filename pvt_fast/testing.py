@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
 from .accelerate.fused import FusedBlock, FusedEmbed, FusedNorm
 from .accelerate.halves import linear_of, norm_of
+from .backend import dispatch
 from .config import LINEAR_POOL_SIZE, PVTConfig, conv_size
 from .model import PVT_V2
 from .ops import (
@@ -28,6 +28,7 @@ from .ops import (
     Norm,
     PatchEmbedWeights,
     map_tensors,
+    reference,
     to_map,
     to_tokens,
 )

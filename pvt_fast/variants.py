@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from .arguments import choice, instance
+from .checkpoints.weights import load_weights
 from .config import VARIANT_NORM_EPS, VARIANTS
 from .model import PVT_V2
-from .weights import load_weights
 
 logger = logging.getLogger("pvt_fast")
 

@@ -28,8 +28,8 @@ if not torch.cuda.is_available():
 import pytest
 
 import pvt_fast
-from pvt_fast import dispatch
 from pvt_fast.accelerate.fused import FusedBlock
+from pvt_fast.backend import dispatch
 from pvt_fast.testing import CASES, Case, PatchEmbedCase
 
 # In triton's interpreter a call takes seconds above this many floating-point operations, ...

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvt_fast import reference, testing
-from pvt_fast.ops import Linear, Norm
+from pvt_fast import testing
+from pvt_fast.ops import Linear, Norm, reference
 from pvt_fast.ops.checks import OPERANDS
 from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import pvt_fast
-from pvt_fast import PVT_V2, library, reference
-from pvt_fast.ops import map_tensors
+from pvt_fast import PVT_V2
+from pvt_fast.backend import registered as library
+from pvt_fast.ops import map_tensors, reference
 from pvt_fast.testing import AttentionCase, Case, MlpCase, PatchEmbedCase, assert_parity, run
 
 # the backward is the reference's, whatever the instruction set

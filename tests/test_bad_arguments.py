@@ -16,8 +16,8 @@ from torch import nn
 
 import pvt_fast
 from pvt_fast.config import PVTConfig
+from pvt_fast.images.preprocess import Preprocess, read_image
 from pvt_fast.model_file import load_model, save_model
-from pvt_fast.preprocess import Preprocess, read_image
 
 SMALL = {
     "img_size": 32,

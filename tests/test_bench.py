@@ -6,8 +6,11 @@ import types
 import pytest
 import torch
 
-from pvt_fast import PVT_V2, bench, dispatch, reference
-from pvt_fast.bench import Comparison, Contender, ParityError, Result, compare, interleave
+from pvt_fast import PVT_V2
+from pvt_fast.backend import dispatch
+from pvt_fast.cli import bench
+from pvt_fast.cli.bench import Comparison, Contender, ParityError, Result, compare, interleave
+from pvt_fast.ops import reference
 
 REFERENCE = Contender("reference", torch.float32, "cpu")
 

@@ -13,8 +13,9 @@ import torch
 from contenders import Case
 from torch.utils.flop_counter import FlopCounterMode
 
-from pvt_fast import PVT_V2, reference, testing
+from pvt_fast import PVT_V2, testing
 from pvt_fast.config import VARIANTS, PVTConfig
+from pvt_fast.ops import reference
 
 
 def test_committed_counts_agree_with_themselves():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pvt_fast import PVT_V2
-from pvt_fast.capture import check_like
+from pvt_fast.graphs.cuda_graph import check_like
 
 
 def model() -> PVT_V2:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pvt_fast.checkpoint import load_state, unnest
+from pvt_fast.checkpoints.files import load_state, unnest
 
 STATE = {"norm.weight": torch.arange(3.0), "norm.bias": torch.ones(3)}
 
@@ -160,7 +160,9 @@ def test_names_from_files_are_short_in_messages():
         assert "\n" not in str(info.value)
 
 
-@pytest.mark.parametrize("name", ["os.system", "builtins.eval", "builtins.getattr", "torch.load", "pvt_fast.hub.fetch"])
+@pytest.mark.parametrize(
+    "name", ["os.system", "builtins.eval", "builtins.getattr", "torch.load", "pvt_fast.testing.run"]
+)
 def test_calls_that_a_pickle_names_are_refused_without_advice(name, tmp_path):
     module, _, function = name.rpartition(".")
     pickled(tmp_path / "bad.pth", f"\x80\x02c{module}\n{function}\nX\x01\x00\x00\x00x\x85R.".encode("latin1"))

@@ -22,8 +22,10 @@ from op_calls import Call, beside_unreadable, calls, flat, get, put, tensors
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from pvt_fast import _C, cpp, dispatch, library, reference
-from pvt_fast.ops import AttentionSpec, MlpSpec, Norm
+from pvt_fast import _C
+from pvt_fast.backend import cpp, dispatch
+from pvt_fast.backend import registered as library
+from pvt_fast.ops import AttentionSpec, MlpSpec, Norm, reference
 from pvt_fast.ops.checks import OPERANDS
 from pvt_fast.ops.packing import span
 from pvt_fast.testing import assert_parity

@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 from sklearn import datasets
 
 import pvt_fast
-from pvt_fast import _command, bench, cpp
-from pvt_fast.cli import main
+from pvt_fast.backend import cpp
+from pvt_fast.cli import bench
+from pvt_fast.cli import interrupt as _command
+from pvt_fast.cli.main import main
+from pvt_fast.images.preprocess import Preprocess, read_image
 from pvt_fast.model_file import load_model, save_model
-from pvt_fast.preprocess import Preprocess, read_image
 
 ROOT = Path(__file__).parents[1]
 DIGITS = str(ROOT / "examples" / "digits.safetensors")
@@ -105,7 +107,7 @@ def test_a_bad_environment_is_one_line_and_doctor_explains_it(digit_files):
 
 def test_doctor_shows_brackets_as_they_are(capsys, monkeypatch):
     statuses = [pvt_fast.BackendStatus("triton", False, "pip install 'pvt-fast[triton]'")]
-    monkeypatch.setattr("pvt_fast.doctor.backends", lambda: statuses)
+    monkeypatch.setattr("pvt_fast.cli.doctor.backends", lambda: statuses)
     assert call("doctor") == 0
     assert "pvt-fast[triton]" in capsys.readouterr().out
 
@@ -419,7 +421,7 @@ def test_control_c_in_a_program_that_calls_main(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pvt_fast.cli.doctor.report", interrupted)
+    monkeypatch.setattr("pvt_fast.cli.main.doctor.report", interrupted)
     assert call("doctor") == 130
     assert capsys.readouterr() == ("", "")
 

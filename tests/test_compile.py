@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import pvt_fast
-from pvt_fast import PVT_V2, dispatch, library, reference
-from pvt_fast.ops import map_tensors, packing, tensors_in
+from pvt_fast import PVT_V2
+from pvt_fast.backend import dispatch
+from pvt_fast.backend import registered as library
+from pvt_fast.ops import map_tensors, packing, reference, tensors_in
 from pvt_fast.ops.packing import packed
 from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase, run
 

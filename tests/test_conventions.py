@@ -21,8 +21,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import pvt_fast
 from pvt_fast import PVT_V2, export_weights, load_weights
+from pvt_fast.images.preprocess import Preprocess
 from pvt_fast.model_file import load_model, save_model
-from pvt_fast.preprocess import Preprocess
 
 CHANNELS = 32  # of the features of `ours()`
 

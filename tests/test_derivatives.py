@@ -13,7 +13,8 @@ from op_calls import Call, calls, flat
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from pvt_fast import cpp, library
+from pvt_fast.backend import cpp
+from pvt_fast.backend import registered as library
 
 # torch's own use of it, at its first derivative in forward mode
 DEPRECATED = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")

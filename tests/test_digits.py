@@ -13,8 +13,8 @@ from PIL import Image
 
 import pvt_fast
 from pvt_fast.digits import PREPROCESS, Digits, load_digits
+from pvt_fast.images.preprocess import read_image
 from pvt_fast.model_file import load_model
-from pvt_fast.preprocess import read_image
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "examples" / "digits.safetensors"

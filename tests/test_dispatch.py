@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import pvt_fast
-from pvt_fast import PVT_V2, BackendUnavailable, dispatch
-from pvt_fast.dispatch import Facts, select
+from pvt_fast import PVT_V2, BackendUnavailable
+from pvt_fast.backend import dispatch
+from pvt_fast.backend.dispatch import Facts, select
 
 F32 = Facts("cpu", torch.float32)
 
@@ -179,7 +180,7 @@ with dispatch.use_backend("auto"):
 
 def test_the_environment_sets_the_default():
     result = run_python(SELECTED, PVT_FAST_BACKEND="reference")
-    assert result.stdout.split() == ["pvt_fast.reference", "auto"], result.stderr
+    assert result.stdout.split() == ["pvt_fast.ops.reference", "auto"], result.stderr
 
 
 def test_an_explicit_environment_does_not_fall_back():
@@ -195,4 +196,4 @@ def test_a_bad_environment_is_refused_where_it_is_followed():
     assert result.returncode == 1
     assert f"BackendMisconfigured: PVT_FAST_BACKEND {BAD_NAME}" in result.stderr
     chosen = SELECTED.replace("torch.float64)", 'torch.float64), "reference"')
-    assert run_python(chosen, PVT_FAST_BACKEND="cuda").stdout.split() == ["pvt_fast.reference", "auto"]
+    assert run_python(chosen, PVT_FAST_BACKEND="cuda").stdout.split() == ["pvt_fast.ops.reference", "auto"]

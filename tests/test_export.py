@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import pvt_fast
-from pvt_fast import PVT_V2, reference
-from pvt_fast.ops import packing
+from pvt_fast import PVT_V2
+from pvt_fast.ops import packing, reference
 from pvt_fast.testing import assert_parity
 
 pytestmark = pytest.mark.one_isa

@@ -6,7 +6,8 @@ import logging
 import pytest
 import torch
 
-from pvt_fast import PVT_V2, cpp
+from pvt_fast import PVT_V2
+from pvt_fast.backend import cpp
 from pvt_fast.ops import packing
 
 IMAGE = torch.linspace(-1, 1, 3 * 40 * 33).reshape(1, 3, 40, 33).half()

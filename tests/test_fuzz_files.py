@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from peers import ours, randomised
 
 from pvt_fast import PVT_V2, LoadReport, load_weights
-from pvt_fast.checkpoint import load_state
+from pvt_fast.checkpoints.files import load_state
+from pvt_fast.images.preprocess import Preprocess
 from pvt_fast.model_file import load_model, save_model
-from pvt_fast.preprocess import Preprocess
 
 SECONDS = float(os.environ.get("PVT_FAST_FUZZ_SECONDS", "8"))
 TARGETS = 5

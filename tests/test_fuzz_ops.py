@@ -18,9 +18,10 @@ from test_checks import LAYOUTS, of
 from test_ops_any_shape import small_cases
 from torch import Tensor
 
-from pvt_fast import cpp, reference, testing
-from pvt_fast.dispatch import BackendUnavailable
-from pvt_fast.ops import map_tensors
+from pvt_fast import testing
+from pvt_fast.backend import cpp
+from pvt_fast.backend.dispatch import BackendUnavailable
+from pvt_fast.ops import map_tensors, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

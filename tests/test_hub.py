@@ -230,7 +230,7 @@ def test_a_missing_repository_is_no_network_error(monkeypatch):
         response = type("Response", (), {"headers": {}, "request": None, "status_code": 404})()
         raise huggingface_hub.errors.RepositoryNotFoundError("404: no such repository", response=response)
 
-    monkeypatch.setattr("pvt_fast.hub.hf_hub_download", missing)
+    monkeypatch.setattr("pvt_fast.checkpoints.hub.hf_hub_download", missing)
     with pytest.raises(ValueError, match=r"source must be a repository with weights, got 'someone/pvt' \(404: no such"):
         load_weights(ours(), "someone/pvt")
 
@@ -444,7 +444,7 @@ def test_a_hub_that_refuses_is_an_error_of_one_line(monkeypatch):
         response = type("Response", (), {"headers": {}, "request": None, "status_code": 503})()
         raise huggingface_hub.errors.HfHubHTTPError("503\nService Unavailable", response=response)
 
-    monkeypatch.setattr("pvt_fast.hub.hf_hub_download", refuse)
+    monkeypatch.setattr("pvt_fast.checkpoints.hub.hf_hub_download", refuse)
     for call in (PVT_V2.from_pretrained, lambda source: load_weights(ours(), source)):
         with pytest.raises(OSError, match=r"someone/pvt must be given out by the hub, got 503 Service Unavailable"):
             call("someone/pvt")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import pvt_fast
-from pvt_fast import cpp
-from pvt_fast.dispatch import BackendMisconfigured
+from pvt_fast.backend import cpp
+from pvt_fast.backend.dispatch import BackendMisconfigured
 from pvt_fast.testing import MlpCase, expected, run
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from peers import LAYOUT_PEERS, ours, peer
 from torch import Tensor
 
 from pvt_fast import PVT_V2
-from pvt_fast.layouts import LAYOUTS, from_official, to_official
+from pvt_fast.checkpoints.key_maps import LAYOUTS, from_official, to_official
 
 
 @st.composite

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import pvt_fast
-import pvt_fast.reference
+import pvt_fast.ops.reference
 from pvt_fast import PVT_V2
+from pvt_fast.images.pixels import IMAGENET_MEAN, IMAGENET_STD
 from pvt_fast.layers import Block
-from pvt_fast.pixels import IMAGENET_MEAN, IMAGENET_STD
 from pvt_fast.testing import assert_parity
 
 TINY = {

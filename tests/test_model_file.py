@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pvt_fast import PVT_V2
-from pvt_fast.checkpoint import METADATA_KEY, load_state
+from pvt_fast.checkpoints.files import METADATA_KEY, load_state
+from pvt_fast.images.preprocess import Preprocess
 from pvt_fast.model_file import build_model, has_config, load_model, save_model
-from pvt_fast.preprocess import Preprocess
 
 PREPROCESS = Preprocess(size=32, crop=0.8, mean=(0.4,), std=(0.3,))
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvt_fast import reference, testing
-from pvt_fast.ops import AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, map_tensors
+from pvt_fast import testing
+from pvt_fast.ops import AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, map_tensors, reference
 from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase, run
 
 pytestmark = [

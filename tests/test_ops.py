@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pvt_fast import reference, testing
-from pvt_fast.ops import AttentionSpec, Backend, Linear, MlpSpec, MlpWeights, Norm, map_tensors, tensors_in
+from pvt_fast import testing
+from pvt_fast.ops import AttentionSpec, Backend, Linear, MlpSpec, MlpWeights, Norm, map_tensors, reference, tensors_in
 from pvt_fast.testing import AttentionCase, Case, MlpCase, PatchEmbedCase, assert_parity, expected, run
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

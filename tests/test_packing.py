@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pvt_fast import _C, PVT_V2, dispatch, reference
-from pvt_fast.ops import packing
+from pvt_fast import _C, PVT_V2
+from pvt_fast.backend import dispatch
+from pvt_fast.ops import packing, reference
 from pvt_fast.ops.packing import CALLS, packed
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pvt_fast.preprocess import Preprocess, read_image, to_mode
+from pvt_fast.images.preprocess import Preprocess, read_image, to_mode
 
 SIZES = [(640, 427), (100, 333), (224, 224), (31, 57), (249, 500)]  # (width, height)
 

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pvt_fast import PVT_V2, cpp, program
+from pvt_fast import PVT_V2
+from pvt_fast.backend import cpp
+from pvt_fast.graphs import program
 
 SIZES = {"embed_dims": (16, 32, 40, 64), "num_heads": (1, 2, 5, 8), "depths": (1, 2, 1, 1), "num_classes": 7}
 

@@ -18,10 +18,11 @@ import torch
 from peers import TWO_STAGES, ours, peer, randomised
 from safetensors.torch import save_file
 
-from pvt_fast import PVT_V2, description, load_weights
+from pvt_fast import PVT_V2, load_weights
+from pvt_fast.checkpoints import description
+from pvt_fast.checkpoints.replacing import replacing
+from pvt_fast.images.preprocess import Preprocess
 from pvt_fast.model_file import load_model, save_model
-from pvt_fast.preprocess import Preprocess
-from pvt_fast.replacing import replacing
 
 PREPROCESS = Preprocess(size=64)
 

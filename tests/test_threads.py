@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import pvt_fast
-from pvt_fast import PVT_V2, cpp
+from pvt_fast import PVT_V2
+from pvt_fast.backend import cpp
 
 SIZES = {
     "embed_dims": (16, 32),

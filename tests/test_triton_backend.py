@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from case import Case
 
-from pvt_fast import dispatch, kernels
-from pvt_fast.dispatch import Facts
+from pvt_fast import kernels
+from pvt_fast.backend import dispatch
+from pvt_fast.backend.dispatch import Facts
 from pvt_fast.kernels import config, launch
 from pvt_fast.kernels.primitives import row_offsets, split_index
 from pvt_fast.ops import Norm

@@ -15,9 +15,9 @@ from torch._subclasses import FakeTensorMode
 
 import pvt_fast
 from pvt_fast import PVT_V2, LoadReport, export_weights, load_weights
-from pvt_fast.layouts import LAYOUTS
+from pvt_fast.checkpoints.key_maps import LAYOUTS
+from pvt_fast.images.preprocess import Preprocess
 from pvt_fast.model_file import save_model
-from pvt_fast.preprocess import Preprocess
 from pvt_fast.testing import assert_parity
 
 MIXED = {"block": 1e-6, "patch_embed": 1e-5, "reduction": 1e-5}

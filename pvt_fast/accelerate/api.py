@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import nn
 
-from .. import dispatch
 from ..arguments import flag, function, instance
+from ..backend import dispatch
 from ..ops import packing
 from .fused import FusedBlock, Settings, StandIn
 from .guard import ACCELERATED_FROM, own_class

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..arguments import instance
-from ..dispatch import BackendUnavailable
+from ..backend.dispatch import BackendUnavailable
 from ..ops import packing
 from .api import STATE
 from .fused import Fused, StandIn

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import dispatch, library, reference
-from ..ops import HW, PLAIN, PatchEmbedWeights, to_map, to_tokens
+from ..backend import dispatch
+from ..backend import registered as library
+from ..ops import HW, PLAIN, PatchEmbedWeights, reference, to_map, to_tokens
 from . import read
 from .block_names import (
     MAP,
@@ -428,7 +429,7 @@ def _choose(device: str, dtype: torch.dtype, backend: str) -> str | None:
     return next(name for name, path in dispatch.ORDER.items() if path == module.__name__)
 
 
-_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see library
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backend.registered
 
 
 @cache

@@ -61,7 +61,7 @@ def transformed() -> bool:
     return _transforms() is not None
 
 
-transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see library
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backend.registered
 
 
 def ambient() -> str | None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..dispatch import Facts
+    from ..backend.dispatch import Facts
 
 HW = tuple[int, int]
 

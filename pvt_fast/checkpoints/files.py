@@ -18,8 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .ops.packing import available, extent
-from .pickled import require_bounded, require_filled
+from ..ops.packing import available, extent
+from .pickles import require_bounded, require_filled
 
 # Metadata entry of a file of `model_file.save_model`.
 METADATA_KEY = "pvt_fast"
@@ -45,7 +45,7 @@ def load_state(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, st
     """(state dict on the CPU, metadata) of a .safetensors, .pth, .pt or .bin file; only safetensors has metadata.
 
     Pickled files are read with `weights_only=True`: one that would run code is refused. The state dict may be nested
-    under "state_dict", "model" or "module". Memory and time are in proportion to the file (see `pickled`). Raises
+    under "state_dict", "model" or "module". Memory and time are in proportion to the file (see `pickles`). Raises
     ValueError for a file that holds no state dict.
     """
     path = Path(path)

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C
-from .dispatch import BackendMisconfigured, BackendUnavailable, Facts, cannot_run
-from .ops import (
+from .. import _C
+from ..ops import (
     HW,
     AttentionSpec,
     AttentionWeights,
@@ -37,7 +36,8 @@ from .ops import (
     check_patch_embed,
     map_tensors,
 )
-from .ops.packing import Alias, Tensors, key_of, packed, span
+from ..ops.packing import Alias, Tensors, key_of, packed, span
+from .dispatch import BackendMisconfigured, BackendUnavailable, Facts, cannot_run
 
 logger = logging.getLogger("pvt_fast")
 

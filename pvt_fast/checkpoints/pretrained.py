@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 
-from .arguments import flag, instance, pathname, shown
-from .checkpoint import load_state, reason
+from ..arguments import flag, instance, pathname, shown
 from .description import NORM_EPS, config_text, describe, in_folder, tensors, write_tensors
+from .files import load_state, reason
 from .hub import CONFIG_FILE, WEIGHT_FILES, locate
 from .rebuild import rebuilt, split
 from .replacing import replacing
@@ -19,7 +19,7 @@ from .replacing import replacing
 _CARD = "README.md"
 
 if TYPE_CHECKING:
-    from .model import PVT_V2
+    from ..model import PVT_V2
 
 
 class HubMixin(

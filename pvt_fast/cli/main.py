@@ -25,17 +25,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import __version__, bench, create_model, doctor, list_models
-from ._command import INTERRUPTED
-from .arguments import shown
-from .checkpoint import load_state
-from .dispatch import ORDER, BackendUnavailable
-from .layouts import to_official
-from .model import PVT_V2
-from .model_file import build_model, has_config
-from .preprocess import Preprocess, read_image
-from .replacing import replacing
-from .weights import assign
+from .. import __version__, create_model, list_models
+from ..arguments import shown
+from ..backend.dispatch import ORDER, BackendUnavailable
+from ..checkpoints.files import load_state
+from ..checkpoints.key_maps import to_official
+from ..checkpoints.replacing import replacing
+from ..checkpoints.weights import assign
+from ..images.preprocess import Preprocess, read_image
+from ..model import PVT_V2
+from ..model_file import build_model, has_config
+from . import bench, doctor
+from .interrupt import INTERRUPTED
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_TOPK = 5

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checkpoint import is_expanded, printable, require_values
-from .config import INNER_NORM_EPS, VARIANT_NORM_EPS
+from ..config import INNER_NORM_EPS, VARIANT_NORM_EPS
+from .files import is_expanded, printable, require_values
 
 # Official name of a module: its name in the layout. {s} counts stages from 1, {i} from 0, {j} blocks from 0.
 # "attn.k", "attn.v" and "attn.qkv" are not official: they are rows of "attn.q" and "attn.kv" (see `_split`, `_join`).

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import reason
-from .config import PVTConfig
+from ..config import PVTConfig
 from .description import GLOBAL_POOL, HEAD_BIAS, NORM_EPS
+from .files import reason
 from .weights import assign, fit
 
 if TYPE_CHECKING:
-    from .model import PVT_V2
+    from ..model import PVT_V2
 
 _Model = TypeVar("_Model", bound="PVT_V2")
 

@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 import torch
 
-from .arguments import choice, shown
+from ..arguments import choice, shown
 
 logger = logging.getLogger("pvt_fast")
 
 # Auto order; each name's module. Adding a backend is one module and one line here.
-ORDER = {"triton": "pvt_fast.kernels", "cpp": "pvt_fast.cpp", "reference": "pvt_fast.reference"}
+ORDER = {"triton": "pvt_fast.kernels", "cpp": "pvt_fast.backend.cpp", "reference": "pvt_fast.ops.reference"}
 
 
 class BackendUnavailable(RuntimeError):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .arguments import instance
-from .ops.packing import collected
+from ..arguments import instance
+from ..ops.packing import collected
 
 if TYPE_CHECKING:
-    from .model import PVT_V2
+    from ..model import PVT_V2
 
 # Forwards before the capture: the first compiles kernels and packs weights.
 _WARMUP_FORWARDS = 3

@@ -9,18 +9,21 @@ ops' Python takes.
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _C, dispatch, library
-from .accelerate.fused import Fused
-from .accelerate.guard import Guard, Moment, ambient, edges, facts
-from .ops import is_plain, packing, tensors_in
+from .. import _C
+from ..accelerate.fused import Fused
+from ..accelerate.guard import Guard, Moment, ambient, edges, facts
+from ..backend import dispatch
+from ..backend import registered as library
+from ..ops import is_plain, packing, tensors_in
 
 if TYPE_CHECKING:
-    from .model import PVT_V2
+    from ..model import PVT_V2
 
 # Of the first stage's map. Above it Python's part is nothing, and the maps' memory better goes back after the call.
 _MOST_BYTES = 32 << 20
@@ -190,3 +193,7 @@ def _layout(image: Tensor) -> str | None:
     if strides[1] == 1 and strides[3] == image.shape[1]:
         return "channels_last"
     return "rows" if strides[3] == 1 else None
+
+
+# Where models that were pickled whole by earlier versions look for `Whole`.
+sys.modules["pvt_fast.program"] = sys.modules[__name__]

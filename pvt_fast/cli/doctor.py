@@ -11,8 +11,8 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from . import __version__, backends
-from .dispatch import BackendUnavailable, check_environment
+from .. import __version__, backends
+from ..backend.dispatch import BackendUnavailable, check_environment
 
 _VARIABLES = ("PVT_FAST_BACKEND", "PVT_FAST_ISA", "PVT_FAST_AUTOTUNE", "PVT_FAST_CACHE", "PVT_FAST_CHECK_WEIGHTS")
 
@@ -72,7 +72,7 @@ def _backends() -> list[tuple[str, str]]:
 def _isas(usable: bool) -> list[tuple[str, str]]:
     if not usable:
         return [("ISA", "unknown, as the cpp backend is not usable")]
-    from . import cpp  # importable only where it is usable
+    from ..backend import cpp  # importable only where it is usable
 
     return [("ISA in use", cpp.isa()), ("ISAs of this CPU", ", ".join(cpp.isas()))]
 

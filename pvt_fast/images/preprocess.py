@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .arguments import choice, entries, instance, integer, number, pathname, shown
+from ..arguments import choice, entries, instance, integer, number, pathname, shown
 from .pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import LINEAR_POOL_SIZE
-from .dispatch import Facts
-from .ops import (
+from ..backend.dispatch import Facts
+from ..config import LINEAR_POOL_SIZE
+from . import (
     HW,
     AttentionSpec,
     AttentionWeights,

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .arguments import choice, flag, instance, pathname, shown
-from .checkpoint import METADATA_KEY, SUFFIXES, load_state, memory_of, printable, require_memory, require_values, unnest
+from ..arguments import choice, flag, instance, pathname, shown
 from .description import EPS_KINDS, NORM_EPS, TRANSFORMERS_EPS, from_text, in_folder, require_rebuilt
+from .files import METADATA_KEY, SUFFIXES, load_state, memory_of, printable, require_memory, require_values, unnest
 from .hub import locate
-from .layouts import LAYOUTS, from_official, to_official
+from .key_maps import LAYOUTS, from_official, to_official
 
 if TYPE_CHECKING:
-    from .model import PVT_V2
+    from ..model import PVT_V2
 
 logger = logging.getLogger("pvt_fast")
 
@@ -93,7 +93,7 @@ def load_weights(model: PVT_V2, source: str | os.PathLike | Mapping[str, Any], s
     Raises ValueError for a source that holds no PVT v2 or, strictly, does not fit, and OSError for a repository that
     is not in the cache when there is no network. The model is then unchanged.
     """
-    from .model import PVT_V2  # which imports this module
+    from ..model import PVT_V2  # which imports this module
 
     instance("load_weights: model", model, PVT_V2, "a PVT_V2")
     flag("load_weights: strict", strict)
@@ -201,7 +201,7 @@ def export_weights(model: PVT_V2, layout: str = "official") -> dict[str, Tensor]
     Raises ValueError for a model with modules that the implementation lacks: adapters, parametrizations, and but for
     "mmdet" a head that is neither a linear nor nn.Identity.
     """
-    from .model import PVT_V2  # which imports this module
+    from ..model import PVT_V2  # which imports this module
 
     instance("export_weights: model", model, PVT_V2, "a PVT_V2")
     choice("export_weights: layout", layout, tuple(LAYOUTS))

@@ -31,14 +31,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .accelerate.guard import hidden_by, settings_of
-from .checkpoint import reason, require_values
+from ..accelerate.guard import hidden_by, settings_of
+from ..layers import DropPath
+from ..ops import PLAIN
+from .files import reason, require_values
 from .hub import CONFIG_FILE
-from .layers import DropPath
-from .ops import PLAIN
 
 if TYPE_CHECKING:
-    from .model import PVT_V2
+    from ..model import PVT_V2
 
 logger = logging.getLogger("pvt_fast")
 

@@ -27,13 +27,14 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from . import dispatch, ops, reference
-from .accelerate.guard import ambient
-from .ops import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
-from .ops.packing import within_graph
+from .. import ops
+from ..accelerate.guard import ambient
+from ..ops import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights, reference
+from ..ops.packing import within_graph
+from . import dispatch
 
 if TYPE_CHECKING:
-    from .model import PVT_V2
+    from ..model import PVT_V2
 
 
 # What follows the backend's name in an op that was traced into a graph, which may change weights after it.
@@ -220,7 +221,7 @@ def number(model: PVT_V2) -> int:
 
 
 def _run_model(image: Tensor, parameters: list[Tensor], model: int, classes: int) -> Tensor:
-    from .model import PVT_V2  # which imports this module
+    from ..model import PVT_V2  # which imports this module
 
     ops.refuse_forward_mode("pvt_fast::run_model")
     whole = _models[model]
@@ -255,7 +256,7 @@ def _is_all_that_is_traced(model: int) -> bool:
     them: to guard and to check some hundreds of inputs takes longer than the Python of a small model in eager mode.
     The names are the compiler's own and may change; "no" is always right, only slower.
     """
-    from .model import PVT_V2  # which imports this module
+    from ..model import PVT_V2  # which imports this module
 
     symbolic_convert = sys.modules.get("torch._dynamo.symbolic_convert")
     try:

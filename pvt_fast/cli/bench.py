@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from .dispatch import BackendUnavailable, backends, cannot_run
-from .model import PVT_V2
-from .testing import assert_parity
+from ..backend.dispatch import BackendUnavailable, backends, cannot_run
+from ..model import PVT_V2
+from ..testing import assert_parity
 
 # After the call whose answer is checked.
 WARMUP_CALLS = 1
