@@ -43,11 +43,11 @@ style: $(VENV)/.style
 # in a folder for each set of flags; the compiler tells what it was made from
 CXXFLAGS := -std=c++17 -ffp-contract=fast -fno-math-errno -fopenmp -Wall -Wextra \
 	-Wno-psabi -Wno-maybe-uninitialized -Wno-uninitialized -Icsrc
-KERNELS := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp)) $(wildcard csrc/isa/*.cpp)
+KERNELS := $(filter-out csrc/tests/%,$(wildcard csrc/*/*.cpp))
 # for GCC's time, most of which goes into few huge functions where all is inlined: -g1 is enough for the lines of a report,
 # -g follows every variable, and points-to analysis takes a quarter of the rest
 SANITIZED := -O1 -g1 -fno-tree-pta -fsanitize=address,undefined -fno-sanitize-recover=undefined
-# threads of the test's own, see csrc/parallel.cpp
+# threads of the test's own, see csrc/runtime/parallel.cpp
 THREAD_SANITIZED := -O1 -g1 -fno-tree-pta -fsanitize=thread
 # of the ISAs those that this CPU runs: the others would take most of the time, and nothing of them is executed
 NATIVE := $(shell $(CXX) -march=native -dM -E -x c++ /dev/null | cut -d' ' -f2)
@@ -98,7 +98,7 @@ build/test_kernels_threads build/test_team_threads: build/test_%_threads: $(call
 	$(CXX) -fopenmp $(THREAD_SANITIZED) $^ -o $@
 
 # with a stand-in for what shares work items out
-ISOLATED := $(filter-out csrc/parallel.cpp,$(KERNELS)) csrc/tests/isolated_items.cpp csrc/tests/test_isolation.cpp
+ISOLATED := $(filter-out csrc/runtime/parallel.cpp,$(KERNELS)) csrc/tests/isolated_items.cpp csrc/tests/test_isolation.cpp
 
 build/test_isolation: $(call objects,optimised,$(ISOLATED))
 	$(CXX) -pthread $^ -o $@

@@ -16,8 +16,8 @@ QUIET = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 extension = Pybind11Extension(
     "pvt_fast._C",
-    sources=sorted([*glob("csrc/*.cpp"), *glob("csrc/isa/*.cpp")]),
-    depends=sorted([*glob("csrc/*.h"), *glob("csrc/*/*.h")]),
+    sources=sorted(set(glob("csrc/**/*.cpp", recursive=True)) - set(glob("csrc/tests/**", recursive=True))),
+    depends=sorted(glob("csrc/**/*.h", recursive=True)),
     include_dirs=["csrc"],
     cxx_std=17,
     extra_compile_args=["-O3", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra", *QUIET],
@@ -25,9 +25,12 @@ extension = Pybind11Extension(
 )
 
 setup(
-    packages=[*find_packages(include=["pvt_fast", "pvt_fast.*"]), "pvt_fast.kernels"],
+    packages=[
+        *find_packages(include=["pvt_fast", "pvt_fast.*"]),
+        "pvt_fast.kernels",
+        *(f"pvt_fast.kernels.{package}" for package in find_packages("kernels")),
+    ],
     package_dir={"pvt_fast.kernels": "kernels"},
-    package_data={"pvt_fast.kernels": ["tuned.json"]},
     ext_modules=[extension],
     cmdclass={"build_ext": build_ext},
 )

@@ -5,11 +5,11 @@
 
 #include <optional>
 
-#include "forward.h"
+#include "runtime/forward.h"
 #include "kernels.h"
-#include "memory.h"
-#include "parallel.h"
-#include "watch.h"
+#include "runtime/memory.h"
+#include "runtime/parallel.h"
+#include "runtime/watch.h"
 
 namespace py = pybind11;
 

@@ -5,7 +5,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "isa_headers.h"
+#include "isa/headers.h"
 
 #pragma GCC push_options
 #pragma GCC target( \
@@ -16,7 +16,7 @@ namespace pvt::amx {
 #define PVT_HAS_WIDEN
 #define PVT_HAS_ROUND_TO_BF16
 #define PVT_AMX
-#include "vec-inl.h"
+#include "simd/vec-inl.h"
 
 PVT_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 PVT_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
@@ -25,7 +25,7 @@ PVT_INLINE VecBits widen(VecHalf h) {  // GCC 12 does it in halves
 }
 PVT_INLINE VecHalf round_to_bf16(Vec v) { return reinterpret_cast<VecHalf>(_mm512_cvtneps_pbh(v)); }
 
-#include "isa-inl.h"
+#include "isa/kernels-inl.h"
 }  // namespace pvt::amx
 #pragma GCC pop_options
 

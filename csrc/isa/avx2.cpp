@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "isa_headers.h"
+#include "isa/headers.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi2")
@@ -10,7 +10,7 @@ namespace pvt::avx2 {
 #define PVT_LANES 8
 #define PVT_HAS_MIN_MAX
 #define PVT_HAS_WIDEN
-#include "vec-inl.h"
+#include "simd/vec-inl.h"
 
 PVT_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 PVT_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
@@ -18,7 +18,7 @@ PVT_INLINE VecBits widen(VecHalf h) {  // GCC 12 does it in halves
   return reinterpret_cast<VecBits>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(h)));
 }
 
-#include "isa-inl.h"
+#include "isa/kernels-inl.h"
 }  // namespace pvt::avx2
 #pragma GCC pop_options
 

@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "isa_headers.h"
+#include "isa/headers.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi2,prefer-vector-width=512")
@@ -10,7 +10,7 @@ namespace pvt::avx512 {
 #define PVT_LANES 16
 #define PVT_HAS_MIN_MAX
 #define PVT_HAS_WIDEN
-#include "vec-inl.h"
+#include "simd/vec-inl.h"
 
 PVT_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 PVT_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
@@ -18,7 +18,7 @@ PVT_INLINE VecBits widen(VecHalf h) {  // GCC 12 does it in halves
   return reinterpret_cast<VecBits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)));
 }
 
-#include "isa-inl.h"
+#include "isa/kernels-inl.h"
 }  // namespace pvt::avx512
 #pragma GCC pop_options
 

@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "isa_headers.h"
+#include "isa/headers.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,bmi2,prefer-vector-width=512")
@@ -12,7 +12,7 @@ namespace pvt::avx512_bf16 {
 #define PVT_HAS_WIDEN
 #define PVT_HAS_ROUND_TO_BF16
 #define PVT_HAS_DOT_BF16
-#include "vec-inl.h"
+#include "simd/vec-inl.h"
 
 PVT_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
 PVT_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
@@ -31,7 +31,7 @@ PVT_INLINE VecPairs splat_pair(const bf16* p) {
 }
 PVT_INLINE Vec dot(Vec acc, VecPairs a, VecPairs b) { return _mm512_dpbf16_ps(acc, a, b); }
 
-#include "isa-inl.h"
+#include "isa/kernels-inl.h"
 }  // namespace pvt::avx512_bf16
 #pragma GCC pop_options
 

@@ -3,7 +3,7 @@
 #include <arm_neon.h>
 #include <sys/auxv.h>
 
-#include "isa_headers.h"
+#include "isa/headers.h"
 
 #pragma GCC push_options
 #pragma GCC target("arch=armv8.2-a+bf16")
@@ -12,7 +12,7 @@ namespace pvt::neon_bf16 {
 #define PVT_NEON
 #define PVT_HAS_ROUND_TO_BF16
 #define PVT_HAS_DOT_BF16
-#include "vec-inl.h"
+#include "simd/vec-inl.h"
 
 PVT_INLINE VecHalf round_to_bf16(Vec v) { return reinterpret_cast<VecHalf>(vcvt_bf16_f32(v)); }
 
@@ -26,7 +26,7 @@ PVT_INLINE VecPairs splat_pair(const bf16* p) {
 }
 PVT_INLINE Vec dot(Vec acc, VecPairs a, VecPairs b) { return vbfdotq_f32(acc, a, b); }
 
-#include "isa-inl.h"
+#include "isa/kernels-inl.h"
 }  // namespace pvt::neon_bf16
 #pragma GCC pop_options
 

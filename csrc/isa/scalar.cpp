@@ -1,10 +1,10 @@
 // The baseline of the target: no instruction set is assumed, vectors of four are lowered to what there is.
-#include "isa_headers.h"
+#include "isa/headers.h"
 
 namespace pvt::scalar {
 #define PVT_LANES 4
-#include "vec-inl.h"
-#include "isa-inl.h"
+#include "simd/vec-inl.h"
+#include "isa/kernels-inl.h"
 }  // namespace pvt::scalar
 
 namespace pvt {

@@ -9,7 +9,7 @@
 #include <thread>
 #include <utility>
 
-#include "parallel.h"
+#include "runtime/parallel.h"
 
 namespace isolated {
 namespace {

@@ -1,7 +1,7 @@
-// A stand-in for parallel.cpp that proves what every parallel region promises: that each work item writes bytes of its
-// own only, and reads none that another item of the region writes. Items run one at a time, on workers that are threads
-// of their own, in whatever order; after each, what it wrote is taken out of the watched memory, so that the next finds
-// all as it was before the region.
+// A stand-in for runtime/parallel.cpp that proves what every parallel region promises: that each work item writes bytes
+// of its own only, and reads none that another item of the region writes. Items run one at a time, on workers that are
+// threads of their own, in whatever order; after each, what it wrote is taken out of the watched memory, so that the
+// next finds all as it was before the region.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
 // Every parallel region of every op: do its work items write bytes of their own only, and give the same bits in
-// whatever order and on however many threads? Linked with isolated_items.cpp in place of parallel.cpp.
+// whatever order and on however many threads? Linked with isolated_items.cpp in place of runtime/parallel.cpp.
 //
 //   test_isolation [isa ...]   all runnable ISAs unless some are named
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 #include "cases.h"
 #include "isolated_items.h"
-#include "memory.h"
+#include "runtime/memory.h"
 
 namespace {
 

@@ -14,9 +14,9 @@
 #include <thread>
 #include <vector>
 
-#include "forward.h"
+#include "runtime/forward.h"
 #include "kernels.h"
-#include "parallel.h"
+#include "runtime/parallel.h"
 
 namespace {
 

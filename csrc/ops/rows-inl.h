@@ -1,4 +1,5 @@
 // Work on rows of channels: LayerNorm, softmax.
+// Compiled once per ISA: included by isa/kernels-inl.h, which says how.
 
 // LayerNorm's weight and bias in float, padded to whole panels with zeros, so that padded columns become zero.
 struct PackedNorm {
@@ -187,3 +188,24 @@ void softmax_rows(float* scores, int rows, int count, int width, Out* probabilit
     softmax_group<kRowGroup>(scores + row * ld, count, width, probabilities + row * ld);
   for (; row < rows; ++row) softmax_group<1>(scores + row * ld, count, width, probabilities + row * ld);
 }
+
+template <class T>
+class LayerNormOp final : public LayerNorm {
+ public:
+  LayerNormOp(const Norm& norm, int channels) : norm_(norm, channels, static_cast<const T*>(nullptr)) {}
+
+  int channels() const override { return norm_.channels; }
+
+  void run(const void* x, std::int64_t rows, void* out) const override {
+    const Split split = split_light(1, rows, norm_.channels);
+    parallel_for(split.tiles, [&](std::int64_t item) {
+      const auto tile = split.tile(item);
+      NormRows<T, T> group(norm_, norm_.channels);
+      for (std::int64_t r = tile.begin; r < tile.end; ++r)
+        group.add(static_cast<const T*>(x) + r * norm_.channels, static_cast<T*>(out) + r * norm_.channels);
+    });
+  }
+
+ private:
+  PackedNorm norm_;
+};

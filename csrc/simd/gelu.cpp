@@ -1,4 +1,4 @@
-#include "gelu.h"
+#include "simd/gelu.h"
 
 #include <cmath>
 

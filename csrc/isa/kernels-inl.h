@@ -6,16 +6,21 @@ struct MatrixUnit {  // no state to hold without a matrix unit
 };
 #endif
 
-#include "gemm-inl.h"
+#include "simd/math-inl.h"
+
+#include "gemm/layout-inl.h"
+#include "gemm/epilogue-inl.h"
+#include "gemm/tile-inl.h"
 #ifdef PVT_AMX
-#include "amx-inl.h"
+#include "gemm/amx-inl.h"
 #endif
-#include "panels-inl.h"
-#include "rows-inl.h"
-#include "pack-inl.h"
-#include "mlp-inl.h"
-#include "attention-inl.h"
-#include "embed_head-inl.h"
+#include "gemm/panels-inl.h"
+#include "ops/rows-inl.h"
+#include "gemm/pack-inl.h"
+#include "ops/mlp-inl.h"
+#include "ops/attention-inl.h"
+#include "ops/patch_embed-inl.h"
+#include "ops/head-inl.h"
 
 // T: element of activations and weights; E: element that the ISA multiplies.
 template <class T, class E>

@@ -12,8 +12,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "gelu.h"
+#include "simd/gelu.h"
 #include "kernels.h"
-#include "memory.h"
-#include "parallel.h"
-#include "split.h"
+#include "runtime/memory.h"
+#include "runtime/parallel.h"
+#include "runtime/split.h"

@@ -1,4 +1,5 @@
 // x + scale * proj(softmax(q k^T) v), y = LayerNorm(x), q = y Wq, k and v from the reduced map of y.
+// Compiled once per ISA: included by isa/kernels-inl.h, which says how.
 //
 // y is computed once, its tokens ordered by the patch of the reducing convolution that they fall into: then the
 // convolution is a GEMM over rows of whole patches, and queries are the same memory as rows of tokens. Keys and values

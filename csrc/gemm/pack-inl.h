@@ -1,4 +1,5 @@
 // From torch's weight layouts to packed ones.
+// Compiled once per ISA: included by isa/kernels-inl.h, which says how.
 
 // The packed rows x cols matrix whose element (k, n) is at(k, n), with bias(n).
 template <class E, class At, class Bias>

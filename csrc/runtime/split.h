@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "parallel.h"
+#include "runtime/parallel.h"
 
 namespace pvt {
 

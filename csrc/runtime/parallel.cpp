@@ -1,4 +1,4 @@
-#include "parallel.h"
+#include "runtime/parallel.h"
 
 #include <omp.h>
 #include <sched.h>
@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "memory.h"
+#include "runtime/memory.h"
 
 namespace pvt {
 

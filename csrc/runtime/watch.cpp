@@ -1,4 +1,4 @@
-#include "watch.h"
+#include "runtime/watch.h"
 
 #include <algorithm>
 #include <array>

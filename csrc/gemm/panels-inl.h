@@ -1,4 +1,5 @@
 // Products shared out by panels of the weights and by rows.
+// Compiled once per ISA: included by isa/kernels-inl.h, which says how.
 
 // Rows of a thread's own that make it worth reading all weights for them: below, every weight had better be read once.
 // What a thread reads is best what it wrote before: between cores that share no cache it takes far longer.

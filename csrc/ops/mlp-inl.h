@@ -1,4 +1,5 @@
 // x + scale * fc2(gelu(dwconv3x3(h))), h = [relu] fc1(LayerNorm(x)).
+// Compiled once per ISA: included by isa/kernels-inl.h, which says how.
 //
 // The hidden map is 4-8 times as wide as x; it never leaves the second-level caches. For each panel of hidden channels
 // fc1 gives some image rows of the panel (they stay near the first-level cache), depthwise convolution and GELU turn

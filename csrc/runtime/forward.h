@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "kernels.h"
-#include "memory.h"
-#include "parallel.h"
+#include "runtime/memory.h"
+#include "runtime/parallel.h"
 
 namespace pvt {
 

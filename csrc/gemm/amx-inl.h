@@ -1,4 +1,5 @@
 // The AMX matrix unit: 16 x 16 float tiles += (16 x 32) x (32 x 16) bf16. Replaces the register tile for bf16 rows.
+// Compiled once per ISA: included by isa/kernels-inl.h, which says how.
 
 // Eight tiles of 16 rows of 64 bytes, as the CPU reads it.
 struct alignas(64) TileConfig {
