@@ -24,7 +24,7 @@ CASES = list(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_op(benchmark, case, dtype, backend):
-    assert dispatch.load("cpp") is cpp
+    assert dispatch.load("cpp") is cpp.BACKEND
     arguments = case.make(dtype)
     with torch.inference_mode():
         testing.assert_parity(testing.run(backend, case, arguments), *testing.expected(case, arguments))

@@ -185,6 +185,7 @@ def dry_run(planned: list[Step], minutes: float) -> str:
 def sources_digest(root: Path) -> str:
     """12 digits of the package's Python sources: results of other sources are not taken for those of these."""
     hashed = hashlib.sha256()
-    for path in sorted((*(root / "pvt_fast").glob("*.py"), *(root / "kernels").glob("*.py"))):
-        hashed.update(path.name.encode() + b"\0" + path.read_bytes())
+    for folder in (root / "pvt_fast", root / "kernels"):
+        for path in sorted(folder.rglob("*.py")):
+            hashed.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
     return hashed.hexdigest()[:12]

@@ -8,8 +8,7 @@ import source_tree  # noqa: F401
 import torch
 from torch import Tensor
 
-from pvt_fast import kernels
-from pvt_fast.kernels import launch
+from pvt_fast.kernels import BACKEND, launch
 from pvt_fast.ops import Linear, Norm
 from pvt_fast.testing import AttentionCase, Case, MlpCase, PatchEmbedCase, run
 
@@ -36,13 +35,13 @@ def results(device: str) -> Iterator[Tensor]:
         for form in (chip, chip._replace(processors=1)):
             for case in CASES:
                 with launch.recorded(form):
-                    result = run(kernels, case, case.make(dtype, device))
+                    result = run(BACKEND, case, case.make(dtype, device))
                 yield result
         x = torch.randn(2, 9, 160, device=device, dtype=dtype)
         norm = Norm(torch.ones(160, device=device, dtype=dtype), torch.zeros(160, device=device, dtype=dtype), 1e-6)
         classifier = Linear(torch.randn(10, 160, device=device, dtype=dtype), None)
-        yield kernels.layer_norm(x, norm)
-        yield kernels.head(x, classifier)
+        yield BACKEND.layer_norm(x, norm)
+        yield BACKEND.head(x, classifier)
 
 
 def target(device: str) -> int:

@@ -22,8 +22,8 @@ from report import table
 from torch import Tensor
 
 import pvt_fast
-from pvt_fast import kernels
 from pvt_fast.config import VARIANTS, PVTConfig
+from pvt_fast.kernels import BACKEND
 from pvt_fast.kernels.launch import Launch, recorded
 from pvt_fast.testing import run_stages
 
@@ -254,7 +254,7 @@ def model_launches(case: Case) -> list[Launch]:
     with torch.device("meta"), torch.no_grad(), recorded() as launches:
         model = pvt_fast.create_model(case.model).eval().to(dtype)
         tokens = run_stages(model, torch.empty(case.batch, 3, case.size, case.size, dtype=dtype), "triton")
-        kernels.head(tokens, None)
+        BACKEND.head(tokens, None)
     return launches
 
 

@@ -9,6 +9,6 @@ if __name__ == "kernels":
 
     hand_over(__name__, __file__)
 else:
-    from .backend import dwconv_mlp, head, layer_norm, overlap_patch_embed, sr_attention, unsupported
+    from .backend import BACKEND
 
-    __all__ = ["dwconv_mlp", "head", "layer_norm", "overlap_patch_embed", "sr_attention", "unsupported"]
+    __all__ = ["BACKEND"]

@@ -13,12 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
-from pvt_fast.backend.dispatch import BackendUnavailable, Facts, cannot_run
+from pvt_fast.ops import AttentionSpec, MlpSpec, Support
 from pvt_fast.ops.packing import packed
 
 T = TypeVar("T")
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # With TRITON_INTERPRET=1 kernels run in Python on tensors of any device. Triton reads it when a kernel is defined.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -76,11 +74,6 @@ def recorded(chip: Chip | None = None, ahead: list[Launch] | None = None) -> Ite
         _recording = before
 
 
-def is_recording() -> bool:
-    """Whether this is within `recorded`."""
-    return _recording is not None
-
-
 def chip_of(device: torch.device) -> Chip:
     """The GPU that kernels on this device run on."""
     if _recording is not None and _recording.chip is not None:
@@ -115,17 +108,13 @@ def workspace(device: torch.device, elements: int, tiles: int) -> tuple[Tensor, 
     return sums, _counters(torch.cuda.current_device() if device.index is None else device.index).take(tiles)
 
 
-def unsupported(facts: Facts) -> str | None:
-    """Why these kernels cannot run on such an input, or None."""
-    if facts.device != "cuda" and not INTERPRETED:
-        return f"the kernels need a CUDA device, got {facts.device} (TRITON_INTERPRET=1 interprets them on any)"
-    if facts.dtype not in _DTYPES:
-        return f"the kernels take float32, bfloat16 and float16, got {str(facts.dtype).removeprefix('torch.')}"
-    if facts.dropout:
-        return "the kernels have no dropout; set drop_rate and attn_drop_rate to 0 or use backend 'reference'"
-    if facts.autocast:
-        return "the kernels run in the dtype of the weights; cast the model (model.bfloat16()) instead of autocast"
-    return None if INTERPRETED or _recording is not None else _unsupported_gpu()
+def _unsupported_device(device: str) -> str | None:
+    """Why these kernels cannot run on a device of this type, or None. A recording needs none."""
+    if INTERPRETED or _recording is not None:
+        return None
+    if device != "cuda":
+        return f"the kernels need a CUDA device, got {device} (TRITON_INTERPRET=1 interprets them on any)"
+    return _unsupported_gpu()
 
 
 @cache
@@ -138,16 +127,14 @@ def _unsupported_gpu() -> str | None:
     return None
 
 
-def require_runs(op: str, x: Tensor, *rates: float) -> None:
-    """BackendUnavailable unless the kernels run on x, at these rates of dropout. A recording needs no device."""
-    device = x.device.type if _recording is None else "cuda"
-    if (reason := unsupported(Facts(device, x.dtype, dropout=any(rates)))) is not None:
-        raise BackendUnavailable(f"{op}: {cannot_run('triton', reason)}")
+SUPPORT = Support("triton", (torch.float32, torch.bfloat16, torch.float16), _unsupported_device)
 
 
-def operands(op: str, x: Tensor, residual_scale: Tensor | None = None, *rates: float) -> tuple[Tensor, Tensor | None]:
-    """x and residual_scale as the kernels read them, of one dtype and dense; BackendUnavailable as `require_runs`."""
-    require_runs(op, x, *rates)
+def operands(
+    op: str, x: Tensor, residual_scale: Tensor | None = None, spec: AttentionSpec | MlpSpec | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """x and residual_scale as kernels read them, of one dtype and dense; BackendUnavailable where they do not run."""
+    SUPPORT.require(op, x, spec)
     scale = None if residual_scale is None else residual_scale.to(x.dtype).resolve_neg().contiguous()
     return x.resolve_neg().contiguous(), scale
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pvt_fast.ops import Linear, Norm
 
-from . import config, tuning
+from . import block_sizes
 from .launch import chip_of, dense, dot_precision
 from .primitives import (
     add_residual,
@@ -109,13 +109,9 @@ def linear(start: Callable, a: Tensor, w: Linear, out: Tensor, x: Tensor, scale:
     rows = a.shape[0] * a.shape[1]
     pointers = (a, *dense(*w), x, scale, out)
     meta = {"N": columns, "K": inner, "SCALED": scale is not None, "PRECISION": dot_precision(x.dtype)}
-
-    def start_with(shape: config.Config) -> None:
-        grid = (triton.cdiv(rows, shape["BLOCK_M"]), triton.cdiv(columns, shape["BLOCK_N"]))
-        start(linear_kernel, grid, a, *pointers, rows, a.shape[1], **meta, **shape)
-
-    default = config.linear(columns, inner, x.dtype, chip_of(a.device))
-    tuning.with_choice(start, linear_kernel, (columns, inner), a, default, start_with)
+    shape = block_sizes.linear(columns, inner, x.dtype, chip_of(a.device))
+    grid = (triton.cdiv(rows, shape["BLOCK_M"]), triton.cdiv(columns, shape["BLOCK_N"]))
+    start(linear_kernel, grid, a, *pointers, rows, a.shape[1], **meta, **shape)
 
 
 def norm_linear(start: Callable, x: Tensor, norm: Norm, w: Linear) -> Tensor:
@@ -126,13 +122,9 @@ def norm_linear(start: Callable, x: Tensor, norm: Norm, w: Linear) -> Tensor:
     chip = chip_of(x.device)
     pointers = (x, *dense(*norm[:2], *w), out)
     meta = {"N": columns, "C": channels, "PRECISION": dot_precision(x.dtype)}
-
-    def start_with(shape: config.Config) -> None:
-        tiles, blocks = triton.cdiv(rows, shape["BLOCK_M"]), triton.cdiv(columns, shape["BLOCK_N"])
-        per_program = config.columns_per_program(tiles, blocks, chip)
-        grid = (tiles, triton.cdiv(blocks, per_program))
-        start(norm_linear_kernel, grid, x, *pointers, rows, per_program, norm.eps, **meta, **shape)
-
-    default = config.norm_linear(channels, columns, x.dtype, chip)
-    tuning.with_choice(start, norm_linear_kernel, (channels, columns), x, default, start_with)
+    shape = block_sizes.norm_linear(channels, columns, x.dtype, chip)
+    tiles, blocks = triton.cdiv(rows, shape["BLOCK_M"]), triton.cdiv(columns, shape["BLOCK_N"])
+    per_program = block_sizes.columns_per_program(tiles, blocks, chip)
+    grid = (tiles, triton.cdiv(blocks, per_program))
+    start(norm_linear_kernel, grid, x, *pointers, rows, per_program, norm.eps, **meta, **shape)
     return out

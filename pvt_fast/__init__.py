@@ -35,7 +35,8 @@ from .variants import (
     pvt_v2_b4,
     pvt_v2_b5,
 )
-from .checkpoints.weights import LoadReport, export_weights, load_weights
+from .checkpoints.fitting import LoadReport
+from .checkpoints.weights import export_weights, load_weights
 
 __all__ = [
     "PVT_V2",

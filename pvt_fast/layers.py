@@ -16,7 +16,7 @@ from .accelerate.peers import PVT_FAST
 from .accelerate.read import read_attention, read_embed, read_head, read_mlp, read_norm, roots
 from .config import INNER_NORM_EPS, LINEAR_POOL_SIZE
 from .ops import to_tokens
-from .ops.reference import convolvable, pool
+from .ops.traceable import adaptive_pool, convolvable
 
 
 class OverlapPatchEmbed(nn.Module):
@@ -70,7 +70,7 @@ class Pool(nn.AdaptiveAvgPool2d):
         super().__init__(LINEAR_POOL_SIZE)
 
     def forward(self, x: Tensor) -> Tensor:
-        return pool(x)
+        return adaptive_pool(x)
 
 
 class SpatialReductionAttention(nn.Module):

@@ -14,10 +14,10 @@ from .accelerate.fused import Settings, StandIn
 from .accelerate.guard import Kinds
 from .arguments import flag, function, instance, number, shown
 from .backend import dispatch
-from .backend import registered as library
 from .checkpoints.pretrained import HubMixin
 from .config import PVTConfig
 from .conventions import TimmConventions, init_weights, inputs_of, outputs_of, stage_indices
+from .graphs import compiled
 from .graphs.cuda_graph import CapturedModel
 from .graphs.program import Whole
 from .images.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
@@ -103,7 +103,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         )
         self._settings = Settings()
         self._checkpointing = False
-        self._number = library.number(self)
+        self._number = compiled.number(self)
         function("PVT_V2: norm_layer", norm_layer, "callable with a number of channels")
         total = sum(config.depths)
         rates = [config.drop_path_rate * i / max(total - 1, 1) for i in range(total)]
@@ -120,7 +120,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._number = library.number(self)  # a copy is a model of its own
+        self._number = compiled.number(self)  # a copy is a model of its own
         self._stand_in()
 
     def _stand_in(self) -> None:
@@ -190,7 +190,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
 
     @backend.setter
     def backend(self, name: str) -> None:
-        self._settings.backend = dispatch._check_name(name, "PVT_V2: backend")
+        self._settings.backend = dispatch.check_name(name, "PVT_V2: backend")
         for _, stand_in in self.stand_ins():  # of blocks that were another model's, or copied, too
             stand_in.follow(self._settings)
 
@@ -211,6 +211,8 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         image = self._prepare(image)
         logits = self._whole.run(self, image)
         return self.forward_head(self.forward_features(image)) if logits is None else logits
+
+    published_forward = forward  # whatever a subclass has
 
     def __prepare_scriptable__(self) -> NoReturn:
         """What torch.jit.script asks for first."""
@@ -375,7 +377,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
     def stands_whole(self) -> bool:
         """Do the ops stand in for every module now, on a backend that knows whole models?"""
         like = next(self.parameters())
-        if dispatch.select(self.facts(like), self.backend).__name__ != dispatch.ORDER["cpp"]:
+        if dispatch.select(self.facts(like), self.backend).whole is None:
             return False
         count = 1 + sum(2 + len(getattr(self, f"block{n + 1}")) for n in range(self._config.num_stages))
         pieces = [(owner, stand_in.current(owner)) for owner, stand_in in self.stand_ins()]

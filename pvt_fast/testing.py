@@ -36,7 +36,7 @@ from .ops import (
 
 @dataclass(frozen=True)
 class PatchEmbedCase:
-    """`overlap_patch_embed` of a (batch, in_channels, *hw) image to `channels`."""
+    """`patch_embed` of a (batch, in_channels, *hw) image to `channels`."""
 
     batch: int
     hw: tuple[int, int]
@@ -46,7 +46,7 @@ class PatchEmbedCase:
     stride: int = 2
     layout: str = "nchw"  # or "nhwc": channels-last strides; or "sliced": no dimension compact
 
-    op = "overlap_patch_embed"
+    op = "patch_embed"
 
     def __str__(self) -> str:
         size = f"B{self.batch}_{self.hw[0]}x{self.hw[1]}_C{self.in_channels}-{self.channels}"
@@ -65,7 +65,7 @@ class PatchEmbedCase:
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """`sr_attention` of a (batch, H * W, channels) map; `scale_residual` draws a residual_scale."""
+    """`attention` of a (batch, H * W, channels) map; `scale_residual` draws a residual_scale."""
 
     batch: int
     hw: tuple[int, int]
@@ -77,7 +77,7 @@ class AttentionCase:
     scale_residual: bool = False
     layout: str = "compact"
 
-    op = "sr_attention"
+    op = "attention"
 
     def __str__(self) -> str:
         kind = "linear" if self.linear else f"sr{self.sr_ratio}"
@@ -114,7 +114,7 @@ class AttentionCase:
 
 @dataclass(frozen=True)
 class MlpCase:
-    """`dwconv_mlp` of a (batch, H * W, channels) map with `hidden` channels inside."""
+    """`mlp` of a (batch, H * W, channels) map with `hidden` channels inside."""
 
     batch: int
     hw: tuple[int, int]
@@ -124,7 +124,7 @@ class MlpCase:
     scale_residual: bool = False
     layout: str = "compact"
 
-    op = "dwconv_mlp"
+    op = "mlp"
 
     def __str__(self) -> str:
         flags = ("_relu" if self.relu else "") + ("_scaled" if self.scale_residual else "")
@@ -251,16 +251,17 @@ def run_stages(model: PVT_V2, image: Tensor, backend: str) -> Tensor:
 
     For recordings of launches on tensors without memory, where the model itself would run its own modules.
     """
-    ops, x, hw = dispatch.load(backend), image, (0, 0)
+    ops: Any = dispatch.load(backend)
+    x, hw = image, (0, 0)
     for owner, stand_in in model.stand_ins():
         fused = stand_in.current(owner)
         if isinstance(fused, FusedEmbed):
             weights = PatchEmbedWeights(linear_of(fused.proj), norm_of(fused.norm))
-            x, hw = ops.overlap_patch_embed(x, weights, owner.proj.stride[0])  # type: ignore[union-attr,index]
+            x, hw = ops.patch_embed(x, weights, owner.proj.stride[0])  # type: ignore[index]
         elif isinstance(fused, FusedBlock):
             x = fused.compute(owner, backend, x, hw)
         elif isinstance(fused, FusedNorm):
-            x = to_map(ops.layer_norm(x, norm_of(fused.norm)), hw)  # type: ignore[union-attr]
+            x = to_map(ops.layer_norm(x, norm_of(fused.norm)), hw)
     return to_tokens(x)
 
 

@@ -10,9 +10,10 @@ import os
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -29,7 +30,8 @@ import pytest
 
 import pvt_fast
 from pvt_fast.accelerate.fused import FusedBlock
-from pvt_fast.backend import dispatch
+from pvt_fast.backend import cpp, dispatch
+from pvt_fast.ops import Backend, Facts
 from pvt_fast.testing import CASES, Case, PatchEmbedCase
 
 # In triton's interpreter a call takes seconds above this many floating-point operations, ...
@@ -67,10 +69,8 @@ class Target(NamedTuple):
         return self.backend if self.isa is None else f"{self.backend}.{self.isa}"
 
     @property
-    def module(self):
-        module = dispatch.load(self.backend)
-        assert not isinstance(module, dispatch.BackendUnavailable), module
-        return module
+    def ops(self) -> Backend:
+        return dispatch.load(self.backend)
 
     @property
     def device(self) -> str:
@@ -83,12 +83,12 @@ class Target(NamedTuple):
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """Those of the backend; float16, which "cpp" hands to its float32 kernels, on the best instruction set only."""
-        best = self.isa is None or self.isa == self.module.isas()[0]
+        best = self.isa is None or self.isa == cpp.isas()[0]
         return tuple(dtype for dtype in DTYPES[self.backend] if best or dtype != torch.float16)
 
     def in_use(self) -> AbstractContextManager:
-        """Within the block, calls of the backend's module run on this target's instruction set."""
-        return nullcontext() if self.isa is None else self.module.use_isa(self.isa)
+        """Within the block, the backend's ops run on this target's instruction set."""
+        return nullcontext() if self.isa is None else cpp.use_isa(self.isa)
 
     def takes(self, case: Case) -> bool:
         """False for cases too large for the interpreter; other targets take every case."""
@@ -112,20 +112,15 @@ def find_targets() -> tuple[list[Target], list[NotRunnable]]:
     """(what runs here, what does not and why), over every backend and every instruction set of "cpp"."""
     targets, missing = [], []
     for name in ("reference", *(name for name in dispatch.ORDER if name != "reference")):
-        module = dispatch.load(name)
-        if isinstance(module, dispatch.BackendUnavailable):
-            missing.append(NotRunnable(name, str(module)))
-            continue
-        device = Target(name).device
-        reason = module.unsupported(dispatch.Facts(device, torch.float32))
+        _, reason = dispatch.usable(name, Facts(Target(name).device, torch.float32))
         if reason is not None:
             missing.append(NotRunnable(name, reason))
         elif name == "cpp":
-            runnable = module.isas()
+            runnable = cpp.isas()
             targets += [Target(name, isa) for isa in runnable]
             missing += [
                 NotRunnable(f"cpp.{isa}", f"not one of this CPU's: {', '.join(runnable)}")
-                for isa in getattr(module, "ISAS", ())
+                for isa in cpp.ISAS
                 if isa not in runnable
             ]
         else:
@@ -277,6 +272,21 @@ def _plain_default() -> Iterator[None]:
     """Models that ask for no backend run on the reference, so that no test hangs on what happens to be fastest."""
     with pvt_fast.use_backend("reference"):
         yield
+
+
+@pytest.fixture
+def add_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Backend], None]]:
+    """Registers a backend for the test, or puts it in place of the one that has its name."""
+
+    def add(backend: Backend) -> None:
+        module = ModuleType(f"tests_{backend.name}_backend")
+        module.BACKEND = backend
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(dispatch.ORDER, backend.name, module.__name__)
+        dispatch._loaded.cache_clear()
+
+    yield add
+    dispatch._loaded.cache_clear()
 
 
 @pytest.fixture

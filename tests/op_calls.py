@@ -11,28 +11,21 @@ import torch
 from torch import Tensor
 
 from pvt_fast import testing
-from pvt_fast.ops import Linear, Norm, reference
+from pvt_fast.backend import registered
+from pvt_fast.ops import reference
 from pvt_fast.ops.checks import OPERANDS
 from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase
 
 Call = dict[str, Any]  # arguments of an op by their names
 
-# What each op's schema calls things that the contract has elsewhere.
-_SCHEMA_NAMES = {
-    "height": "hw.0",
-    "width": "hw.1",
-    "sr_eps": "w.sr_norm.eps",
-    **{name: f"spec.{name}" for name in ("num_heads", "scale", "linear", "relu")},
-}
-
 
 def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[str, Call]]:
     """By name (op, arguments) of small valid calls, which together have every operand that there is."""
     cases = {
-        "overlap_patch_embed": PatchEmbedCase(2, (9, 10), 3, 16, kernel=7, stride=4),
-        "sr_attention": AttentionCase(2, (6, 5), 16, 2, sr_ratio=2, scale_residual=True),
-        "sr_attention linear": AttentionCase(2, (6, 5), 16, 2, linear=True, scale_residual=True),
-        "dwconv_mlp": MlpCase(2, (6, 5), 16, 24, scale_residual=True),
+        "patch_embed": PatchEmbedCase(2, (9, 10), 3, 16, kernel=7, stride=4),
+        "attention": AttentionCase(2, (6, 5), 16, 2, sr_ratio=2, scale_residual=True),
+        "attention linear": AttentionCase(2, (6, 5), 16, 2, linear=True, scale_residual=True),
+        "mlp": MlpCase(2, (6, 5), 16, 24, scale_residual=True),
     }
     made = {name: named(case.op, *case.make(dtype)) for name, case in cases.items()}
     draw = testing._Draw("small ops", dtype, "cpu")
@@ -74,21 +67,7 @@ def put(value: Any, place: str, new: Any) -> Any:
 
 def flat(op: str, call: Call, backend: str) -> list[Any]:
     """The arguments of `torch.ops.pvt_fast.<op>`."""
-    weights = call["w"]
-    own = "w.proj" if op == "overlap_patch_embed" else "w"
-    eps = "w.eps" if isinstance(weights, (Norm, Linear)) else "w.norm.eps"
-    values = []
-    for argument in getattr(torch.ops.pvt_fast, op).default._schema.arguments:
-        part, _, field = argument.name.rpartition("_")
-        places = {**_SCHEMA_NAMES, "eps": eps, "weight": f"{own}.weight", "bias": f"{own}.bias"}
-        if argument.name == "backend":
-            values.append(backend)
-        elif argument.name in call:
-            values.append(call[argument.name])
-        else:
-            value = get(call, places.get(argument.name, f"w.{part}.{field}"))
-            values.append(0.0 if value is None and argument.name == "sr_eps" else value)
-    return values
+    return [*registered.SIGNATURES[op].flat(tuple(call.values())), backend]
 
 
 _guarded: list[mmap.mmap] = []  # alive, as their pages are never to be used for anything else

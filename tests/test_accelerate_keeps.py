@@ -474,9 +474,7 @@ def test_export_records_the_blocks_own_code(strict, ran):
     assert ran == []
 
 
-@pytest.mark.parametrize(
-    ("peer", "ops"), [("timm", ["sr_attention", "dwconv_mlp"] * 3), ("segformer", ["dwconv_mlp"] * 3)]
-)
+@pytest.mark.parametrize(("peer", "ops"), [("timm", ["attention", "mlp"] * 3), ("segformer", ["mlp"] * 3)])
 @torch.no_grad()
 def test_compiled(peer, ops):
     """One graph with registered ops in it; attention that would be packed at each call keeps its own code."""

@@ -1,7 +1,6 @@
 """The comparison of backends: checked before it is timed, in turns, and honest about what did not run."""
 
-import sys
-import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from pvt_fast import PVT_V2
 from pvt_fast.backend import dispatch
 from pvt_fast.cli import bench
 from pvt_fast.cli.bench import Comparison, Contender, ParityError, Result, compare, interleave
-from pvt_fast.ops import reference
+from pvt_fast.ops import Facts, Support, reference
 
 REFERENCE = Contender("reference", torch.float32, "cpu")
 
@@ -132,13 +131,14 @@ def test_wrong_answers_are_not_timed(model, images, monkeypatch):
 
 
 @pytest.fixture
-def picky(monkeypatch) -> str:
+def picky(add_backend) -> str:
     """A backend that runs float32 only."""
-    module = types.ModuleType("picky_backend")
-    module.__dict__.update(vars(reference), __name__="picky_backend")
-    module.unsupported = lambda facts: None if facts.dtype == torch.float32 else "it wants float32"
-    monkeypatch.setitem(dispatch.ORDER, "picky", "picky_backend")
-    monkeypatch.setitem(sys.modules, "picky_backend", module)
+
+    class Picky(Support):
+        def refusal(self, facts: Facts) -> str | None:
+            return None if facts.dtype == torch.float32 else "it wants float32"
+
+    add_backend(replace(reference.BACKEND, support=Picky("picky")))
     return "picky"
 
 

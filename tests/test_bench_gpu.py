@@ -23,7 +23,7 @@ from gpu_plan import Clock, Place, Request, Step
 from gpu_report import Results
 from server import Failed, Server
 
-from pvt_fast import kernels
+from pvt_fast.kernels import BACKEND
 from pvt_fast.kernels.launch import recorded
 from pvt_fast.testing import MlpCase, run
 
@@ -209,7 +209,7 @@ def test_launches_alone_are_timed_and_described():
     """Two blocks of one shape and one of another, in the interpreter."""
     with recorded() as launches:
         for case in (MlpCase(1, (3, 4), 32, 64), MlpCase(1, (3, 4), 32, 64), MlpCase(1, (2, 2), 32, 64)):
-            run(kernels, case, case.make(torch.bfloat16))
+            run(BACKEND, case, case.make(torch.bfloat16))
     groups = gpu_kernels.distinct(launches)
     assert sorted(len(group) for group in groups) == sorted([2, 1] * (len(launches) // 3))
     effort = gpu_kernels.Effort(repeats=3, flush_bytes=1 << 16, copy_bytes=1 << 16, product_side=32)

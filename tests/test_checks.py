@@ -37,7 +37,7 @@ GIVE_SIZES = {"image", "x", "w.proj.weight", "w.q.weight", "w.fc1.weight", "w.sr
 # Tensors that torch lets nobody ask for a shape.
 REFUSED_BY_TORCH = {"nested", "an uninitialized parameter"}
 # Dimensions of the activations that may have any size.
-FREE = {"overlap_patch_embed": {0, 2, 3}, "layer_norm": {0, 1}, "head": {0, 1}}
+FREE = {"patch_embed": {0, 2, 3}, "layer_norm": {0, 1}, "head": {0, 1}}
 
 WAYS: dict[str, Callable[[str, Call, str], Any]] = {
     "direct": lambda op, call, backend: getattr(dispatch.load(backend), op)(**call),
@@ -163,7 +163,7 @@ def test_the_table_has_every_tensor_of_the_schemas():
         count = sum("Tensor" in str(argument.type) for argument in schema.arguments)
         activations = sum(name in call for name in ("image", "x", "residual_scale"))
         assert len(OPERANDS[op]) + activations == count
-        assert len(tensors(op, call)) == count or op == "sr_attention"
+        assert len(tensors(op, call)) == count or op == "attention"
 
 
 @pytest.mark.only("cpp", "triton")
@@ -229,10 +229,10 @@ def test_a_bias_without_its_weight_is_not_dropped():
     _, call = CALLS["head"]
     with pytest.raises(TypeError, match=r"head: w.weight must be a Tensor, got None"):
         torch.ops.pvt_fast.head(call["x"], None, call["w"].bias, "cpp")
-    _, call = CALLS["sr_attention"]
+    _, call = CALLS["attention"]
     for place in ("w.sr.weight", "w.sr_norm.weight", "w.sr_norm.bias"):
-        with pytest.raises(TypeError, match=f"sr_attention: {place} must be a Tensor, got None"):
-            WAYS["torch.ops"]("sr_attention", put(call, place, None), "cpp")
+        with pytest.raises(TypeError, match=f"attention: {place} must be a Tensor, got None"):
+            WAYS["torch.ops"]("attention", put(call, place, None), "cpp")
 
 
 @pytest.mark.parametrize("backend", ["", "auto", "CPP", "cuda", "cpp ", "none in a graph"])
@@ -287,7 +287,7 @@ def test_a_wrong_number_is_refused_before_anything_is_allocated(name, target, mo
 
 
 def test_a_spec_of_another_op_is_refused(target):
-    for name, other in (("sr_attention", MlpSpec(False)), ("dwconv_mlp", AttentionSpec(2, 1.0, False))):
+    for name, other in (("attention", MlpSpec(False)), ("mlp", AttentionSpec(2, 1.0, False))):
         op, call = CALLS[name]
         with pytest.raises(TypeError, match=f"{op}: spec must be a"):
             WAYS["direct"](op, {**call, "spec": other}, target.backend)
@@ -297,7 +297,7 @@ def test_a_spec_of_another_op_is_refused(target):
 @pytest.mark.one_isa
 @pytest.mark.parametrize("place", ["spec.attn_drop", "spec.proj_drop", "spec.drop"])
 def test_dropout_is_refused_by_name(place, target):
-    op, call = CALLS["dwconv_mlp" if place == "spec.drop" else "sr_attention"]
+    op, call = CALLS["mlp" if place == "spec.drop" else "attention"]
     with pytest.raises(dispatch.BackendUnavailable, match=f"{op}: backend '{target.backend}' cannot run"):
         WAYS["direct"](op, put(call, place, 0.1), target.backend)
     with pytest.raises(ValueError, match=f"{op}: spec must be without dropout"):
@@ -357,14 +357,14 @@ def test_any_layout_of_any_operand_is_computed(layout, target):
 @pytest.mark.only("cpp")
 def test_the_stride_of_a_side_of_one_pixel_is_of_no_matter(target):
     """torch calls such an image contiguous whatever it is."""
-    _, call = CALLS["overlap_patch_embed"]
+    _, call = CALLS["patch_embed"]
     for size in ((1, 3, 9, 1), (1, 3, 1, 9), (1, 3, 1, 1)):
         narrow = torch.randn(size)
         for image in (narrow, torch.stack([narrow, narrow], -1)[..., 0]):
             given = {**call, "image": image}
             with target.in_use():
-                actual = of(WAYS["direct"]("overlap_patch_embed", given, "cpp"))
-            torch.testing.assert_close(actual, of(reference.overlap_patch_embed(**given)), rtol=1e-3, atol=1e-4)
+                actual = of(WAYS["direct"]("patch_embed", given, "cpp"))
+            torch.testing.assert_close(actual, of(reference.patch_embed(**given)), rtol=1e-3, atol=1e-4)
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -312,8 +313,9 @@ def test_bad_arguments_end_with_one_line_and_status_2(name, digit_files, checkpo
     assert message in captured.err
 
 
-def test_a_backend_that_cannot_run_is_said_in_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(cpp, "unsupported", lambda facts: "it rests today")
+def test_a_backend_that_cannot_run_is_said_in_one_line(capsys, add_backend):
+    resting = replace(cpp.BACKEND.support, device=lambda device: "it rests today")
+    add_backend(replace(cpp.BACKEND, support=resting))
     assert call(*BENCH, "--backend", "cpp", "--device", "cpu") == 2
     assert capsys.readouterr().err == "pvt-fast bench: error: backend 'cpp' cannot run: it rests today\n"
 
@@ -426,7 +428,7 @@ def test_control_c_in_a_program_that_calls_main(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-VARIABLES = [f"PVT_FAST_{name}" for name in ("BACKEND", "ISA", "AUTOTUNE", "CHECK_WEIGHTS")]
+VARIABLES = [f"PVT_FAST_{name}" for name in ("BACKEND", "ISA", "CHECK_WEIGHTS")]
 
 
 @pytest.mark.parametrize("name", VARIABLES[1:])
@@ -438,7 +440,7 @@ def test_nonsense_in_a_variable_is_one_line(name, digit_files):
 
 
 def test_nonsense_in_all_variables_is_no_obstacle_to_doctor():
-    run = call_fresh("doctor", **dict.fromkeys((*VARIABLES, "PVT_FAST_CACHE"), "banana"))
+    run = call_fresh("doctor", **dict.fromkeys(VARIABLES, "banana"))
     assert (run.returncode, run.stderr) == (0, "")
     out = " ".join(run.stdout.replace("│", " ").split())
     assert "backend cpp not usable: PVT_FAST_CHECK_WEIGHTS must be 0 or 1, got 'banana'" in out

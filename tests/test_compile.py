@@ -3,18 +3,17 @@
 import copy
 import gc
 import pickle
-import sys
 import threading
-from types import ModuleType
+from dataclasses import replace
 
 import pytest
 import torch
 
 import pvt_fast
 from pvt_fast import PVT_V2
-from pvt_fast.backend import dispatch
 from pvt_fast.backend import registered as library
-from pvt_fast.ops import map_tensors, packing, reference, tensors_in
+from pvt_fast.graphs import compiled as whole
+from pvt_fast.ops import Support, map_tensors, packing, reference, tensors_in
 from pvt_fast.ops.packing import packed
 from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase, run
 
@@ -192,27 +191,6 @@ SMALL = [
 ]
 
 
-class Recorded:
-    """Takes the place of a registered op and keeps the flat arguments of its call."""
-
-    def __init__(self, op) -> None:
-        self.op, self.flat = op, ()
-
-    def __call__(self, *flat):
-        self.flat = flat
-        return self.op(*flat)
-
-
-def flat_arguments(monkeypatch, name: str, call) -> tuple:
-    recorded = Recorded(getattr(library, name))
-    monkeypatch.setattr(library, name, recorded)
-    call()
-    return recorded.flat
-
-
-REGISTERED = {"overlap_patch_embed": "_embed", "sr_attention": "_attention", "dwconv_mlp": "_mlp"}
-
-
 def permuted(tensor: torch.Tensor) -> torch.Tensor:
     """The same values with the strides of the reversed shape."""
     return tensor.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim())))
@@ -225,16 +203,15 @@ STRIDES = pytest.mark.parametrize("strides", [torch.Tensor.contiguous, permuted]
 @pytest.mark.not_interpreted
 @STRIDES
 @pytest.mark.parametrize("small", SMALL, ids=str)
-def test_opcheck(small, strides, target, monkeypatch):
+def test_opcheck(small, strides, target):
     """Schema, fake implementation, autograd registration and tracing of each fused op, by torch's own checker."""
     arguments = map_tensors(
         small.make(torch.float32, target.device), lambda t: strides(t.detach().clone()).requires_grad_()
     )
     assert arguments[0].is_contiguous() == (strides is not permuted)
-    ops = library.RegisteredOps(target.backend)
     with target.in_use():
-        flat = flat_arguments(monkeypatch, REGISTERED[small.op], lambda: run(ops, small, arguments))
-        torch.library.opcheck(getattr(torch.ops.pvt_fast, small.op).default, flat)
+        flat = library.SIGNATURES[small.op].flat(arguments)
+        torch.library.opcheck(getattr(torch.ops.pvt_fast, small.op).default, (*flat, target.backend))
 
 
 @pytest.mark.not_interpreted
@@ -255,7 +232,7 @@ def test_opcheck_of_the_small_ops(strides, target):
 def test_registered_ops_give_what_the_backend_gives(small, target):
     arguments, ops = small.make(torch.float32, target.device), library.RegisteredOps(target.backend)
     with target.in_use():
-        assert torch.equal(run(ops, small, arguments), run(target.module, small, arguments))
+        assert torch.equal(run(ops, small, arguments), run(target.ops, small, arguments))
         leaves = [map_tensors(arguments, lambda t: t.detach().clone().requires_grad_()) for _ in range(2)]
         for backend, leaf in zip((ops, reference), leaves, strict=True):
             run(backend, small, leaf).sum().backward()
@@ -266,12 +243,12 @@ def test_registered_ops_give_what_the_backend_gives(small, target):
 def test_registered_ops_refuse_what_they_cannot_do():
     attention, mlp = SMALL[1].make(torch.float32), SMALL[4].make(torch.float32)
     ops = library.RegisteredOps("reference")
-    with pytest.raises(ValueError, match="sr_attention: spec must be without dropout on 'reference', got"):
-        ops.sr_attention(*attention[:3], attention[3]._replace(attn_drop=0.1))
-    with pytest.raises(ValueError, match="dwconv_mlp: spec must be without dropout on 'reference', got"):
-        ops.dwconv_mlp(*mlp[:3], mlp[3]._replace(drop=0.1))
-    with pytest.raises(ValueError, match="dwconv_mlp: x must have H"):
-        ops.dwconv_mlp(mlp[0], (1, 1), *mlp[2:])
+    with pytest.raises(ValueError, match="attention: spec must be without dropout on 'reference', got"):
+        ops.attention(*attention[:3], attention[3]._replace(attn_drop=0.1))
+    with pytest.raises(ValueError, match="mlp: spec must be without dropout on 'reference', got"):
+        ops.mlp(*mlp[:3], mlp[3]._replace(drop=0.1))
+    with pytest.raises(ValueError, match="mlp: x must have H"):
+        ops.mlp(mlp[0], (1, 1), *mlp[2:])
 
 
 # -- a whole model as one op -----------------------------------------------------------------------------------------
@@ -444,36 +421,30 @@ def test_opcheck_of_a_whole_model():
 def test_a_models_number_dies_with_it():
     model = on_cpp()
     number = model._number
-    assert library._models[number] is model
+    assert whole._models[number] is model
     del model
     gc.collect()
-    assert number not in library._models
+    assert number not in whole._models
 
 
 # -- packed weights in a compiled model ------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def builds(monkeypatch) -> list[str]:
+def builds(add_backend) -> list[str]:
     """A backend that packs its MLP weights (into nothing) and lists each time it does."""
     log: list[str] = []
-    module = ModuleType("tests_compiled_backend")
 
-    def dwconv_mlp(x, hw, w, spec, residual_scale=None):
+    def mlp(x, hw, w, spec, residual_scale=None):
         def build(_):
-            log.append("dwconv_mlp")
+            log.append("mlp")
             return w.fc1.weight.detach().clone()
 
         assert torch.equal(packed("fc1", "layout", (w.fc1.weight,), build), w.fc1.weight), "stale"
-        return reference.dwconv_mlp(x, hw, w, spec, residual_scale)
+        return reference.mlp(x, hw, w, spec, residual_scale)
 
-    for name in ("overlap_patch_embed", "sr_attention", "layer_norm", "head", "unsupported"):
-        setattr(module, name, getattr(reference, name))
-    module.dwconv_mlp = dwconv_mlp
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(dispatch.ORDER, "packing", module.__name__)
-    yield log
-    dispatch.load.cache_clear()
+    add_backend(replace(reference.BACKEND, support=Support("packing"), mlp=mlp))
+    return log
 
 
 def test_a_compiled_model_packs_once_and_sees_updates(builds):
@@ -482,7 +453,7 @@ def test_a_compiled_model_packs_once_and_sees_updates(builds):
     fast = compiled(model)
     with torch.no_grad():
         first = fast(IMAGE)
-        assert builds == ["dwconv_mlp"] * 2
+        assert builds == ["mlp"] * 2
         assert torch.equal(fast(IMAGE), first)
         assert len(builds) == 2
         model.block1[0].mlp.fc1.weight.mul_(1.5)

@@ -243,7 +243,7 @@ def test_jvp_and_vjp(kind):
 
 def small_op(op: str, call: Call) -> dict[str, Callable[[Tensor], Tensor]]:
     """By how it is called, `op` as a function of its activations."""
-    name = "image" if op == "overlap_patch_embed" else "x"
+    name = "image" if op == "patch_embed" else "x"
 
     def of(function: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
         return lambda x: function({**call, name: x})

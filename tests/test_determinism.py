@@ -110,7 +110,7 @@ def test_an_image_is_the_same_in_every_wave(target, dtype):
     x, *rest = case.make(dtype)
     with target.in_use():
         with threads(1):
-            alone = torch.cat([run(target.module, case, (x[i : i + 1], *rest)) for i in range(len(x))])
+            alone = torch.cat([run(target.ops, case, (x[i : i + 1], *rest)) for i in range(len(x))])
         for count in (1, 2, 3):
             with threads(count):
-                assert_same_bits([run(target.module, case, (x, *rest))], [alone], f"{count} threads")
+                assert_same_bits([run(target.ops, case, (x, *rest))], [alone], f"{count} threads")

@@ -4,7 +4,8 @@ import logging
 import os
 import subprocess
 import sys
-from types import ModuleType
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,20 +18,19 @@ from pvt_fast.backend.dispatch import Facts, select
 F32 = Facts("cpu", torch.float32)
 
 
-def stand_in(name: str, refuses) -> ModuleType:
-    module = ModuleType(f"tests_{name}")
-    module.unsupported = refuses
-    return module
+class StandIn(NamedTuple):
+    """Of a backend what the choice asks."""
+
+    unsupported: Callable[[Facts], str | None]
 
 
 @pytest.fixture
 def machine(monkeypatch):
     """A machine with three backends of known abilities, "broken" being one that cannot be loaded."""
     modules = {
-        "gpu": stand_in("gpu", lambda facts: None if facts.device == "cuda" else f"no kernels for {facts.device}"),
+        "gpu": StandIn(lambda facts: None if facts.device == "cuda" else f"no kernels for {facts.device}"),
         "broken": BackendUnavailable("the extension is missing"),
-        "simd": stand_in(
-            "simd",
+        "simd": StandIn(
             lambda facts: (
                 "needs a CPU tensor"
                 if facts.device != "cpu"
@@ -41,10 +41,10 @@ def machine(monkeypatch):
                 else None
             ),
         ),
-        "plain": stand_in("plain", lambda facts: None),
+        "plain": StandIn(lambda facts: None),
     }
     monkeypatch.setattr(dispatch, "ORDER", {name: f"tests_{name}" for name in modules})
-    monkeypatch.setattr(dispatch, "load", modules.__getitem__)
+    monkeypatch.setattr(dispatch, "_loaded", modules.__getitem__)
     dispatch._log_refusal.cache_clear()
     token = dispatch._default.set("auto")
     yield modules
@@ -88,7 +88,7 @@ def test_explicit_never_falls_back(machine, name, facts, message, how):
 
 
 def test_no_backend_at_all(machine):
-    machine["plain"].unsupported = lambda facts: "on strike"
+    machine["plain"] = StandIn(lambda facts: "on strike")
     with pytest.raises(BackendUnavailable, match="no backend supports Facts"):
         select(Facts("mps", torch.float32))
 
@@ -147,7 +147,7 @@ def test_every_backend_here_has_a_verdict():
 
 def test_the_backend_under_test_is_selected(target, dtype):
     facts = Facts(target.device, dtype)
-    assert select(facts, target.backend) is target.module
+    assert select(facts, target.backend) is target.ops
 
 
 BAD_NAME = "must be one of auto, triton, cpp, reference; got 'cuda'"
@@ -171,8 +171,8 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 SELECTED = """
 import torch
-from pvt_fast import dispatch
-print(dispatch.select(dispatch.Facts("cpu", torch.float64)).__name__)
+from pvt_fast.backend import dispatch
+print(dispatch.select(dispatch.Facts("cpu", torch.float64)).name)
 with dispatch.use_backend("auto"):
     print(dispatch._default.get())
 """
@@ -180,7 +180,7 @@ with dispatch.use_backend("auto"):
 
 def test_the_environment_sets_the_default():
     result = run_python(SELECTED, PVT_FAST_BACKEND="reference")
-    assert result.stdout.split() == ["pvt_fast.ops.reference", "auto"], result.stderr
+    assert result.stdout.split() == ["reference", "auto"], result.stderr
 
 
 def test_an_explicit_environment_does_not_fall_back():
@@ -196,4 +196,4 @@ def test_a_bad_environment_is_refused_where_it_is_followed():
     assert result.returncode == 1
     assert f"BackendMisconfigured: PVT_FAST_BACKEND {BAD_NAME}" in result.stderr
     chosen = SELECTED.replace("torch.float64)", 'torch.float64), "reference"')
-    assert run_python(chosen, PVT_FAST_BACKEND="cuda").stdout.split() == ["pvt_fast.ops.reference", "auto"]
+    assert run_python(chosen, PVT_FAST_BACKEND="cuda").stdout.split() == ["reference", "auto"]

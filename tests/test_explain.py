@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 import pvt_fast
 from pvt_fast import Piece, explain
+from pvt_fast.accelerate import fused
 from pvt_fast.layers import Block
 
 
@@ -258,3 +259,18 @@ def test_nothing_that_is_known():
     explanation = explain(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
     assert explanation.pieces == ()
     assert str(explanation) == "nothing of it is known to pvt_fast; accelerate_(model) finds blocks in models of others"
+
+
+@torch.no_grad()
+def test_what_was_logged_once_is_not_kept_for_every_image_size():
+    """A hook makes a block say why it runs its own forward: once, whatever the images."""
+    model = pvt_fast.PVT_V2(
+        embed_dims=(8, 16, 24, 32), num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1), num_classes=3
+    ).eval()
+    model.backend = "cpp"
+    model.block1[0].attn.register_forward_hook(lambda *_: None)
+    model(torch.randn(1, 3, 64, 64))
+    kept = fused.log.cache_info().currsize
+    for size in range(65, 80):
+        model(torch.randn(1, 3, size, 2 * size))
+    assert fused.log.cache_info().currsize == kept

@@ -16,7 +16,8 @@ from torch.export import Dim
 
 import pvt_fast
 from pvt_fast import PVT_V2
-from pvt_fast.ops import packing, reference
+from pvt_fast.backend import cpp
+from pvt_fast.ops import packing, traceable
 from pvt_fast.testing import assert_parity
 
 pytestmark = pytest.mark.one_isa
@@ -140,7 +141,7 @@ def test_aot_inductor_package_packs_once_and_runs_in_another_process(target, ind
     def counted(kind, key, tensors, build, check):
         return packing.packed(kind, key, tensors, lambda alias: (built.append(kind), build(alias))[1], check)
 
-    monkeypatch.setattr(target.module, "packed", counted)
+    monkeypatch.setattr(cpp, "packed", counted)
     expected = model(other)
     built.clear()
     first = packaged(image)
@@ -219,7 +220,7 @@ def test_onnx_of_b2_li(tmp_path):
 @given(height=st.integers(1, 80), width=st.integers(1, 80))
 def test_pooling_matrices_are_torchs_pooling(height, width):
     image = torch.randn(2, 3, height, width, dtype=torch.float64)
-    product = reference._averages(height, image) @ image @ reference._averages(width, image).T
+    product = traceable._averages(height, image) @ image @ traceable._averages(width, image).T
     torch.testing.assert_close(product, F.adaptive_avg_pool2d(image, 7), rtol=1e-13, atol=1e-14)
 
 

@@ -156,3 +156,16 @@ def test_wrong_options_are_named(arguments, complaint, capsys):
     with pytest.raises(SystemExit):
         gpu.parse(list(arguments))
     assert complaint in capsys.readouterr().err
+
+
+def test_results_of_other_sources_are_told_by_those_in_folders_too(tmp_path):
+    def digest(changed: str | None = None) -> str:
+        for name in ("pvt_fast/model.py", "pvt_fast/ops/checks.py", "kernels/launch.py", "kernels/mlp/forward.py"):
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("new" if name == changed else "old")
+        return gpu_plan.sources_digest(tmp_path)
+
+    assert digest() == digest()
+    digests = {digest(name) for name in (None, "pvt_fast/ops/checks.py", "kernels/launch.py", "kernels/mlp/forward.py")}
+    assert len(digests) == 4

@@ -422,7 +422,7 @@ def test_what_is_done_to_modules_is_honoured(name):
     undo = {**CHANGED, **DISTURBED}[name](model, block)
     try:
         assert not agree(guard, block)
-        assert not program.holds(model, image(), program.state.isa)
+        assert not program.holds(model, image(), program.state.variant)
         assert (guard.changed(block) is not None) == (name in CHANGED)
         after = whole(model)
         assert not torch.allclose(after, before, rtol=1e-3, atol=1e-3)

@@ -21,7 +21,7 @@ import torch, pvt_fast
 model = pvt_fast.PVT_V2(depths=(1, 1, 1, 1), num_classes=2).eval()
 with torch.no_grad():
     model(torch.zeros(1, 3, 64, 64))
-from pvt_fast import cpp
+from pvt_fast.backend import cpp
 print(cpp.isa())
 """
 

@@ -64,7 +64,7 @@ def replaced(arguments, index: int, value: float):
 
 def travels(target, case, arguments, what: str) -> None:
     with target.in_use():
-        actual = run(target.module, case, arguments)
+        actual = run(target.ops, case, arguments)
     alike = torch.zeros(actual.shape, dtype=torch.bool)
     for like in (arguments, map_tensors(arguments, lambda tensor: tensor.double())):
         alike |= kinds(actual) == kinds(run(reference, case, like).to(actual.dtype))
@@ -100,7 +100,7 @@ def test_a_variance_that_overflows_is_nan(target, op_dtype, channels, size):
     x = torch.randn(1, 5, channels)
     x[0, 2] *= size
     with target.in_use():
-        y = target.module.layer_norm(x.to(op_dtype), norm)
+        y = target.ops.layer_norm(x.to(op_dtype), norm)
     assert y[0, 2].isnan().all()
     assert y[0, [0, 1, 3, 4]].isfinite().all()
 
@@ -111,7 +111,7 @@ def test_a_token_whose_variance_overflows_reaches_its_neighbours_only(target, op
     x, hw, *rest = case.make(op_dtype)
     x[0, 5] *= 1e25  # row 1, column 1
     with target.in_use():
-        y = run(target.module, case, (x, hw, *rest))[0].unflatten(0, hw)
+        y = run(target.ops, case, (x, hw, *rest))[0].unflatten(0, hw)
     reached = torch.zeros(hw, dtype=torch.bool)
     reached[:3, :3] = True
     assert torch.equal(y.isnan().all(-1), reached)
@@ -125,7 +125,7 @@ def test_equal_values_are_their_own_mean(target, op_dtype, channels):
     norm = Norm(torch.ones(channels, dtype=op_dtype), torch.full((channels,), 0.5, dtype=op_dtype), 1e-5)
     x = torch.tensor([3e38, -1e30, 1e3, 0.1], dtype=op_dtype).view(1, 4, 1).expand(1, 4, channels).contiguous()
     with target.in_use():
-        y = target.module.layer_norm(x, norm)
+        y = target.ops.layer_norm(x, norm)
     assert (y == 0.5).all()
 
 
@@ -139,7 +139,7 @@ def gelu(target, values: list[float], dtype: torch.dtype) -> list[float]:
         fc1 = Linear(zeros.view(1, 8), torch.tensor([value], dtype=dtype))
         w = MlpWeights(Norm(ones, zeros, 1e-5), fc1, Linear(taps, zeros[:1]), Linear(ones.view(8, 1), zeros))
         with target.in_use():
-            results.append(target.module.dwconv_mlp(zeros.view(1, 1, 8), (1, 1), w, MlpSpec(False))[0, 0, 0].item())
+            results.append(target.ops.mlp(zeros.view(1, 1, 8), (1, 1), w, MlpSpec(False))[0, 0, 0].item())
     return results
 
 
@@ -163,7 +163,7 @@ def test_padded_channels_do_not_turn_infinity_into_nan(target, op_dtype):
     norm, taps = Norm(ones[0], zeros + INF, 1e-5), torch.ones(3, 1, 3, 3, dtype=op_dtype)
     w = MlpWeights(norm, Linear(ones, None), Linear(taps, None), Linear(ones.mT.contiguous(), zeros))
     with target.in_use():
-        y = target.module.dwconv_mlp(torch.randn(2, 6, 8).to(op_dtype), (2, 3), w, MlpSpec(False))
+        y = target.ops.mlp(torch.randn(2, 6, 8).to(op_dtype), (2, 3), w, MlpSpec(False))
     assert (y == INF).all()
 
 
@@ -176,7 +176,7 @@ def test_a_tap_outside_the_map_counts_for_nothing(target, op_dtype, value):
         arguments = case.make(op_dtype)
         arguments[2].dwconv.weight[0, 0, 0, 0] = value
         with target.in_use():
-            y = run(target.module, case, arguments)
+            y = run(target.ops, case, arguments)
         finite = y.isfinite().all(-1).unflatten(1, case.hw)
         assert finite[:, 0].all()
         assert finite[:, :, 0].all()
@@ -197,7 +197,7 @@ def test_keys_of_weight_zero(target, op_dtype, heavy):
     kv.weight[0, 0] = 3e38
     w = AttentionWeights(Norm(zeros + 1, zeros, 1e-6), q, kv, None, None, draw.linear(channels, channels))
     with target.in_use():
-        y = target.module.sr_attention(x, hw, w, AttentionSpec(1, 1.0, False))
-    truth = reference.sr_attention(x, hw, w, AttentionSpec(1, 1.0, False))
+        y = target.ops.attention(x, hw, w, AttentionSpec(1, 1.0, False))
+    truth = reference.attention(x, hw, w, AttentionSpec(1, 1.0, False))
     assert y.isfinite().all() if heavy else y.isnan().all()
     torch.testing.assert_close(y, truth, equal_nan=True, rtol=2e-2, atol=2e-2 if op_dtype == FP32 else 0.1)

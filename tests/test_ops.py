@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pvt_fast import testing
-from pvt_fast.ops import AttentionSpec, Backend, Linear, MlpSpec, MlpWeights, Norm, map_tensors, reference, tensors_in
+from pvt_fast.backend import registered
+from pvt_fast.ops import AttentionSpec, Linear, MlpSpec, MlpWeights, Norm, map_tensors, reference, tensors_in
 from pvt_fast.testing import AttentionCase, Case, MlpCase, PatchEmbedCase, assert_parity, expected, run
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-CONTRACT = ("overlap_patch_embed", "sr_attention", "dwconv_mlp", "layer_norm", "head")
+CONTRACT = ("patch_embed", "attention", "mlp", "layer_norm", "head")
 
 
 def make(case: Case, target, dtype: torch.dtype) -> tuple:
@@ -33,7 +34,7 @@ def truth_of(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def check_parity(case: Case, target, arguments: tuple) -> None:
     with target.in_use():
-        actual = run(target.module, case, arguments)
+        actual = run(target.ops, case, arguments)
     assert_parity(actual, *expected(case, arguments), what=f"{case} on {target}")
 
 
@@ -126,7 +127,7 @@ def test_reference_layer_norm_and_head_are_the_formula():
 
 def test_parity(case, target, dtype):
     with target.in_use():
-        actual = run(target.module, case, make(case, target, dtype))
+        actual = run(target.ops, case, make(case, target, dtype))
     assert_parity(actual, *truth_of(case, dtype), what=f"{case} on {target}")
 
 
@@ -139,7 +140,7 @@ def test_parity_of_the_small_ops(op, shape, target, dtype):
     weights = {"layer_norm": draw.norm(channels, 1e-6), "head": draw.linear(19, channels)}.get(op)
     call = op.partition(" ")[0]
     with target.in_use():
-        actual = getattr(target.module, call)(x, weights)
+        actual = getattr(target.ops, call)(x, weights)
     cpu = map_tensors((x, weights), lambda t: t.cpu())
     truth = getattr(reference, call)(*map_tensors(cpu, lambda t: t.double()))
     assert_parity(actual, truth, getattr(reference, call)(*cpu))
@@ -182,7 +183,7 @@ def test_gelu_on_a_grid(target, dtype):
     w = MlpWeights(norm, Linear(identity, nothing), Linear(delta, nothing), Linear(identity, nothing))
     arguments = (torch.zeros(1, 1, count, dtype=dtype), (1, 1), w, MlpSpec(relu=False))
     with target.in_use():
-        actual = target.module.dwconv_mlp(*map_tensors(arguments, lambda t: t.to(target.device)))
+        actual = target.ops.mlp(*map_tensors(arguments, lambda t: t.to(target.device)))
     exact = F.gelu(grid.double()).reshape(1, 1, -1)
     assert_parity(actual, exact, F.gelu(grid).reshape(1, 1, -1), what=f"GELU on {target}")
 
@@ -190,13 +191,13 @@ def test_gelu_on_a_grid(target, dtype):
 # -- the contract ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("op", [*CONTRACT, "unsupported"])
+@pytest.mark.parametrize("op", CONTRACT)
 def test_signatures_are_those_of_the_contract(op, target):
     def parameters(function):
         return [(p.name, p.kind, p.default) for p in inspect.signature(function).parameters.values()]
 
-    assert parameters(getattr(target.module, op)) == parameters(getattr(reference, op))
-    assert parameters(getattr(Backend, op)) == parameters(getattr(reference, op))
+    assert parameters(getattr(target.ops, op)) == parameters(getattr(reference, op))
+    assert parameters(getattr(registered.RegisteredOps, op))[1:] == parameters(getattr(reference, op))  # after self
 
 
 def test_arguments_are_never_modified(case, target, dtype):
@@ -205,7 +206,7 @@ def test_arguments_are_never_modified(case, target, dtype):
     before = [tensor.clone() for tensor in tensors]
     versions = [tensor._version for tensor in tensors]
     with target.in_use():
-        output = run(target.module, case, arguments)
+        output = run(target.ops, case, arguments)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, before, strict=True))
     assert [tensor._version for tensor in tensors] == versions
     assert output.data_ptr() == 0 or all(
@@ -232,7 +233,7 @@ def test_strides_do_not_matter(small, target, dtype):
     expanded = (compact[0][:1].expand_as(compact[0]), *compact[1:])
     repeated = (compact[0][:1].repeat(2, *[1] * (compact[0].dim() - 1)), *compact[1:])
     with target.in_use():
-        outputs = [run(target.module, small, each) for each in (arguments, compact, expanded, repeated)]
+        outputs = [run(target.ops, small, each) for each in (arguments, compact, expanded, repeated)]
     if target.backend == "reference":  # plain torch may take another algorithm for another layout
         torch.testing.assert_close(outputs[0], outputs[1])
         torch.testing.assert_close(outputs[2], outputs[3])
@@ -266,39 +267,39 @@ MLP = MlpCase(2, (4, 4), 16, 32)
 
 REFUSED = {
     "image rank": (EMBED, lambda x, w, s: (x[0], w, s), ValueError,
-        "overlap_patch_embed: image must have shape (B, Cin, H, W), got (3, 8, 8)"),
+        "patch_embed: image must have shape (B, Cin, H, W), got (3, 8, 8)"),
     "image channels": (EMBED, lambda x, w, s: (x[:, :2], w, s), ValueError,
-        "overlap_patch_embed: image must have 3 channels, got 2"),
+        "patch_embed: image must have 3 channels, got 2"),
     "image dtype": (EMBED, lambda x, w, s: (x.half(), w, s), TypeError,
-        "overlap_patch_embed: image must have the weights' dtype torch.float32, got torch.float16"),
+        "patch_embed: image must have the weights' dtype torch.float32, got torch.float16"),
     "image size": (EMBED, lambda x, w, s: (x[:, :, :0], w, s), ValueError,
-        "overlap_patch_embed: image must give at least one token with a 3x3 kernel of stride 2, got 0x8"),
+        "patch_embed: image must give at least one token with a 3x3 kernel of stride 2, got 0x8"),
     "token rank": (ATTENTION, lambda x, *a: (x[0], *a), ValueError,
-        "sr_attention: x must have shape (B, N, C), got (16, 16)"),
+        "attention: x must have shape (B, N, C), got (16, 16)"),
     "token count": (ATTENTION, lambda x, hw, *a: (x, (4, 5), *a), ValueError,
-        "sr_attention: x must have H * W = 4 * 5 tokens, got 16"),
+        "attention: x must have H * W = 4 * 5 tokens, got 16"),
     "token channels": (ATTENTION, lambda x, *a: (x[:, :, :8], *a), ValueError,
-        "sr_attention: x must have 16 channels, got 8"),
+        "attention: x must have 16 channels, got 8"),
     "token dtype": (ATTENTION, lambda x, *a: (x.double(), *a), TypeError,
-        "sr_attention: x must have the weights' dtype torch.float32, got torch.float64"),
+        "attention: x must have the weights' dtype torch.float32, got torch.float64"),
     "heads": (ATTENTION, lambda x, hw, w, spec, r: (x, hw, w, spec._replace(num_heads=3), r), ValueError,
-        "sr_attention: channels must be divisible by num_heads = 3, got 16"),
+        "attention: channels must be divisible by num_heads = 3, got 16"),
     "map below sr": (ATTENTION, lambda x, hw, *a: (x, (1, 16), *a), ValueError,
-        "sr_attention: hw must be at least sr_ratio = 2 each way, got (1, 16)"),
+        "attention: hw must be at least sr_ratio = 2 each way, got (1, 16)"),
     "linear without sr": (LINEAR, lambda x, hw, w, *a: (x, hw, w._replace(sr=None), *a), ValueError,
-        "sr_attention: w.sr must be a 1x1 convolution in the linear form, got None"),
+        "attention: w.sr must be a 1x1 convolution in the linear form, got None"),
     "attention residual": (ATTENTION, lambda x, hw, w, spec, r: (x, hw, w, spec, torch.ones(3)), ValueError,
-        "sr_attention: residual_scale must have shape (B,) = (2,), got (3,)"),
+        "attention: residual_scale must have shape (B,) = (2,), got (3,)"),
     "mlp count": (MLP, lambda x, hw, *a: (x, (2, 4), *a), ValueError,
-        "dwconv_mlp: x must have H * W = 2 * 4 tokens, got 16"),
+        "mlp: x must have H * W = 2 * 4 tokens, got 16"),
     "mlp channels": (MLP, lambda x, *a: (x[:, :, :8], *a), ValueError,
-        "dwconv_mlp: x must have 16 channels, got 8"),
+        "mlp: x must have 16 channels, got 8"),
     "mlp dtype": (MLP, lambda x, *a: (x.half(), *a), TypeError,
-        "dwconv_mlp: x must have the weights' dtype torch.float32, got torch.float16"),
+        "mlp: x must have the weights' dtype torch.float32, got torch.float16"),
     "mlp residual": (MLP, lambda x, hw, w, spec, r: (x, hw, w, spec, torch.ones(2, 1)), ValueError,
-        "dwconv_mlp: residual_scale must have shape (B,) = (2,), got (2, 1)"),
+        "mlp: residual_scale must have shape (B,) = (2,), got (2, 1)"),
     "device": (MLP, lambda x, *a: (x.to("meta"), *a), ValueError,
-        "dwconv_mlp: x must be on the weights' device "),
+        "mlp: x must be on the weights' device "),
 }  # fmt: skip
 
 
@@ -307,7 +308,7 @@ def test_refuses_with_a_sentence(name, target):
     valid, spoil, error, message = REFUSED[name]
     arguments = spoil(*make(valid, target, torch.float32))
     with target.in_use(), pytest.raises(error) as caught:
-        getattr(target.module, valid.op)(*arguments)
+        getattr(target.ops, valid.op)(*arguments)
     assert str(caught.value).startswith(message)
 
 
@@ -315,11 +316,11 @@ def test_an_empty_batch_is_not_an_excuse(target, dtype):
     """Arguments are checked, and shapes right, also when there is nothing to compute."""
     with target.in_use():
         x, hw, w, spec, _ = make(MlpCase(0, (4, 4), 16, 32), target, dtype)
-        assert target.module.dwconv_mlp(x, hw, w, spec).shape == (0, 16, 16)
+        assert target.ops.mlp(x, hw, w, spec).shape == (0, 16, 16)
         with pytest.raises(ValueError, match="tokens"):
-            target.module.dwconv_mlp(x, (3, 4), w, spec)
+            target.ops.mlp(x, (3, 4), w, spec)
         image, w, stride = make(PatchEmbedCase(0, (9, 8), 3, 16), target, dtype)
-        tokens, hw = target.module.overlap_patch_embed(image, w, stride)
+        tokens, hw = target.ops.patch_embed(image, w, stride)
         assert (tokens.shape, tuple(hw)) == ((0, 20, 16), (5, 4))
 
 
@@ -343,7 +344,7 @@ def fused(target) -> bool:
 def test_runs_repeat_bitwise(several, target, dtype):
     arguments = make(several, target, dtype)
     with target.in_use():
-        first, second = (run(target.module, several, arguments) for _ in range(2))
+        first, second = (run(target.ops, several, arguments) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -354,9 +355,9 @@ def test_a_sample_does_not_depend_on_its_batch(several, target, dtype):
     x, *rest = make(several, target, dtype)
     rest = [None if isinstance(item, Tensor) else item for item in rest]
     with target.in_use():
-        together = run(target.module, several, (x, *rest))
-        alone = torch.cat([run(target.module, several, (x[i : i + 1], *rest)) for i in range(len(x))])
-        shuffled = run(target.module, several, (x[[2, 0, 1]], *rest))
+        together = run(target.ops, several, (x, *rest))
+        alone = torch.cat([run(target.ops, several, (x[i : i + 1], *rest)) for i in range(len(x))])
+        shuffled = run(target.ops, several, (x[[2, 0, 1]], *rest))
     if fused(target):
         assert torch.equal(together, alone)
         assert torch.equal(together[[2, 0, 1]], shuffled)
@@ -376,7 +377,7 @@ def test_the_number_of_threads_does_not_matter(several, target, dtype):
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             with target.in_use():
-                outputs.append(run(target.module, several, arguments))
+                outputs.append(run(target.ops, several, arguments))
     finally:
         torch.set_num_threads(threads)
     if fused(target):

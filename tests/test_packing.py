@@ -7,8 +7,6 @@ import copy
 import gc
 import io
 import pickle
-import sys
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pvt_fast import _C, PVT_V2
-from pvt_fast.backend import dispatch
-from pvt_fast.ops import packing, reference
+from pvt_fast.ops import Backend, Support, packing, reference
 from pvt_fast.ops.packing import CALLS, packed
 
 
@@ -301,10 +298,9 @@ PACKING = "packing"
 
 
 @pytest.fixture
-def builds(monkeypatch) -> list[str]:
+def builds(add_backend) -> list[str]:
     """Registers a backend that "packs" (clones) the weights of the fused ops; lists the ops that packed."""
     log: list[str] = []
-    module = ModuleType("tests_packing_backend")
 
     def packing_op(name, gemm):
         def op(x, *arguments):
@@ -321,14 +317,9 @@ def builds(monkeypatch) -> list[str]:
 
         return op
 
-    gemms = {"overlap_patch_embed": "proj", "sr_attention": "q", "dwconv_mlp": "fc1", "layer_norm": None, "head": None}
-    for name, gemm in gemms.items():
-        setattr(module, name, packing_op(name, gemm))
-    module.unsupported = reference.unsupported
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setitem(dispatch.ORDER, PACKING, module.__name__)
-    yield log
-    dispatch.load.cache_clear()
+    gemms = {"patch_embed": "proj", "attention": "q", "mlp": "fc1", "layer_norm": None, "head": None}
+    add_backend(Backend(Support(PACKING), **{name: packing_op(name, gemm) for name, gemm in gemms.items()}))
+    return log
 
 
 @pytest.fixture
@@ -339,7 +330,7 @@ def model(builds) -> PVT_V2:
 
 
 IMAGE = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
-PER_FORWARD = [*4 * ["overlap_patch_embed", "sr_attention", "dwconv_mlp", "layer_norm"], "head"]
+PER_FORWARD = [*4 * ["patch_embed", "attention", "mlp", "layer_norm"], "head"]
 
 
 def forward(model: PVT_V2, builds: list[str]) -> list[str]:
@@ -354,7 +345,7 @@ def test_a_model_packs_each_layer_once(model, builds):
     assert forward(model, builds) == []
     with torch.no_grad():
         model.block2[0].mlp.fc1.weight.mul_(2)
-    assert forward(model, builds) == ["dwconv_mlp"]
+    assert forward(model, builds) == ["mlp"]
 
 
 def test_training_and_inference_share_the_packed_weights(model, builds):

@@ -15,9 +15,10 @@ from case import Case
 from pvt_fast import kernels
 from pvt_fast.backend import dispatch
 from pvt_fast.backend.dispatch import Facts
-from pvt_fast.kernels import config, launch
+from pvt_fast.kernels import BACKEND, block_sizes, launch
 from pvt_fast.kernels.primitives import row_offsets, split_index
 from pvt_fast.ops import Norm
+from pvt_fast.testing import AttentionCase, MlpCase
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,8 +35,8 @@ assert status["reference"].available
 WITHOUT_INTERPRETER = """
 import torch
 from pvt_fast import kernels
-from pvt_fast.dispatch import Facts
-print(kernels.unsupported(Facts("cpu", torch.float32)))
+from pvt_fast.ops import Facts
+print(kernels.BACKEND.unsupported(Facts("cpu", torch.float32)))
 """
 
 
@@ -58,15 +59,25 @@ def test_refuses_the_cpu_without_the_interpreter():
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        (Facts("cuda", torch.float64), "float32, bfloat16 and float16, got float64"),
+        (Facts("cuda", torch.float64), "float32, bfloat16 and float16, got torch.float64"),
         (Facts("cuda", torch.float32, dropout=True), "no dropout"),
-        (Facts("cuda", torch.float32, autocast=True), "cast the model"),
+        (Facts("cuda", torch.float32, autocast=True), "cast the model instead"),
     ],
 )
 def test_refusals_give_the_reason(facts, reason):
-    assert reason in kernels.unsupported(facts)
+    assert reason in kernels.BACKEND.unsupported(facts)
     with pytest.raises(dispatch.BackendUnavailable, match=reason):
         dispatch.select(facts, "triton")
+
+
+@pytest.mark.parametrize("case", [AttentionCase(1, (4, 4), 16, 1), MlpCase(1, (4, 4), 16, 16)], ids=str)
+def test_a_rate_of_dropout_is_refused(case):
+    """It would compute something else."""
+    x, hw, w, spec, _ = case.make(torch.float32)
+    refusal = f"^{case.op}: backend 'triton' cannot run: it has no dropout"
+    for rate in (name for name in spec._fields if name.endswith("drop")):
+        with pytest.raises(dispatch.BackendUnavailable, match=refusal):
+            getattr(BACKEND, case.op)(x, hw, w, spec._replace(**{rate: 0.1}))
 
 
 @triton.jit
@@ -93,25 +104,25 @@ def test_offsets_beyond_2_to_the_31():
 
 def test_hidden_map_is_padded_to_whole_blocks():
     for hidden in (1, 15, 16, 77, 640, 2048):
-        padded = config.padded_hidden(hidden)
-        assert 0 <= padded - hidden < config.HIDDEN_BLOCK
+        padded = block_sizes.padded_hidden(hidden)
+        assert 0 <= padded - hidden < block_sizes.HIDDEN_BLOCK
         for half in (False, True):
-            assert padded % config.dwconv_gelu(half)["BLOCK_H"] == 0
-            assert padded % config.dwconv_fc2(64, torch.bfloat16, half, launch.PRETENDED)["BLOCK_H"] == 0
+            assert padded % block_sizes.dwconv_gelu(half)["BLOCK_H"] == 0
+            assert padded % block_sizes.dwconv_fc2(64, torch.bfloat16, half, launch.PRETENDED)["BLOCK_H"] == 0
 
 
 def test_rows_of_the_convolution_divide_its_padding():
     for dtype, half in ((torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)):
         for chip in (launch.PRETENDED, launch.Chip("gfx942", 64 * 1024, 304)):
-            assert config.DWCONV_ROWS % config.dwconv_fc2(128, dtype, half, chip)["ROWS"] == 0
-            assert config.DWCONV_ROWS % config.dwconv_gelu(half)["ROWS"] == 0
+            assert block_sizes.DWCONV_ROWS % block_sizes.dwconv_fc2(128, dtype, half, chip)["ROWS"] == 0
+            assert block_sizes.DWCONV_ROWS % block_sizes.dwconv_gelu(half)["ROWS"] == 0
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 7, 49, 131, 132, 5000])
 def test_parts_of_a_sum(tiles):
     """Never so many that a part is empty, nor more programs than processors where tiles alone are fewer."""
     for steps in (0, 1, 2, 9, 16, 64):
-        parts = config.parts(tiles, steps, launch.PRETENDED)
+        parts = block_sizes.parts(tiles, steps, launch.PRETENDED)
         assert 1 <= parts <= max(1, steps)
         assert parts == 1 or parts * tiles <= launch.PRETENDED.processors
         bounds = [(steps * part // parts, steps * (part + 1) // parts) for part in range(parts)]
@@ -121,7 +132,7 @@ def test_parts_of_a_sum(tiles):
 @pytest.mark.parametrize("tiles", [1, 4, 131, 784])
 def test_programs_share_all_column_blocks(tiles):
     for columns in (1, 5, 16, 32):
-        each = config.columns_per_program(tiles, columns, launch.PRETENDED)
+        each = block_sizes.columns_per_program(tiles, columns, launch.PRETENDED)
         assert 1 <= each <= columns
         assert each == columns or tiles < 2 * launch.PRETENDED.processors
 
@@ -142,8 +153,8 @@ def test_a_recording_keeps_launches_in_order_and_ends():
     norm = Norm(torch.ones(16), torch.zeros(16), 1e-6)
     device = "cpu" if launch.INTERPRETED else "cuda"
     with launch.recorded() as launches:
-        kernels.layer_norm(x.to(device), Norm(norm.weight.to(device), norm.bias.to(device), 1e-6))
-        kernels.head(x.to(device), None)
-    kernels.head(x.to(device), None)
+        BACKEND.layer_norm(x.to(device), Norm(norm.weight.to(device), norm.bias.to(device), 1e-6))
+        BACKEND.head(x.to(device), None)
+    BACKEND.head(x.to(device), None)
     assert [item.name for item in launches] == ["layer_norm_kernel", "token_mean_kernel"]
     assert launches[0].args[0].shape == x.shape

@@ -5,9 +5,8 @@ leaves processors idle and of one that does not. The op cases themselves run in 
 import pytest
 import torch
 
-from pvt_fast import kernels
-from pvt_fast.kernels import launch
-from pvt_fast.kernels.dwconv_mlp import hidden_bound
+from pvt_fast.kernels import BACKEND, launch
+from pvt_fast.kernels.mlp.forward import hidden_bound
 from pvt_fast.ops import Linear, Norm
 from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase, assert_parity, expected, run
 
@@ -96,7 +95,7 @@ def chip(name: str) -> launch.Chip:
 def check(case, dtype, chip_name="idle"):
     arguments = case.make(dtype, DEVICE)
     with launch.recorded(chip(chip_name)):
-        actual = run(kernels, case, arguments)
+        actual = run(BACKEND, case, arguments)
     assert_parity(actual, *expected(case, arguments), what=str(case))
 
 
@@ -120,7 +119,7 @@ def test_parity_by_keys_of_wide_rows(hw, head_dim, op_dtype, chip_name):
 def test_layer_norm_of_a_mean_far_above_the_spread(op_dtype):
     x = (torch.randn(3, 5, 70, dtype=torch.float64) + 100).to(op_dtype)
     norm = Norm(torch.randn(70).to(op_dtype), torch.randn(70).to(op_dtype), 1e-6)
-    actual = kernels.layer_norm(x.to(DEVICE), Norm(norm.weight.to(DEVICE), norm.bias.to(DEVICE), norm.eps))
+    actual = BACKEND.layer_norm(x.to(DEVICE), Norm(norm.weight.to(DEVICE), norm.bias.to(DEVICE), norm.eps))
     truth = torch.nn.functional.layer_norm(x.double(), (70,), norm.weight.double(), norm.bias.double(), norm.eps)
     assert_parity(actual, truth, torch.nn.functional.layer_norm(x, (70,), norm.weight, norm.bias, norm.eps))
 
@@ -162,7 +161,7 @@ def test_the_hidden_map_is_fp16_only_where_the_weights_prove_that_it_fits(factor
     case = MlpCase(1, (5, 6), 32, 64)
     arguments = scaled(case, **factors)
     with launch.recorded() as launches:
-        actual = run(kernels, case, arguments)
+        actual = run(BACKEND, case, arguments)
     (hidden,) = {dict(zip(item.kernel.arg_names, item.args, strict=False))["hidden_ptr"].dtype for item in launches}
     assert hidden == (FP16 if half else BF16)
     assert_parity(actual, *expected(case, arguments), what=str(factors))

@@ -3,7 +3,6 @@
     python -m gates                  compile what the committed table lacks, and a part of the rest, another each hour
     python -m gates --update         compile what the table lacks, and write it
     python -m gates --all            compile everything; with --update write it
-    python -m gates --candidates     compile what the autotuner would try (on sm_90, in 16 bits); it has no table
 
 Fails where a kernel is beyond a gate, and where the table is not what compiling gives.
 """
@@ -21,10 +20,10 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
-from .compilations import CHIPS, DTYPES, VARIANTS, Compilation, candidate_compilations, compilations
-from .limits import GATES, Row, has_many_instructions
+from .compilations import CHIPS, DTYPES, VARIANTS, Compilation, compilations
+from .limits import GATES, Row
 from .resources import compile_resources
-from .table import SUMMARY, TABLE, Place, Resources, Table, parse, summary, summary_text, table_text
+from .table import SUMMARY, TABLE, Place, Resources, Table, parse, summary_text, table_text
 
 # The rest is recompiled in so many parts, by the hour. A prime, so that runs at the same hour of each day get to all.
 PARTS = 31
@@ -37,13 +36,12 @@ Listed = dict[Place, Compilation]
 _to_compile: Listed = {}  # for the processes, which are forked and find it filled: kernels cannot be sent to them
 
 
-def list_compilations(targets: Iterable[str], dtypes: Iterable[str], candidates: bool = False) -> Listed:
-    list_all = candidate_compilations if candidates else compilations
+def list_compilations(targets: Iterable[str], dtypes: Iterable[str]) -> Listed:
     return {
         Place(target, dtype, made.kernel.__name__, made.key()): made
         for target in targets
         for dtype in dtypes
-        for made in list_all(VARIANTS, DTYPES[dtype], CHIPS[target])
+        for made in compilations(VARIANTS, DTYPES[dtype], CHIPS[target])
     }
 
 
@@ -133,17 +131,9 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="compile everything")
     parser.add_argument("--part", type=int, default=int(time.time()) // 3600 % PARTS, help=f"0 to {PARTS - 1}")
     parser.add_argument("--since", metavar="COMMIT", help="compile what changed in the table since then, too")
-    parser.add_argument("--candidates", action="store_true", help="those of the autotuner, instead of the defaults")
     options = parser.parse_args()
     targets, dtypes = options.targets.split(","), options.dtypes.split(",")
-    listed = list_compilations(targets, dtypes, options.candidates)
-
-    if options.candidates:
-        fresh = dict(compiled(listed))
-        print("\n".join(summary(fresh)))
-        # of a candidate the tuner takes the time, which tells more than its instructions
-        gates = [gate for gate in GATES if gate is not has_many_instructions]
-        finish(f"{len(fresh)} kernels compiled", beyond_gates(listed, fresh, gates))
+    listed = list_compilations(targets, dtypes)
 
     committed = parse(TABLE.read_text()) if TABLE.exists() else {}
     table = {place: found for place, found in committed.items() if place.target in targets and place.dtype in dtypes}

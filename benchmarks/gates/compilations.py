@@ -12,7 +12,6 @@ import inspect
 import io
 import itertools
 import json
-import sys
 import textwrap
 import tokenize
 from collections.abc import Iterator, Sequence
@@ -26,14 +25,10 @@ import triton
 from triton.runtime.jit import KernelInterface
 
 import pvt_fast
-from pvt_fast import kernels
-from pvt_fast.kernels import tuning
-from pvt_fast.kernels.config import Config
+from pvt_fast.kernels import BACKEND
 from pvt_fast.kernels.launch import Chip, Launch, recorded
-from pvt_fast.kernels.tuning_records import Key
+from pvt_fast.kernels.mlp import forward as mlp
 from pvt_fast.testing import run_stages
-
-dwconv_mlp = sys.modules["pvt_fast.kernels.dwconv_mlp"]  # the package has the function under that name
 
 KIB = 1024
 # Target and shared memory that one block may use there (CUDA programming guide, table of compute capabilities; the
@@ -152,30 +147,10 @@ def compilations(
     """
     found: dict[str, Compilation] = {}
     for fits_half in {dtype == torch.bfloat16, False}:
-        with mock.patch.object(dwconv_mlp, "_fits_half", lambda _, fits=fits_half: fits):
+        with mock.patch.object(mlp, "_fits_half", lambda _, fits=fits_half: fits):
             for made in _compilations(variants, dtype, chip, batches, sizes, whole):
                 found.setdefault(made.key(), made)
     return list(found.values())
-
-
-class Candidate(NamedTuple):
-    """Stands for the tuner: always the n-th candidate, or the last."""
-
-    n: int
-
-    def known(self, key: Key, bucket: int, chip: Chip) -> Config:
-        offered = tuning.candidates(key.kernel, dict(key.default), chip)
-        return offered[min(self.n, len(offered) - 1)]
-
-
-def candidate_compilations(variants: Sequence[str], dtype: torch.dtype, chip: Chip) -> list[Compilation]:
-    """What the autotuner would compile beside the defaults."""
-    found: dict[str, Compilation] = {}
-    for n in range(1, 1 + max(map(len, tuning._OVERRIDES.values()))):
-        with tuning.use(Candidate(n)):
-            found |= {made.key(): made for made in compilations(variants, dtype, chip)}
-    defaults = {made.key() for made in compilations(variants, dtype, chip)}
-    return [made for key, made in found.items() if key not in defaults]
 
 
 @cache
@@ -199,5 +174,5 @@ def _compilations(
                 ahead: list[Launch] = []
                 with torch.no_grad(), recorded(chip, ahead) as launches:
                     tokens = run_stages(model, torch.empty(batch, 3, size, size, dtype=dtype), "triton")
-                    kernels.head(tokens, None)
+                    BACKEND.head(tokens, None)
                 yield from (compilation(launch, chip) for launch in launches + ahead)

@@ -103,7 +103,7 @@ def accelerate_(
     A block accelerated before takes the new settings.
     """
     instance("accelerate_: model", model, nn.Module, "an nn.Module")
-    dispatch._check_name(backend, "accelerate_: backend")
+    dispatch.check_name(backend, "accelerate_: backend")
     if backend != "auto":
         dispatch.named(backend, "accelerate_: backend")
     for name, value in (("attention", attention), ("mlp", mlp), ("strict", strict)):

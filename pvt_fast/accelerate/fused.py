@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backend import dispatch
-from ..backend import registered as library
-from ..ops import HW, PLAIN, PatchEmbedWeights, reference, to_map, to_tokens
+from ..backend import dispatch, registered
+from ..ops import HW, PLAIN, Facts, PatchEmbedWeights, to_map, to_tokens
+from ..ops.traceable import exporting_to_onnx
 from . import read
 from .block_names import (
     MAP,
@@ -79,7 +79,7 @@ class Fused:
         if obstacle is None:
             backend = self.settings.backend
             if torch.compiler.is_compiling():
-                backend = library.requested(backend)
+                backend = registered.requested(backend)
             name = _choose(x.device.type, x.dtype, backend)
             if name is not None:
                 return name
@@ -96,7 +96,7 @@ class Fused:
     def obstacle(self, owner: nn.Module, x: Any) -> str | None:
         """Why the ops cannot stand in on x."""
         if torch.compiler.is_exporting():
-            if not self.exports or reference.exporting_to_onnx():
+            if not self.exports or exporting_to_onnx():
                 return "it is being exported"
         elif type(x) not in PLAIN:
             return f"its input is a {type(x).__name__}"
@@ -291,7 +291,7 @@ class FusedEmbed(Fused):
         ops = self.ops(embed, image)
         if ops is None:
             return None
-        x, hw = ops.overlap_patch_embed(image, *self.calls()[0])
+        x, hw = ops.patch_embed(image, *self.calls()[0])
         return x, *hw
 
     def calls(self, when: When = NOW) -> list[tuple]:
@@ -405,7 +405,7 @@ class StandIn:
 def ops_of(backend: str, needs_gradients: bool) -> Any:
     """A backend's ops, in the form that a call needs."""
     if needs_gradients or torch.compiler.is_compiling():
-        return library.registered(backend)
+        return registered.registered(backend)
     return dispatch.load(backend)
 
 
@@ -423,10 +423,8 @@ def _residual_scale(module: nn.Module | None, x: Tensor) -> Tensor | None:
 
 def _choose(device: str, dtype: torch.dtype, backend: str) -> str | None:
     """Name of the backend that runs; None where "auto" finds none but the reference."""
-    module = dispatch.select(dispatch.Facts(device, dtype), backend)
-    if module is reference and dispatch.requested(backend) == "auto":
-        return None
-    return next(name for name, path in dispatch.ORDER.items() if path == module.__name__)
+    name = dispatch.select(Facts(device, dtype), backend).name
+    return None if name == "reference" and dispatch.requested(backend) == "auto" else name
 
 
 _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backend.registered

@@ -117,7 +117,7 @@ class AttentionHalf:
 
     def run(self, ops: Any, x: Tensor, hw: HW, residual_scale: Tensor | None, fresh: bool) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
-        return ops.sr_attention(x, hw, self.weights(fresh), self.spec(), residual_scale)
+        return ops.attention(x, hw, self.weights(fresh), self.spec(), residual_scale)
 
     def least_size(self) -> int:
         """The fewest rows and columns of a map that it takes."""
@@ -146,7 +146,7 @@ class MlpHalf:
 
     def run(self, ops: Any, x: Tensor, hw: HW, residual_scale: Tensor | None, fresh: bool) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
-        return ops.dwconv_mlp(x, hw, self.weights(fresh), self.spec(), residual_scale)
+        return ops.mlp(x, hw, self.weights(fresh), self.spec(), residual_scale)
 
     def least_size(self) -> int:
         """The fewest rows and columns of a map that it takes."""

@@ -24,11 +24,15 @@ from ..ops import (
     HW,
     AttentionSpec,
     AttentionWeights,
+    Backend,
+    BackendMisconfigured,
     Linear,
     MlpSpec,
     MlpWeights,
     Norm,
     PatchEmbedWeights,
+    Support,
+    WholeForward,
     check_attention,
     check_head,
     check_layer_norm,
@@ -37,11 +41,11 @@ from ..ops import (
     map_tensors,
 )
 from ..ops.packing import Alias, Tensors, key_of, packed, span
-from .dispatch import BackendMisconfigured, BackendUnavailable, Facts, cannot_run
 
 logger = logging.getLogger("pvt_fast")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SUPPORT = Support("cpp", _DTYPES, lambda device: None if device == "cpu" else f"it runs on CPU tensors, got {device}")
 
 # Every instruction set that is built in, best first; `isas` tells which of them this CPU runs.
 ISAS: list[str] = _C.built_isas()
@@ -81,23 +85,10 @@ def use_isa(name: str) -> Iterator[None]:
         _isa = before
 
 
-def unsupported(facts: Facts) -> str | None:
-    """Why these facts cannot run here, or None."""
-    if facts.device != "cpu":
-        return f"it runs on CPU tensors, got {facts.device}"
-    if facts.dtype not in _DTYPES:
-        return f"it takes float32, bfloat16 and float16, got {facts.dtype}"
-    if facts.dropout:
-        return "it has no dropout; training with drop_rate or attn_drop_rate above 0 runs on the reference"
-    if facts.autocast:
-        return "autocast is on; cast the model instead, with model.to(torch.bfloat16)"
-    return None
-
-
-def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
-    """LayerNorm(conv(image)); see `reference.overlap_patch_embed`."""
+def patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
+    """LayerNorm(conv(image)); see `reference.patch_embed`."""
     hw = check_patch_embed(image, w, stride, plain=True, packed=True)
-    _require_runs("overlap_patch_embed", image)
+    _require_runs("patch_embed", image)
     isa, given = _isa, image.detach()
     image = _readable(given)
     channels, in_channels, kernel, _ = w.proj.weight.shape
@@ -122,12 +113,12 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
     return out.to(given.dtype), hw
 
 
-def sr_attention(
+def attention(
     x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, residual_scale: Tensor | None = None
 ) -> Tensor:
-    """x + proj(softmax(q k^T * scale) v); see `reference.sr_attention`."""
+    """x + proj(softmax(q k^T * scale) v); see `reference.attention`."""
     check_attention(x, hw, w, spec, residual_scale, plain=True, packed=True)
-    _require_runs("sr_attention", x, spec.attn_drop, spec.proj_drop)
+    _require_runs("attention", x, spec)
     isa, given = _isa, x.detach()
     x = _readable(given).contiguous()
 
@@ -156,10 +147,10 @@ def sr_attention(
     return _run_residual(op, x, hw, residual_scale).to(given.dtype)
 
 
-def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None) -> Tensor:
-    """x + fc2(gelu(dwconv3x3([relu] fc1(LayerNorm(x))))); see `reference.dwconv_mlp`."""
+def mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None) -> Tensor:
+    """x + fc2(gelu(dwconv3x3([relu] fc1(LayerNorm(x))))); see `reference.mlp`."""
     check_mlp(x, hw, w, spec, residual_scale, plain=True, packed=True)
-    _require_runs("dwconv_mlp", x, spec.drop)
+    _require_runs("mlp", x, spec)
     isa, given = _isa, x.detach()
     x = _readable(given).contiguous()
 
@@ -248,11 +239,9 @@ def _run_residual(op: Any, x: Tensor, hw: HW, residual_scale: Tensor | None) -> 
     return out
 
 
-def _require_runs(op: str, x: Tensor, *rates: float) -> None:
-    if x.device.type == "cpu" and x.dtype in _DTYPES and not any(rates):  # the answer, at a fraction of its time
-        return
-    reason = unsupported(Facts(x.device.type, x.dtype, dropout=any(rates)))
-    raise BackendUnavailable(f"{op}: {cannot_run('cpp', reason)}")
+def _require_runs(op: str, x: Tensor, spec: AttentionSpec | MlpSpec | None = None) -> None:
+    if x.device.type != "cpu" or x.dtype not in _DTYPES or (spec is not None and spec.drops):
+        _SUPPORT.require(op, x, spec)  # which asks the same, in more time
 
 
 def _readable(alias: Tensor) -> Tensor:
@@ -282,3 +271,6 @@ def _norm(w: Norm) -> tuple:
 
 def _linear(w: Linear) -> tuple:
     return span(w.weight), None if w.bias is None else span(w.bias)
+
+
+BACKEND = Backend(_SUPPORT, patch_embed, attention, mlp, layer_norm, head, whole=WholeForward(isa, _C.Forward))

@@ -1,8 +1,8 @@
 """Which backend runs: the only place that decides, once per forward of the model.
 
-`select(facts, own)` answers a module that implements the contract of `ops`. "auto" takes the first backend in
-`ORDER` that supports the facts and logs each refusal once; a backend asked for by name runs or raises
-`BackendUnavailable` with the same sentence, it never falls back.
+`select(facts, own)` answers a backend of the contract of `ops`. "auto" takes the first in `ORDER` that supports the
+facts and logs each refusal once; a backend asked for by name runs or raises `BackendUnavailable` with the same
+sentence, it never falls back.
 """
 
 from __future__ import annotations
@@ -15,34 +15,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 from ..arguments import choice, shown
+from ..ops import Backend, BackendMisconfigured, BackendUnavailable, Facts, cannot_run
 
 logger = logging.getLogger("pvt_fast")
 
-# Auto order; each name's module. Adding a backend is one module and one line here.
+# Auto order; of each name the module that has it as `BACKEND`. Adding a backend is one module and one line here.
 ORDER = {"triton": "pvt_fast.kernels", "cpp": "pvt_fast.backend.cpp", "reference": "pvt_fast.ops.reference"}
-
-
-class BackendUnavailable(RuntimeError):
-    """The backend asked for cannot run here, or not on this input; the message says why."""
-
-
-class BackendMisconfigured(BackendUnavailable):
-    """A setting asks of a backend what this machine cannot do: "auto" does not pass over it."""
-
-
-class Facts(NamedTuple):
-    """All that a choice of backend may look at."""
-
-    device: str  # "cpu", "cuda", ...
-    dtype: torch.dtype
-    dropout: bool = False  # a dropout rate above 0 is in force
-    autocast: bool = False
 
 
 class BackendStatus(NamedTuple):
@@ -53,7 +36,7 @@ class BackendStatus(NamedTuple):
     reason: str | None
 
 
-def _check_name(name: str, source: str) -> str:
+def check_name(name: str, source: str) -> str:
     return choice(source, name, ("auto", *ORDER))
 
 
@@ -79,7 +62,7 @@ traced = _Traced()
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, models whose own `backend` is "auto" run on `name`, compiled ones too: they retrace."""
-    token = _default.set(_check_name(name, "use_backend: name"))
+    token = _default.set(check_name(name, "use_backend: name"))
     traced.default = name
     try:
         yield
@@ -91,7 +74,7 @@ def use_backend(name: str) -> Iterator[None]:
 def check_environment() -> None:
     """Raise BackendMisconfigured where the variable PVT_FAST_BACKEND names no backend."""
     try:
-        _check_name(_environment, "PVT_FAST_BACKEND")
+        check_name(_environment, "PVT_FAST_BACKEND")
     except ValueError as error:
         raise BackendMisconfigured(str(error)) from error
 
@@ -110,33 +93,35 @@ def requested(own: str) -> str:
 
 
 @cache
-def load(name: str) -> ModuleType | BackendUnavailable:
-    """The backend's module, or the error that says why it cannot be loaded here."""
+def _loaded(name: str) -> Backend | BackendUnavailable:
     try:
         if name != "reference":  # what the others pack is compared, or not, by this variable
             environment_switch("PVT_FAST_CHECK_WEIGHTS")
-        return importlib.import_module(ORDER[name])
+        return importlib.import_module(ORDER[name]).BACKEND
     except BackendUnavailable as error:
         return error
 
 
-def cannot_run(name: str, reason: object) -> BackendUnavailable:
-    """The error of a backend that was asked for by name."""
-    return BackendUnavailable(f"backend {name!r} cannot run: {reason}")
-
-
-def named(name: str, source: str) -> ModuleType:
-    """The module of a backend asked for by name. ValueError where there is none of that name; BackendUnavailable, with
-    why, where it cannot be loaded here.
+def load(name: str) -> Backend:
+    """The backend of that name. ValueError where there is none; BackendUnavailable, with why, where it cannot be loaded
+    here.
     """
-    module = load(choice(source, name, tuple(ORDER)))
-    if isinstance(module, BackendUnavailable):
-        raise cannot_run(name, module)
-    return module
+    backend = _loaded(choice("load: name", name, tuple(ORDER)))
+    if isinstance(backend, BackendUnavailable):
+        raise backend
+    return backend
 
 
-def select(facts: Facts, own: str = "auto") -> ModuleType:
-    """The backend module that runs for these facts; `own` is a model's own choice.
+def named(name: str, source: str) -> Backend:
+    """`load` for a backend that was asked for by name, in the words of what asked."""
+    backend = _loaded(choice(source, name, tuple(ORDER)))
+    if isinstance(backend, BackendUnavailable):
+        raise cannot_run(name, backend) from backend
+    return backend
+
+
+def select(facts: Facts, own: str = "auto") -> Backend:
+    """The backend that runs for these facts; `own` is a model's own choice.
 
     Raises BackendUnavailable when a backend is requested by name and cannot run.
     """
@@ -149,14 +134,23 @@ def select(facts: Facts, own: str = "auto") -> ModuleType:
             raise cannot_run(name, reason)
         return asked
     for candidate in ORDER:
-        module = load(candidate)
-        if isinstance(module, BackendMisconfigured):
-            raise module
-        reason = str(module) if isinstance(module, BackendUnavailable) else module.unsupported(facts)
-        if reason is None and isinstance(module, ModuleType):
-            return module
+        backend, reason = usable(candidate, facts)
+        if backend is not None:
+            return backend
         _log_refusal(candidate, reason)
     raise BackendUnavailable(f"no backend supports {facts}")
+
+
+def usable(name: str, facts: Facts) -> tuple[Backend | None, str | None]:
+    """(backend, None) where it can run on these facts, else (None, why not). BackendMisconfigured is raised."""
+    try:
+        backend = load(name)
+    except BackendMisconfigured:
+        raise
+    except BackendUnavailable as error:
+        return None, str(error)
+    reason = backend.unsupported(facts)
+    return (backend, None) if reason is None else (None, reason)
 
 
 @cache
@@ -169,12 +163,10 @@ def backends() -> list[BackendStatus]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     statuses = []
     for name in ORDER:
-        module = load(name)
-        if isinstance(module, BackendUnavailable):
-            reason: str | None = str(module)
-        else:
-            facts = [Facts(kind, torch.float32) for kind in dict.fromkeys((device, "cpu"))]
-            reasons = [module.unsupported(fact) for fact in facts]
-            reason = None if None in reasons else reasons[0]
+        try:
+            reasons = [usable(name, Facts(kind, torch.float32))[1] for kind in dict.fromkeys((device, "cpu"))]
+        except BackendMisconfigured as error:
+            reasons = [str(error)]
+        reason = None if None in reasons else reasons[0]
         statuses.append(BackendStatus(name, reason is None, reason))
     return statuses

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config import PVTConfig
 from .description import GLOBAL_POOL, HEAD_BIAS, NORM_EPS
 from .files import reason
-from .weights import assign, fit
+from .fitting import assign, fit
 
 if TYPE_CHECKING:
     from ..model import PVT_V2

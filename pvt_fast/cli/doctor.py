@@ -14,7 +14,7 @@ from rich.table import Table
 from .. import __version__, backends
 from ..backend.dispatch import BackendUnavailable, check_environment
 
-_VARIABLES = ("PVT_FAST_BACKEND", "PVT_FAST_ISA", "PVT_FAST_AUTOTUNE", "PVT_FAST_CACHE", "PVT_FAST_CHECK_WEIGHTS")
+_VARIABLES = ("PVT_FAST_BACKEND", "PVT_FAST_ISA", "PVT_FAST_CHECK_WEIGHTS")
 
 
 def report() -> Table:

@@ -29,9 +29,9 @@ from .. import __version__, create_model, list_models
 from ..arguments import shown
 from ..backend.dispatch import ORDER, BackendUnavailable
 from ..checkpoints.files import load_state
+from ..checkpoints.fitting import assign
 from ..checkpoints.key_maps import to_official
 from ..checkpoints.replacing import replacing
-from ..checkpoints.weights import assign
 from ..images.preprocess import Preprocess, read_image
 from ..model import PVT_V2
 from ..model_file import build_model, has_config

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .. import _C
 from ..accelerate.fused import Fused
 from ..accelerate.guard import Guard, Moment, ambient, edges, facts
 from ..backend import dispatch
-from ..backend import registered as library
-from ..ops import is_plain, packing, tensors_in
+from ..ops import WholeForward, is_plain, packing, tensors_in
+from . import compiled
 
 if TYPE_CHECKING:
     from ..model import PVT_V2
@@ -41,7 +40,7 @@ class Whole:
         Raises BackendUnavailable where the model asks for a backend that cannot run.
         """
         if torch.compiler.is_compiling():
-            return library.run_whole(model, image)
+            return compiled.run_whole(model, image)
         if type(image) is not Tensor or image.is_neg():
             return None
         if not torch.is_grad_enabled():
@@ -49,17 +48,17 @@ class Whole:
         if model.training:
             self.program = None  # nothing is packed for longer than a step
         backend = dispatch.select(model.facts(image), model.backend)
-        if backend.__name__ != dispatch.ORDER["cpp"] or model.training or ambient() is not None:
+        if backend.whole is None or model.training or ambient() is not None:
             return None
         if _needs_gradients(model, image) or not fits(model, image):
             return None
-        program, isa = self.program, backend.isa()
-        if program is not None and program.holds(model, image, isa):
+        program, variant = self.program, backend.whole.variant()
+        if program is not None and program.holds(model, image, variant):
             return program.run(image)
-        state = State.of(model, image, isa)
+        state = State.of(model, image, variant)
         with packing.collected() as records:
             logits = model.forward_head(model.forward_features(image))
-        self.program = None if state is None else record(model, image, state, records)
+        self.program = None if state is None else record(model, image, state, records, backend.whole)
         return logits
 
     def __deepcopy__(self, memo: dict) -> Whole:
@@ -72,20 +71,20 @@ class Whole:
 class State:
     """All that a model's forward on an image reads but for the parameters' values, as it was at one moment."""
 
-    def __init__(self, model: PVT_V2, image: Tensor, isa: str, guard: Guard, fused: list[Fused]) -> None:
-        self.isa, self.dtype, self.layout, self.channels = isa, image.dtype, _layout(image), image.shape[1]
+    def __init__(self, model: PVT_V2, image: Tensor, variant: str, guard: Guard, fused: list[Fused]) -> None:
+        self.variant, self.dtype, self.layout, self.channels = variant, image.dtype, _layout(image), image.shape[1]
         _ = model.config  # which follows a replaced head when it is asked
         self.settings, self.guard = model.forward_settings(), guard
         soon = _lines(tuple(model.parameters()))
         self.facts, self.kept = facts(model, guard, parameters=True, soon=soon)
         # from what the facts compare with: read again, a value may be another for that once
         calls = [call for piece in fused for call in piece.calls(Moment(self.kept))]
-        self.keys = [packing.key_of(isa, *call) for call in calls]
+        self.keys = [packing.key_of(variant, *call) for call in calls]
         self.pieces = [tensors_in(weights) for weights, *_ in calls]  # the parameters of each op of a forward, in order
         self.parameters = tuple({id(tensor): tensor for piece in self.pieces for tensor in piece}.values())
 
     @classmethod
-    def of(cls, model: PVT_V2, image: Tensor, isa: str) -> State | None:
+    def of(cls, model: PVT_V2, image: Tensor, variant: str) -> State | None:
         """None where a forward is more than ops."""
         guard = Guard(edges(model._modules.items()))
         known = {id(module) for _, module in guard.modules}
@@ -99,13 +98,13 @@ class State:
             for piece in fused
         ):
             return None
-        state = cls(model, image, isa, guard, fused)
+        state = cls(model, image, variant, guard, fused)
         # asked last: it is one moment only if nothing was changed in between
         return state if guard.changed(model) is None and guard.disturbed(model) is None else None
 
-    def holds(self, model: PVT_V2, image: Tensor, isa: str) -> bool:
+    def holds(self, model: PVT_V2, image: Tensor, variant: str) -> bool:
         """Would a forward read the same now?"""
-        if image.dtype != self.dtype or isa != self.isa or _layout(image) != self.layout:
+        if image.dtype != self.dtype or variant != self.variant or _layout(image) != self.layout:
             return False
         if image.shape[1] != self.channels or not model.calls_its_own() or model.forward_settings() != self.settings:
             return False
@@ -115,15 +114,15 @@ class State:
 class Program:
     """The packed ops of a forward, and all that must still be so for them to be the model's forward."""
 
-    def __init__(self, state: State, records: list[packing.Record]) -> None:
+    def __init__(self, state: State, records: list[packing.Record], whole: WholeForward) -> None:
         self.state, self.records = state, records
-        self.forward = _C.Forward([used.form for used in records])
+        self.forward = whole.link([used.form for used in records])
         self.parameters, self.head = state.parameters, state.pieces[-1][0]
         self.sources = packing.Sources(self.parameters, packing.aliases(self.parameters), keep=True)
 
-    def holds(self, model: PVT_V2, image: Tensor, isa: str) -> bool:
+    def holds(self, model: PVT_V2, image: Tensor, variant: str) -> bool:
         """Would running op by op do the same?"""
-        if any(used.dropped for used in self.records) or not self.state.holds(model, image, isa):
+        if any(used.dropped for used in self.records) or not self.state.holds(model, image, variant):
             return False
         # asked at once, as another number of logits would be returned; other shapes are among the values
         if self.head.shape[0] != self.forward.classes:
@@ -148,7 +147,9 @@ def fits(model: PVT_V2, image: Tensor) -> bool:
     return small and image.dtype in (torch.float32, torch.bfloat16) and _layout(image) is not None
 
 
-def record(model: PVT_V2, image: Tensor, state: State, records: list[packing.Record]) -> Program | None:
+def record(
+    model: PVT_V2, image: Tensor, state: State, records: list[packing.Record], whole: WholeForward
+) -> Program | None:
     """The forward that has just run op by op on `image`, in a model that was in `state` before it.
 
     None where it is more than its packed ops, or where another thread changed something meanwhile.
@@ -156,12 +157,12 @@ def record(model: PVT_V2, image: Tensor, state: State, records: list[packing.Rec
     # weights that are computed at each forward (parametrizations, say) are packed at each forward
     if [used.key for used in records] != state.keys:
         return None
-    program = Program(state, records)
+    program = Program(state, records, whole)
     # It compares with the values of now. What the ops were packed from may have changed since, unseen as yet.
     if not all(_is_packed_of(used, piece) for used, piece in zip(records, state.pieces, strict=True)):
         packing.doubt()
         return None
-    return program if program.holds(model, image, state.isa) else None
+    return program if program.holds(model, image, state.variant) else None
 
 
 def _is_packed_of(used: packing.Record, piece: list[Tensor]) -> bool:

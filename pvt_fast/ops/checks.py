@@ -8,6 +8,7 @@ checked then: of them only what tells the activations' sizes is looked at again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -53,8 +54,8 @@ def _declare(weights: Any, may_be_absent: tuple[str, ...] = (), **shapes: tuple[
 
 
 OPERANDS: dict[str, list[Operand]] = {
-    "overlap_patch_embed": _declare(PatchEmbedWeights, proj=("C", "Cin", "k", "k"), norm=("C",)),
-    "sr_attention": _declare(
+    "patch_embed": _declare(PatchEmbedWeights, proj=("C", "Cin", "k", "k"), norm=("C",)),
+    "attention": _declare(
         AttentionWeights,
         ("sr", "sr_norm"),
         norm=("C",),
@@ -64,13 +65,14 @@ OPERANDS: dict[str, list[Operand]] = {
         sr_norm=("C",),
         proj=("C", "C"),
     ),
-    "dwconv_mlp": _declare(
-        MlpWeights, norm=("C",), fc1=("hidden", "C"), dwconv=("hidden", 1, 3, 3), fc2=("C", "hidden")
-    ),
+    "mlp": _declare(MlpWeights, norm=("C",), fc1=("hidden", "C"), dwconv=("hidden", 1, 3, 3), fc2=("C", "hidden")),
     "layer_norm": _operands("w", None, ("C",)),
     "head": _operands("w", None, ("classes", "C")),
 }
 
+
+# The ops of the contract, in the order of a forward.
+NAMES = tuple(OPERANDS)
 
 # The norms and linears among an op's weights: (name, index or None, class, may it be None?).
 PARTS = {
@@ -96,8 +98,8 @@ def refuse_forward_mode(op: str) -> None:
 def check_patch_embed(
     image: Tensor, w: PatchEmbedWeights, stride: int, *, plain: bool = False, packed: bool = False
 ) -> HW:
-    """Check the arguments of `overlap_patch_embed`; return the size of the output map."""
-    op = "overlap_patch_embed"
+    """Check the arguments of `patch_embed`; return the size of the output map."""
+    op = "patch_embed"
     _check_activations(op, "image", image, 4, "(B, Cin, H, W)", plain)
     _check_class(op, "w", w, PatchEmbedWeights)
     weight = _weight(op, "w.proj", w.proj, plain)
@@ -129,8 +131,8 @@ def check_attention(
     plain: bool = False,
     packed: bool = False,
 ) -> None:
-    """Check the arguments of `sr_attention`; scale: its `residual_scale`."""
-    op = "sr_attention"
+    """Check the arguments of `attention`; scale: its `residual_scale`."""
+    op = "attention"
     _check_class(op, "w", w, AttentionWeights)
     _check_class(op, "spec", spec, AttentionSpec)
     _check_tokens(op, x, hw, _weight(op, "w.q", w.q, plain), scale, plain)
@@ -167,8 +169,8 @@ def check_mlp(
     plain: bool = False,
     packed: bool = False,
 ) -> None:
-    """Check the arguments of `dwconv_mlp`; scale: its `residual_scale`."""
-    op = "dwconv_mlp"
+    """Check the arguments of `mlp`; scale: its `residual_scale`."""
+    op = "mlp"
     _check_class(op, "w", w, MlpWeights)
     _check_class(op, "spec", spec, MlpSpec)
     _check_flag(op, "spec.relu", spec.relu)
@@ -201,6 +203,21 @@ def check_head(x: Tensor, w: Linear | None, *, plain: bool = False, packed: bool
         raise ValueError(f"{op}: w.weight must have shape (classes, C), got {tuple(weight.shape)}")
     packed = packed and _is_like(weight, x) and weight.shape[1] == x.shape[2]
     _check_weights(op, w, {"classes": weight.shape[0], "C": x.shape[2]}, "x", x, plain, packed)
+
+
+def output_shape(op: str, *arguments: Any) -> tuple[int, ...]:
+    """The shape of an op's result, after a check of its arguments; of tensors without values, too."""
+    if op == "patch_embed":
+        image, w, _ = arguments
+        height, width = check_patch_embed(*arguments)
+        return image.shape[0], height * width, w.proj.weight.shape[0]
+    if op == "head":
+        x, w = arguments
+        check_head(x, w)
+        return x.shape[0], x.shape[2] if w is None else w.weight.shape[0]
+    checks: dict[str, Callable] = {"attention": check_attention, "mlp": check_mlp, "layer_norm": check_layer_norm}
+    checks[op](*arguments)
+    return arguments[0].shape
 
 
 def _check_weights(op: str, w: Any, sizes: dict[str, int], name: str, x: Tensor, plain: bool, packed: bool) -> None:

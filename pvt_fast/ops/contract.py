@@ -1,18 +1,14 @@
-"""The contract between the model and its backends: weight tuples and op signatures.
+"""The contract between the model and its backends: weight tuples, op signatures, and what a backend is.
 
-What must hold of arguments is in `checks`.
+What must hold of arguments is in `checks`; `reference` is the specification of each op. Activations are channels-last
+tokens `x (B, N, C)` of a map `hw = (H, W)`, `N = H * W`, row-major. Every op returns new tensors and changes no
+argument.
 
-A backend is a module with the functions below under exactly these names and parameters, plus
-`unsupported(facts) -> str | None` (see `dispatch`). Activations are channels-last tokens `x (B, N, C)` of a map
-`hw = (H, W)`, `N = H * W`, row-major. Every function returns new tensors and changes no argument.
-
-    overlap_patch_embed(image, w, stride) -> (x, hw)
-    sr_attention(x, hw, w, spec, residual_scale=None) -> x'
-    dwconv_mlp(x, hw, w, spec, residual_scale=None) -> x'
+    patch_embed(image, w, stride) -> (x, hw)
+    attention(x, hw, w, spec, residual_scale=None) -> x'
+    mlp(x, hw, w, spec, residual_scale=None) -> x'
     layer_norm(x, w) -> x'
     head(x, w) -> logits
-
-A backend may know whole models besides: see `program` for the one of the C++ kernels.
 
 The grain is coarse on purpose: the gain of a fused backend is that the hidden map of the MLP (4-8 C wide), the
 queries and the attention scores never reach memory.
@@ -20,13 +16,12 @@ queries and the attention scores never reach memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from ..backend.dispatch import Facts
 
 HW = tuple[int, int]
 
@@ -89,6 +84,11 @@ class AttentionSpec(NamedTuple):
     attn_drop: float = 0.0
     proj_drop: float = 0.0
 
+    @property
+    def drops(self) -> bool:
+        """Is a rate of dropout above 0?"""
+        return self.attn_drop > 0 or self.proj_drop > 0
+
 
 class MlpSpec(NamedTuple):
     """`relu` puts a ReLU between fc1 and the depthwise convolution (the linear variants)."""
@@ -96,26 +96,105 @@ class MlpSpec(NamedTuple):
     relu: bool
     drop: float = 0.0
 
+    @property
+    def drops(self) -> bool:
+        """Is a rate of dropout above 0?"""
+        return self.drop > 0
 
-class Backend(Protocol):
-    """What a backend module offers; `reference` is the specification of each function."""
 
-    __name__: str
+class BackendUnavailable(RuntimeError):
+    """The backend asked for cannot run here, or not on this input; the message says why."""
 
-    @staticmethod
-    def unsupported(facts: Facts) -> str | None: ...
-    @staticmethod
-    def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]: ...
-    @staticmethod
-    def sr_attention(
-        x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, residual_scale: Tensor | None = None
-    ) -> Tensor: ...
-    @staticmethod
-    def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None) -> Tensor: ...
-    @staticmethod
-    def layer_norm(x: Tensor, w: Norm) -> Tensor: ...
-    @staticmethod
-    def head(x: Tensor, w: Linear | None) -> Tensor: ...
+
+class BackendMisconfigured(BackendUnavailable):
+    """A setting asks of a backend what this machine cannot do: "auto" does not pass over it."""
+
+
+class Facts(NamedTuple):
+    """All that a choice of backend may look at."""
+
+    device: str  # "cpu", "cuda", ...
+    dtype: torch.dtype
+    dropout: bool = False  # a dropout rate above 0 is in force
+    autocast: bool = False
+
+
+class WholeForward(NamedTuple):
+    """How a backend runs a model's ops in one call.
+
+    variant(): what packed ops depend on beside their weights (an instruction set); link(packed ops in the order of a
+    forward) -> an object with their `run` and number of `classes`, see `_C.Forward`.
+    """
+
+    variant: Callable[[], str]
+    link: Callable[[Sequence[Any]], Any]
+
+
+@dataclass(frozen=True)
+class Support:
+    """Where a backend's ops run: `Backend.unsupported` answers by it, and so does each op that is called by itself.
+
+    dtypes: those of activations and weights; None: any, and with dropout and under autocast, too.
+    device(type): why they do not run on a type of device ("cpu", "cuda"), or None where they do.
+    """
+
+    name: str  # of the backend
+    dtypes: tuple[torch.dtype, ...] | None = None
+    device: Callable[[str], str | None] = lambda device: None
+
+    def refusal(self, facts: Facts) -> str | None:
+        """Why these facts cannot run, or None."""
+        if (reason := self.device(facts.device)) is not None or self.dtypes is None:
+            return reason
+        if facts.dtype not in self.dtypes:
+            *others, last = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
+            return f"it takes {', '.join(others)} and {last}, got {facts.dtype}"
+        if facts.dropout:
+            return "it has no dropout; training with drop_rate or attn_drop_rate above 0 runs on the reference"
+        if facts.autocast:
+            return "autocast is on; cast the model instead, with model.to(torch.bfloat16)"
+        return None
+
+    def require(self, op: str, x: Tensor, spec: AttentionSpec | MlpSpec | None = None) -> None:
+        """BackendUnavailable, as `op`, unless that runs on x with this spec."""
+        reason = self.refusal(Facts(x.device.type, x.dtype, dropout=spec is not None and spec.drops))
+        if reason is not None:
+            raise BackendUnavailable(f"{op}: {cannot_run(self.name, reason)}")
+
+
+# gradients(grad_output, needed, *arguments of the op) -> one for each of `tensors_in(arguments)`, None where not needed
+Backward = Callable[..., Sequence[Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend: where it runs, and its ops.
+
+    backward: gradients (`Backward`) by the name of an op; those of other ops are the reference's.
+    whole: how it runs all ops of a model in one call, if it can.
+    """
+
+    support: Support
+    patch_embed: Callable[[Tensor, PatchEmbedWeights, int], tuple[Tensor, HW]]
+    attention: Callable[..., Tensor]
+    mlp: Callable[..., Tensor]
+    layer_norm: Callable[[Tensor, Norm], Tensor]
+    head: Callable[[Tensor, Linear | None], Tensor]
+    backward: Mapping[str, Backward] = field(default_factory=dict)
+    whole: WholeForward | None = None
+
+    @property
+    def name(self) -> str:
+        return self.support.name
+
+    def unsupported(self, facts: Facts) -> str | None:
+        """Why these facts cannot run here, or None."""
+        return self.support.refusal(facts)
+
+
+def cannot_run(name: str, reason: object) -> BackendUnavailable:
+    """The error of a backend that was asked for by name."""
+    return BackendUnavailable(f"backend {name!r} cannot run: {reason}")
 
 
 def map_tensors(arguments: Any, transform: Callable[[Tensor], Any]) -> Any:

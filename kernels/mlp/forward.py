@@ -21,10 +21,10 @@ from torch import Tensor
 
 from pvt_fast.ops import HW, Linear, MlpSpec, MlpWeights, check_mlp
 
-from . import config, tuning
-from .launch import Chip, chip_of, dense, dot_precision, first_time, launch, operands, packed_apart, warm, workspace
-from .linear import linear
-from .primitives import (
+from .. import block_sizes
+from ..launch import Chip, chip_of, dense, dot_precision, first_time, launch, operands, packed_apart, warm, workspace
+from ..linear import linear
+from ..primitives import (
     add_residual,
     bound,
     depthwise_rows,
@@ -289,7 +289,7 @@ def _fits_half(w: MlpWeights) -> bool:
 
 def _pack(w: MlpWeights) -> _Packed:
     hidden = len(w.fc1.weight)
-    extra = config.padded_hidden(hidden) - hidden
+    extra = block_sizes.padded_hidden(hidden) - hidden
     weight = w.fc1.weight.detach()
     half = _fits_half(w)
 
@@ -322,32 +322,32 @@ class _Call(NamedTuple):
     def exact(self) -> bool:
         return self.x.dtype == torch.float32
 
-    def tiles(self, shape: config.Config) -> int:
+    def tiles(self, shape: block_sizes.BlockSizes) -> int:
         """Tiles of ROWS rows by BLOCK_P columns."""
         images, height, width, _ = self.size
         return triton.cdiv(images * triton.cdiv(height, shape["ROWS"]) * width, shape["BLOCK_P"])
 
 
-def dwconv_mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None) -> Tensor:
+def mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None) -> Tensor:
     """See `pvt_fast.ops`."""
     check_mlp(x, hw, w, spec, residual_scale, plain=True)
-    x, residual_scale = operands("dwconv_mlp", x, residual_scale, spec.drop)
+    x, residual_scale = operands("mlp", x, residual_scale, spec)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     weights = (w.norm.weight, w.norm.bias, w.fc1.weight, w.fc1.bias, w.dwconv.weight, w.dwconv.bias, w.fc2.weight)
     pack = packed_apart("mlp", weights, lambda: _pack(w))
     chip = chip_of(x.device)
-    padded_height = -(-hw[0] // config.DWCONV_ROWS) * config.DWCONV_ROWS + 2
+    padded_height = -(-hw[0] // block_sizes.DWCONV_ROWS) * block_sizes.DWCONV_ROWS + 2
     hidden = _hidden_map(x, hw, w, spec, pack, padded_height, chip)
     call = _Call(x, hidden, w, pack, residual_scale, out, (x.shape[0], *hw, padded_height))
-    if config.fits_row(x.shape[2]):
+    if block_sizes.fits_row(x.shape[2]):
         _fused(launch, call, chip)
         return out
-    shape = config.dwconv_fc2(x.shape[2], x.dtype, pack.half, chip)
+    shape = block_sizes.dwconv_fc2(x.shape[2], x.dtype, pack.half, chip)
     few = call.tiles(shape) * triton.cdiv(x.shape[2], shape["BLOCK_C"]) <= chip.processors
     chosen, other = (_fused, _apart) if few else (_apart, _fused)
-    if first_time((dwconv_mlp, x.shape[2], hidden.shape[3], x.dtype, pack.half, residual_scale is None)):
+    if first_time(("mlp", x.shape[2], hidden.shape[3], x.dtype, pack.half, residual_scale is None)):
         other(warm, call, chip)
     chosen(launch, call, chip)
     return out
@@ -358,26 +358,22 @@ def _fused(start: Callable, call: _Call, chip: Chip) -> None:
     channels, hidden = call.x.shape[2], call.hidden.shape[3]
     pointers = (call.x, call.hidden, call.pack.taps, call.pack.taps_bias, call.pack.fc2_t, *dense(call.w.fc2.bias))
     meta = {"C": channels, "HID": hidden, "SCALED": call.scale is not None, "EXACT": call.exact}
-
-    def start_with(shape: config.Config) -> None:
-        tiles = (call.tiles(shape), triton.cdiv(channels, shape["BLOCK_C"]))
-        parts = config.parts(tiles[0] * tiles[1], hidden // shape["BLOCK_H"], chip)
-        split = parts > 1
-        partial, counter = workspace(call.x.device, split * parts * call.x.numel(), split * tiles[0] * tiles[1])
-        start(
-            dwconv_fc2_kernel,
-            (*tiles, parts),
-            call.x,
-            *pointers,
-            *(call.scale, call.out, partial, counter),
-            *(*call.size, parts),
-            PRECISION=dot_precision(call.x.dtype),
-            **meta,
-            **shape,
-        )
-
-    default = config.dwconv_fc2(channels, call.x.dtype, call.pack.half, chip)
-    tuning.with_choice(start, dwconv_fc2_kernel, (channels, hidden), call.x, default, start_with)
+    shape = block_sizes.dwconv_fc2(channels, call.x.dtype, call.pack.half, chip)
+    tiles = (call.tiles(shape), triton.cdiv(channels, shape["BLOCK_C"]))
+    parts = block_sizes.parts(tiles[0] * tiles[1], hidden // shape["BLOCK_H"], chip)
+    split = parts > 1
+    partial, counter = workspace(call.x.device, split * parts * call.x.numel(), split * tiles[0] * tiles[1])
+    start(
+        dwconv_fc2_kernel,
+        (*tiles, parts),
+        call.x,
+        *pointers,
+        *(call.scale, call.out, partial, counter),
+        *(*call.size, parts),
+        PRECISION=dot_precision(call.x.dtype),
+        **meta,
+        **shape,
+    )
 
 
 def _apart(start: Callable, call: _Call, chip: Chip) -> None:
@@ -385,13 +381,9 @@ def _apart(start: Callable, call: _Call, chip: Chip) -> None:
     hidden = call.hidden.shape[3]
     g = torch.empty((*call.x.shape[:2], hidden), dtype=call.hidden.dtype, device=call.x.device)
     pointers = (call.hidden, call.pack.taps, call.pack.taps_bias, g)
-
-    def start_with(shape: config.Config) -> None:
-        grid = (call.tiles(shape), hidden // shape["BLOCK_H"])
-        start(dwconv_gelu_kernel, grid, call.x, *pointers, *call.size, HID=hidden, EXACT=call.exact, **shape)
-
-    default = config.dwconv_gelu(call.pack.half)
-    tuning.with_choice(start, dwconv_gelu_kernel, (hidden,), call.hidden, default, start_with)
+    shape = block_sizes.dwconv_gelu(call.pack.half)
+    grid = (call.tiles(shape), hidden // shape["BLOCK_H"])
+    start(dwconv_gelu_kernel, grid, call.x, *pointers, *call.size, HID=hidden, EXACT=call.exact, **shape)
     linear(start, g, Linear(call.pack.fc2, call.w.fc2.bias), call.out, call.x, call.scale)
 
 
@@ -406,15 +398,11 @@ def _hidden_map(
     border = images * (padded_height * (hw[1] + 2) - hw[0] * hw[1])
     pointers = (x, *dense(*w.norm[:2]), pack.fc1, pack.fc1_bias, h)
     meta = {"C": channels, "HID": width, "RELU": spec.relu, "PRECISION": dot_precision(x.dtype)}
-
-    def start_with(shape: config.Config) -> None:
-        tiles = triton.cdiv(x.shape[0] * x.shape[1], shape["BLOCK_M"]) + triton.cdiv(border, shape["BLOCK_M"])
-        columns = triton.cdiv(width, shape["BLOCK_N"])
-        per_program = config.columns_per_program(tiles, columns, chip)
-        sizes = (images, *hw, padded_height, per_program)
-        grid = (tiles, triton.cdiv(columns, per_program))
-        launch(norm_fc1_kernel, grid, x, *pointers, *sizes, w.norm.eps, **meta, **shape)
-
-    default = config.norm_linear(channels, width, x.dtype, chip)
-    tuning.with_choice(launch, norm_fc1_kernel, (channels, width, spec.relu, pack.half), x, default, start_with)
+    shape = block_sizes.norm_linear(channels, width, x.dtype, chip)
+    tiles = triton.cdiv(x.shape[0] * x.shape[1], shape["BLOCK_M"]) + triton.cdiv(border, shape["BLOCK_M"])
+    columns = triton.cdiv(width, shape["BLOCK_N"])
+    per_program = block_sizes.columns_per_program(tiles, columns, chip)
+    sizes = (images, *hw, padded_height, per_program)
+    grid = (tiles, triton.cdiv(columns, per_program))
+    launch(norm_fc1_kernel, grid, x, *pointers, *sizes, w.norm.eps, **meta, **shape)
     return h

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pvt_fast.ops import Linear, Norm, check_head, check_layer_norm
 
-from . import config
+from . import block_sizes
 from .launch import dense, launch, operands
 from .primitives import bound, load_rows, norm_tile, round_to, row_offsets
 
@@ -52,7 +52,7 @@ def layer_norm(x: Tensor, w: Norm) -> Tensor:
     if out.numel():
         channels = x.shape[-1]
         rows = x.numel() // channels
-        shape = config.rows(channels)
+        shape = block_sizes.rows(channels)
         grid = (triton.cdiv(rows, shape["BLOCK_M"]),)
         launch(layer_norm_kernel, grid, x, x, *dense(*w[:2]), out, rows, w.eps, C=channels, **shape)
     return out
@@ -65,7 +65,7 @@ def head(x: Tensor, w: Linear | None) -> Tensor:
     images, tokens, channels = x.shape
     mean = torch.empty((images, channels), dtype=x.dtype, device=x.device)
     if mean.numel():
-        shape = config.token_mean(channels)
+        shape = block_sizes.token_mean(channels)
         grid = (images, triton.cdiv(channels, shape["BLOCK_C"]))
         launch(token_mean_kernel, grid, x, x, mean, tokens, C=channels, **shape)
     return mean if w is None else F.linear(mean, w.weight, w.bias)

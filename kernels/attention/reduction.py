@@ -19,9 +19,9 @@ from torch import Tensor
 from pvt_fast.config import LINEAR_POOL_SIZE
 from pvt_fast.ops import HW, AttentionSpec, AttentionWeights, Norm
 
-from . import config, tuning
-from .launch import chip_of, dense, dot_precision, inputs_last, launch, packed_apart, workspace
-from .primitives import (
+from .. import block_sizes
+from ..launch import chip_of, dense, dot_precision, inputs_last, launch, packed_apart, workspace
+from ..primitives import (
     bound,
     dot,
     inverse_deviation,
@@ -188,30 +188,25 @@ def reduce_map(start: Callable, x: Tensor, hw: HW, w: AttentionWeights, spec: At
     weights = dense(*w.norm[:2], weight, w.sr.bias)
     kv_weights = dense(*w.sr_norm[:2], *w.kv)
     eps = (w.norm.eps, w.sr_norm.eps)
-
-    def start_with(shape: config.Config) -> Reduced:
-        tiles = (triton.cdiv(images * keys, shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))
-        parts = config.parts(tiles[0] * tiles[1], 2 * ratio**2, chip)
-        sums, counter = workspace(x.device, parts * images * keys * channels, to_kv * tiles[0])
-        start(
-            spatial_reduction_kernel,
-            (*tiles, parts),
-            x,
-            *(source, *weights, *kv_weights, sums, counter, kv),
-            *(images, *size, parts, *eps),
-            C=channels,
-            R=ratio,
-            LINEAR=spec.linear,
-            EXACT=dtype == torch.float32,
-            TO_KV=to_kv,
-            PRECISION=dot_precision(dtype),
-            **shape,
-        )
-        return Reduced(kv, None) if to_kv else Reduced(None, sums.view(parts, images, keys, channels))
-
-    default = config.spatial_reduction(channels, dtype, to_kv, spec.linear, chip)
-    form = (channels, ratio, spec.linear, to_kv)
-    return tuning.with_choice(start, spatial_reduction_kernel, form, x, default, start_with)
+    shape = block_sizes.spatial_reduction(channels, dtype, to_kv, spec.linear, chip)
+    tiles = (triton.cdiv(images * keys, shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))
+    parts = block_sizes.parts(tiles[0] * tiles[1], 2 * ratio**2, chip)
+    sums, counter = workspace(x.device, parts * images * keys * channels, to_kv * tiles[0])
+    start(
+        spatial_reduction_kernel,
+        (*tiles, parts),
+        x,
+        *(source, *weights, *kv_weights, sums, counter, kv),
+        *(images, *size, parts, *eps),
+        C=channels,
+        R=ratio,
+        LINEAR=spec.linear,
+        EXACT=dtype == torch.float32,
+        TO_KV=to_kv,
+        PRECISION=dot_precision(dtype),
+        **shape,
+    )
+    return Reduced(kv, None) if to_kv else Reduced(None, sums.view(parts, images, keys, channels))
 
 
 def _pool(x: Tensor, hw: HW, norm: Norm) -> Tensor:
@@ -219,6 +214,6 @@ def _pool(x: Tensor, hw: HW, norm: Norm) -> Tensor:
     images, _, channels = x.shape
     out = torch.empty((images, LINEAR_POOL_SIZE**2, channels), dtype=x.dtype, device=x.device)
     grid = (images * LINEAR_POOL_SIZE**2,)
-    meta = {"C": channels, "BINS": LINEAR_POOL_SIZE, **config.pool(channels)}
+    meta = {"C": channels, "BINS": LINEAR_POOL_SIZE, **block_sizes.pool(channels)}
     launch(pool_kernel, grid, x, x, *dense(*norm[:2]), out, *hw, norm.eps, **meta)
     return out

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pvt_fast.ops import HW, PatchEmbedWeights, check_patch_embed
 
-from . import config, tuning
-from .launch import chip_of, dense, dot_precision, inputs_last, launch, packed_apart, require_runs, workspace
+from . import block_sizes
+from .launch import SUPPORT, chip_of, dense, dot_precision, inputs_last, launch, packed_apart, workspace
 from .primitives import (
     bound,
     dot,
@@ -162,10 +162,10 @@ pixel_embed_kernel = triton.jit(
 )
 
 
-def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
+def patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
     """See `pvt_fast.ops`."""
     hw = check_patch_embed(image, w, stride, plain=True)
-    require_runs("overlap_patch_embed", image)
+    SUPPORT.require("patch_embed", image)
     image = image.resolve_neg()
     images, in_channels = image.shape[:2]
     channels, _, kernel, _ = w.proj.weight.shape
@@ -173,32 +173,27 @@ def overlap_patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tup
     if out.numel() == 0:
         return out, hw
     chip = chip_of(image.device)
-    default = config.patch_embed(in_channels, channels, image.dtype, chip)
+    shape = block_sizes.patch_embed(in_channels, channels, image.dtype, chip)
     weight = w.proj.weight
-    if default["PER_TAP"]:
+    if shape["PER_TAP"]:
         weight = packed_apart("patch_embed", (weight,), lambda: inputs_last(w.proj.weight))
-    starts = patch_embed_kernel if default["PER_TAP"] else pixel_embed_kernel
     pointers = (image, *dense(weight, w.proj.bias, *w.norm[:2]))
-    summed = not default["WHOLE_ROWS"]
-
-    def start_with(shape: config.Config) -> None:
-        tiles = (triton.cdiv(images * hw[0] * hw[1], shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))
-        steps = kernel * kernel * in_channels // shape["BLOCK_K"]
-        parts = config.parts(tiles[0] * tiles[1], steps, chip) if summed else 1
-        partial, counter = workspace(image.device, summed * parts * out.numel(), summed * tiles[0])
-        launch(
-            starts,
-            (*tiles, parts),
-            image,
-            *(*pointers, partial, counter, out),
-            *(images, *image.shape[2:], *hw, parts, *image.stride(), w.norm.eps),
-            CIN=in_channels,
-            C=channels,
-            KERNEL=kernel,
-            STRIDE=stride,
-            PRECISION=dot_precision(image.dtype),
-            **shape,
-        )
-
-    tuning.with_choice(launch, starts, (in_channels, channels, kernel, stride), image, default, start_with)
+    summed = not shape["WHOLE_ROWS"]
+    tiles = (triton.cdiv(images * hw[0] * hw[1], shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))
+    steps = kernel * kernel * in_channels // shape["BLOCK_K"]
+    parts = block_sizes.parts(tiles[0] * tiles[1], steps, chip) if summed else 1
+    partial, counter = workspace(image.device, summed * parts * out.numel(), summed * tiles[0])
+    launch(
+        patch_embed_kernel if shape["PER_TAP"] else pixel_embed_kernel,
+        (*tiles, parts),
+        image,
+        *(*pointers, partial, counter, out),
+        *(images, *image.shape[2:], *hw, parts, *image.stride(), w.norm.eps),
+        CIN=in_channels,
+        C=channels,
+        KERNEL=kernel,
+        STRIDE=stride,
+        PRECISION=dot_precision(image.dtype),
+        **shape,
+    )
     return out, hw

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from pvt_fast.ops import HW, AttentionSpec, AttentionWeights, check_attention
 
-from . import config, tuning
-from .launch import Chip, chip_of, dense, dot_precision, first_time, launch, operands, warm
-from .linear import linear, norm_linear
-from .primitives import (
+from .. import block_sizes
+from ..launch import Chip, chip_of, dense, dot_precision, first_time, launch, operands, warm
+from ..linear import linear, norm_linear
+from ..primitives import (
     add_residual,
     attend,
     attend_block,
@@ -36,7 +36,7 @@ from .primitives import (
     row_offsets,
     rows_product,
 )
-from .spatial_reduction import reduce_map, reduced_keys
+from .reduction import reduce_map, reduced_keys
 
 _LOG2_E = 1.4426950408889634
 
@@ -233,22 +233,22 @@ class _Call(NamedTuple):
         return self.w.sr is not None
 
 
-def sr_attention(
+def attention(
     x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, residual_scale: Tensor | None = None
 ) -> Tensor:
     """See `pvt_fast.ops`."""
     check_attention(x, hw, w, spec, residual_scale, plain=True)
-    x, residual_scale = operands("sr_attention", x, residual_scale, spec.attn_drop, spec.proj_drop)
+    x, residual_scale = operands("attention", x, residual_scale, spec)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     call = _Call(x, hw, w, spec, residual_scale, out)
     chip = chip_of(x.device)
-    one_block = config.fits_one_block(reduced_keys(hw, spec, call.ratio))
+    one_block = block_sizes.fits_one_block(reduced_keys(hw, spec, call.ratio))
     # the fused kernel goes through a row's heads itself; else few tiles of rows want a program for each head
-    rows_only = config.fuses_projection(x.shape[2], x.dtype, chip)
-    many = rows_only or config.fills(x.shape[0] * triton.cdiv(x.shape[1], config.QUERIES), chip)
-    if first_time((sr_attention, x.shape[2], spec, call.ratio, call.reduces, x.dtype, residual_scale is None)):
+    rows_only = block_sizes.fuses_projection(x.shape[2], x.dtype, chip)
+    many = rows_only or block_sizes.fills(x.shape[0] * triton.cdiv(x.shape[1], block_sizes.QUERIES), chip)
+    if first_time(("attention", x.shape[2], spec, call.ratio, call.reduces, x.dtype, residual_scale is None)):
         for form in product((False, True), (many,) if rows_only else (False, True)):
             _attention(warm, call, *form, rows_only, chip)
     _attention(launch, call, one_block, many, rows_only, chip)
@@ -259,7 +259,7 @@ def _attention(start: Callable, call: _Call, one_block: bool, many: bool, rows_o
     """Keys and values of one block or more; many or few tiles of rows."""
     x, w = call.x, call.w
     # few tiles repeat little when each makes its heads' keys and values; with GELU before, registers do not suffice
-    own_keys = not (call.reduces and (many or call.spec.linear)) and config.makes_own_keys(x.dtype, chip)
+    own_keys = not (call.reduces and (many or call.spec.linear)) and block_sizes.makes_own_keys(x.dtype, chip)
     in_place = one_block and not rows_only and own_keys
     source: Tensor | None = x
     if call.reduces:
@@ -283,23 +283,19 @@ def _fused(start: Callable, call: _Call, kv: Tensor, one_block: bool, chip: Chip
     channels, tokens = x.shape[2], x.shape[1]
     head_dim = channels // call.spec.num_heads
     pointers = (x, *dense(*w.norm[:2], *w.q), kv)
-
-    def start_with(shape: config.Config) -> None:
-        start(
-            attention_kernel,
-            (x.shape[0] * triton.cdiv(tokens, shape["BLOCK_M"]),),
-            x,
-            *(*pointers, *dense(*w.proj), call.scale, call.out),
-            *(tokens, kv.shape[1], w.norm.eps, call.spec.scale * _LOG2_E),
-            C=channels,
-            HEAD_DIM=head_dim,
-            SCALED=call.scale is not None,
-            PRECISION=dot_precision(x.dtype),
-            **shape,
-        )
-
-    default = config.attention(channels, head_dim, one_block, x.dtype, chip)
-    tuning.with_choice(start, attention_kernel, (channels, head_dim), x, default, start_with)
+    shape = block_sizes.attention(channels, head_dim, one_block, x.dtype, chip)
+    start(
+        attention_kernel,
+        (x.shape[0] * triton.cdiv(tokens, shape["BLOCK_M"]),),
+        x,
+        *(*pointers, *dense(*w.proj), call.scale, call.out),
+        *(tokens, kv.shape[1], w.norm.eps, call.spec.scale * _LOG2_E),
+        C=channels,
+        HEAD_DIM=head_dim,
+        SCALED=call.scale is not None,
+        PRECISION=dot_precision(x.dtype),
+        **shape,
+    )
 
 
 def _heads(start: Callable, call: _Call, source: Tensor, kind: str, one_block: bool, many: bool, chip: Chip) -> Tensor:
@@ -313,24 +309,20 @@ def _heads(start: Callable, call: _Call, source: Tensor, kind: str, one_block: b
     queries = (x, *dense(*w.norm[:2], *w.q))
     keys = (source, *dense(*kv_norm[:2], *w.kv))
     parts = source.shape[0] if kind == "sums" else 1
-
-    def start_with(shape: config.Config) -> None:
-        start(
-            head_attention_kernel,
-            (images * triton.cdiv(tokens, shape["BLOCK_M"]), triton.cdiv(call.spec.num_heads, per_program)),
-            x,
-            *(*queries, *keys, heads, *dense(*w.proj), call.scale, call.out),
-            *(images, tokens, source.shape[-2], parts, per_program, int(many)),
-            *(w.norm.eps, kv_norm.eps, call.spec.scale * _LOG2_E),
-            C=channels,
-            HEAD_DIM=head_dim,
-            SOURCE=kind,
-            LINEAR=call.spec.linear,
-            SCALED=call.scale is not None,
-            PRECISION=dot_precision(x.dtype),
-            **shape,
-        )
-
-    default = config.attention(channels, head_dim, one_block, x.dtype, chip)
-    tuning.with_choice(start, head_attention_kernel, (channels, head_dim, kind, many), x, default, start_with)
+    shape = block_sizes.attention(channels, head_dim, one_block, x.dtype, chip)
+    start(
+        head_attention_kernel,
+        (images * triton.cdiv(tokens, shape["BLOCK_M"]), triton.cdiv(call.spec.num_heads, per_program)),
+        x,
+        *(*queries, *keys, heads, *dense(*w.proj), call.scale, call.out),
+        *(images, tokens, source.shape[-2], parts, per_program, int(many)),
+        *(w.norm.eps, kv_norm.eps, call.spec.scale * _LOG2_E),
+        C=channels,
+        HEAD_DIM=head_dim,
+        SOURCE=kind,
+        LINEAR=call.spec.linear,
+        SCALED=call.scale is not None,
+        PRECISION=dot_precision(x.dtype),
+        **shape,
+    )
     return heads

@@ -14,7 +14,7 @@ import torch
 
 from .launch import Chip
 
-Config = dict[str, Any]
+BlockSizes = dict[str, Any]
 
 # Up to this width one program owns whole rows of the output: fc2, proj and the patch embed's norm are fused behind
 # what feeds them. Wider rows would need C x rows accumulators (512 x 64 fp32 is all registers of an SM).
@@ -81,7 +81,7 @@ def _lacks_operand_memory(chip: Chip) -> bool:
     return chip.arch.startswith("sm_") and chip.shared < _SHARED_OPERAND_BYTES
 
 
-def _all_registers(chip: Chip, where: bool) -> Config:
+def _all_registers(chip: Chip, where: bool) -> BlockSizes:
     """For kernels of which ptxas else spills one or two values to stay on a step of occupancy."""
     return {"maxnreg": 255} if where and chip.arch.startswith("sm_") else {}
 
@@ -108,7 +108,7 @@ def makes_own_keys(dtype: torch.dtype, chip: Chip) -> bool:
     return holds_rows(dtype, chip) and not _is_blackwell(chip)
 
 
-def norm_linear(channels: int, columns: int, dtype: torch.dtype, chip: Chip) -> Config:
+def norm_linear(channels: int, columns: int, dtype: torch.dtype, chip: Chip) -> BlockSizes:
     """LayerNorm then linear: a tile of rows, held, by blocks of columns."""
     full = dtype == torch.float32
     return {
@@ -122,7 +122,7 @@ def norm_linear(channels: int, columns: int, dtype: torch.dtype, chip: Chip) -> 
     }
 
 
-def linear(columns: int, inner: int, dtype: torch.dtype, chip: Chip) -> Config:
+def linear(columns: int, inner: int, dtype: torch.dtype, chip: Chip) -> BlockSizes:
     """Plain linear with its epilogue."""
     full = dtype == torch.float32
     return {
@@ -134,12 +134,12 @@ def linear(columns: int, inner: int, dtype: torch.dtype, chip: Chip) -> Config:
     }
 
 
-def dwconv_gelu(half: bool) -> Config:
+def dwconv_gelu(half: bool) -> BlockSizes:
     """The depthwise convolution alone: 8 channels (one 16-byte load) and more per thread."""
     return {"BLOCK_P": 32, "BLOCK_H": HIDDEN_BLOCK, "ROWS": 4 if half else 2, "num_warps": 2, "num_stages": 1}
 
 
-def dwconv_fc2(channels: int, dtype: torch.dtype, half: bool, chip: Chip) -> Config:
+def dwconv_fc2(channels: int, dtype: torch.dtype, half: bool, chip: Chip) -> BlockSizes:
     """Depthwise convolution, GELU, fc2: ROWS x BLOCK_P outputs of BLOCK_C channels are kept in registers.
 
     For sm_90 and an fp16 map this gives 18 (64 channels) and 21 (128) instructions per hidden element in the main
@@ -160,7 +160,7 @@ def dwconv_fc2(channels: int, dtype: torch.dtype, half: bool, chip: Chip) -> Con
     }
 
 
-def spatial_reduction(channels: int, dtype: torch.dtype, to_kv: bool, linear: bool, chip: Chip) -> Config:
+def spatial_reduction(channels: int, dtype: torch.dtype, to_kv: bool, linear: bool, chip: Chip) -> BlockSizes:
     """Strided R x R convolution behind a LayerNorm, which each block of columns repeats: wide blocks, unless rows are
     so few that their blocks of columns are wanted as work."""
     full = dtype == torch.float32
@@ -176,7 +176,7 @@ def spatial_reduction(channels: int, dtype: torch.dtype, to_kv: bool, linear: bo
     }
 
 
-def pool(channels: int) -> Config:
+def pool(channels: int) -> BlockSizes:
     """Adaptive pooling: a few whole rows per step."""
     block_c = next_power(channels)
     return {"BLOCK_T": max(1, min(16, 4096 // block_c)), "BLOCK_C": block_c, "num_warps": 4 if block_c > 64 else 2}
@@ -199,7 +199,7 @@ def fills(tiles: int, chip: Chip) -> bool:
     return 2 * tiles >= chip.processors
 
 
-def attention(channels: int, head_dim: int, one_block: bool, dtype: torch.dtype, chip: Chip) -> Config:
+def attention(channels: int, head_dim: int, one_block: bool, dtype: torch.dtype, chip: Chip) -> BlockSizes:
     """Queries of one tile against all keys; up to 64 keys in one block."""
     full = dtype == torch.float32
     fused = fuses_projection(channels, dtype, chip)
@@ -219,7 +219,7 @@ def attention(channels: int, head_dim: int, one_block: bool, dtype: torch.dtype,
     }
 
 
-def patch_embed(in_channels: int, channels: int, dtype: torch.dtype, chip: Chip) -> Config:
+def patch_embed(in_channels: int, channels: int, dtype: torch.dtype, chip: Chip) -> BlockSizes:
     """Implicit GEMM. PER_TAP walks the taps with whole blocks of channels, else taps and channels are one index."""
     full = dtype == torch.float32
     per_tap = in_channels >= 16
@@ -238,12 +238,12 @@ def patch_embed(in_channels: int, channels: int, dtype: torch.dtype, chip: Chip)
     }
 
 
-def rows(channels: int) -> Config:
+def rows(channels: int) -> BlockSizes:
     """LayerNorm of whole rows."""
     block_c = next_power(channels)
     return {"BLOCK_M": max(1, 4096 // block_c), "BLOCK_C": block_c, "num_warps": 4}
 
 
-def token_mean(channels: int) -> Config:
+def token_mean(channels: int) -> BlockSizes:
     """Mean over tokens, 64 channels per program."""
     return {"BLOCK_T": 32, "BLOCK_C": min(64, next_power(channels)), "num_warps": 4}

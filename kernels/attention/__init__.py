@@ -1,0 +1,1 @@
+"""Spatial-reduction attention: `reduction` of the map that keys and values come from, and `forward`."""

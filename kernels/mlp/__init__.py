@@ -1,0 +1,1 @@
+"""The MLP with a depthwise convolution: `forward`."""

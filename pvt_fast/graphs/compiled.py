@@ -1,0 +1,98 @@
+"""A model's whole forward as one op of a compiled graph.
+
+Compiled without gradients, a model on a backend that knows whole models is called once for all of its ops, by
+`pvt_fast::run_model`: the call that it would make in eager mode, of which the compiler sees nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..accelerate.guard import ambient
+from ..backend.registered import requested
+from ..ops.packing import within_graph
+
+if TYPE_CHECKING:
+    from ..model import PVT_V2
+
+# A compiled graph holds a model by its number, which its guards compare, and which no copy of the model shares.
+_models: WeakValueDictionary[int, PVT_V2] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def number(model: PVT_V2) -> int:
+    """A number under which `run_model` finds this model, new at each call."""
+    _models[given := next(_numbers)] = model
+    return given
+
+
+def _run_model(image: Tensor, parameters: list[Tensor], model: int, classes: int) -> Tensor:
+    ops.refuse_forward_mode("pvt_fast::run_model")
+    whole = _models[model]
+    if not parameters:  # the model's own, whatever they are by now
+        return whole.published_forward(image)  # a subclass's forward is traced, and calls this
+    with within_graph():
+        return _with_parameters(whole, parameters).published_forward(image)
+
+
+def _with_parameters(model: PVT_V2, parameters: list[Tensor]) -> PVT_V2:
+    """The model itself where `parameters` are its own, in its order; else a copy that has them instead."""
+    pairs = list(zip(model.parameters(), parameters, strict=True))
+    if all(own is given for own, given in pairs):
+        return model
+    return copy.deepcopy(model, {id(own): given for own, given in pairs})
+
+
+_library = torch.library.Library("pvt_fast", "FRAGMENT")
+_library.define("run_model(Tensor image, Tensor[] parameters, int model, int classes) -> Tensor")
+_library.impl("run_model", _run_model, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "pvt_fast::run_model",
+    lambda image, parameters, model, classes: image.new_empty((image.shape[0], classes)),
+    lib=_library,
+)
+
+
+def _is_all_that_is_traced(model: int) -> bool:
+    """Is the graph being traced the forward of this model and nothing else, as in `torch.compile(model)`?
+
+    Then nothing in it can change the model's parameters or put others in their place, and the graph need not hold
+    them: to guard and to check some hundreds of inputs takes longer than the Python of a small model in eager mode.
+    The names are the compiler's own and may change; "no" is always right, only slower.
+    """
+    symbolic_convert = sys.modules.get("torch._dynamo.symbolic_convert")
+    try:
+        root = symbolic_convert.InstructionTranslator.current_tx().output.root_tx  # type: ignore[union-attr]
+        whole = _models[model]
+        return root.f_code is whole.published_forward.__code__ and root.f_locals["self"] is whole
+    except (AttributeError, KeyError):
+        return False
+
+
+def _stands_whole(model: int) -> bool:
+    """Do the ops stand in for all of this model now, on a backend that knows whole models?"""
+    return _models[model].stands_whole()
+
+
+def run_whole(model: PVT_V2, image: Tensor) -> Tensor | None:
+    """A traced model's logits by one op; None where gradients, training, export or the model's state forbid it."""
+    if torch.is_grad_enabled() or model.training or torch.compiler.is_exporting() or ambient() is not None:
+        return None
+    if requested(model.backend) == "reference" or not _stands_whole(model._number):
+        return None
+    parameters = [] if _is_all_that_is_traced(model._number) else list(model.parameters())
+    classes = model.head.weight.shape[0]  # type: ignore[index]
+    return torch.ops.pvt_fast.run_model(image, parameters, model._number, classes)
+
+
+# What torch.compiler.assume_constant_result does; calling that imports torch._dynamo, seconds in every process.
+for _answer in (_stands_whole, _is_all_that_is_traced):
+    vars(_answer)["_dynamo_marked_constant"] = True
