@@ -109,12 +109,10 @@ def workspace(device: torch.device, elements: int, tiles: int) -> tuple[Tensor, 
 
 
 def _unsupported_device(device: str) -> str | None:
-    """Why these kernels cannot run on a device of this type, or None. A recording needs none."""
-    if INTERPRETED or _recording is not None:
-        return None
-    if device != "cuda":
+    """Why these kernels cannot run on a device of this type, or None."""
+    if device != "cuda" and not INTERPRETED:
         return f"the kernels need a CUDA device, got {device} (TRITON_INTERPRET=1 interprets them on any)"
-    return _unsupported_gpu()
+    return None if INTERPRETED or _recording is not None else _unsupported_gpu()
 
 
 @cache
@@ -130,11 +128,16 @@ def _unsupported_gpu() -> str | None:
 SUPPORT = Support("triton", (torch.float32, torch.bfloat16, torch.float16), _unsupported_device)
 
 
+def require_runs(op: str, x: Tensor, spec: AttentionSpec | MlpSpec | None = None) -> None:
+    """BackendUnavailable unless the kernels run on x, with this spec. A recording needs no device."""
+    SUPPORT.require(op, x.device.type if _recording is None else "cuda", x.dtype, spec)
+
+
 def operands(
     op: str, x: Tensor, residual_scale: Tensor | None = None, spec: AttentionSpec | MlpSpec | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """x and residual_scale as kernels read them, of one dtype and dense; BackendUnavailable where they do not run."""
-    SUPPORT.require(op, x, spec)
+    """x and residual_scale as kernels read them, of one dtype and dense; BackendUnavailable as `require_runs`."""
+    require_runs(op, x, spec)
     scale = None if residual_scale is None else residual_scale.to(x.dtype).resolve_neg().contiguous()
     return x.resolve_neg().contiguous(), scale
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pvt_fast.ops import HW, PatchEmbedWeights, check_patch_embed
 
 from . import block_sizes
-from .launch import SUPPORT, chip_of, dense, dot_precision, inputs_last, launch, packed_apart, workspace
+from .launch import chip_of, dense, dot_precision, inputs_last, launch, packed_apart, require_runs, workspace
 from .primitives import (
     bound,
     dot,
@@ -165,7 +165,7 @@ pixel_embed_kernel = triton.jit(
 def patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
     """See `pvt_fast.ops`."""
     hw = check_patch_embed(image, w, stride, plain=True)
-    SUPPORT.require("patch_embed", image)
+    require_runs("patch_embed", image)
     image = image.resolve_neg()
     images, in_channels = image.shape[:2]
     channels, _, kernel, _ = w.proj.weight.shape

@@ -124,6 +124,16 @@ def test_auto_logs_each_refusal_once(machine, caplog):
     ]
 
 
+def test_an_error_that_is_kept_does_not_grow(machine):
+    """Each time that one is raised its traceback takes up the frames, and all that they hold."""
+    for _ in range(3):
+        select(F32)
+        dispatch.backends()
+        with pytest.raises(BackendUnavailable):
+            select(F32, "broken")
+    assert machine["broken"].__traceback__ is None
+
+
 def test_backends_gives_reasons(machine):
     statuses = {status.name: status for status in dispatch.backends()}
     assert list(statuses) == ["gpu", "broken", "simd", "plain"]

@@ -80,6 +80,16 @@ def test_a_rate_of_dropout_is_refused(case):
             getattr(BACKEND, case.op)(x, hw, w, spec._replace(**{rate: 0.1}))
 
 
+def test_a_recording_lets_ops_run_on_any_device_but_does_not_draw_models_to_them(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    facts = Facts("cpu", torch.float32)
+    with launch.recorded():
+        assert "need a CUDA device, got cpu" in BACKEND.unsupported(facts)
+        launch.require_runs("mlp", torch.zeros(1))
+    with pytest.raises(dispatch.BackendUnavailable, match="need a CUDA device, got cpu"):
+        launch.require_runs("mlp", torch.zeros(1))
+
+
 @triton.jit
 def address_kernel(out_ptr, index, height, width, STRIDE: tl.constexpr):
     """Where a token of a bordered map lies, as norm_fc1_kernel computes it."""

@@ -105,7 +105,7 @@ def accelerate_(
     instance("accelerate_: model", model, nn.Module, "an nn.Module")
     dispatch.check_name(backend, "accelerate_: backend")
     if backend != "auto":
-        dispatch.named(backend, "accelerate_: backend")
+        dispatch.load(backend, "accelerate_: backend")
     for name, value in (("attention", attention), ("mlp", mlp), ("strict", strict)):
         flag(f"accelerate_: {name}", value)
     if filter_fn is not None:

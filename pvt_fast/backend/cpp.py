@@ -127,12 +127,7 @@ def attention(
 
     def build(held: Any) -> Any:
         weights = {
-            "norm": _norm(held.norm),
-            "q": _linear(held.q),
-            "kv": _linear(held.kv),
-            "sr": None if held.sr is None else _linear(held.sr),
-            "sr_norm": None if held.sr_norm is None else _norm(held.sr_norm),
-            "proj": _linear(held.proj),
+            **_parts(held),
             "channels": x.shape[2],
             "heads": spec.num_heads,
             "sr_ratio": 1 if held.sr is None else held.sr.weight.shape[2],
@@ -159,10 +154,7 @@ def mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor 
 
     def build(held: Any) -> Any:
         weights = {
-            "norm": _norm(held.norm),
-            "fc1": _linear(held.fc1),
-            "dwconv": _linear(held.dwconv),
-            "fc2": _linear(held.fc2),
+            **_parts(held),
             "channels": x.shape[2],
             "hidden": held.fc1.weight.shape[0],
             "relu": spec.relu,
@@ -241,7 +233,7 @@ def _run_residual(op: Any, x: Tensor, hw: HW, residual_scale: Tensor | None) -> 
 
 def _require_runs(op: str, x: Tensor, spec: AttentionSpec | MlpSpec | None = None) -> None:
     if x.device.type != "cpu" or x.dtype not in _DTYPES or (spec is not None and spec.drops):
-        _SUPPORT.require(op, x, spec)  # which asks the same, in more time
+        _SUPPORT.require(op, x.device.type, x.dtype, spec)  # which asks the same, in more time
 
 
 def _readable(alias: Tensor) -> Tensor:
@@ -263,6 +255,14 @@ def _log_float16() -> None:
 
 def _is_bf16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
+
+
+def _parts(w: AttentionWeights | MlpWeights) -> dict[str, tuple | None]:
+    """The norms and linears of weights by their names, as the extension takes them."""
+    return {
+        name: None if part is None else _norm(part) if isinstance(part, Norm) else _linear(part)
+        for name, part in w._asdict().items()
+    }
 
 
 def _norm(w: Norm) -> tuple:

@@ -102,19 +102,11 @@ def _loaded(name: str) -> Backend | BackendUnavailable:
         return error
 
 
-def load(name: str) -> Backend:
+def load(name: str, source: str = "load: name") -> Backend:
     """The backend of that name. ValueError where there is none; BackendUnavailable, with why, where it cannot be loaded
-    here.
+    here. source: what asks, for the words of the first.
     """
-    backend = _loaded(choice("load: name", name, tuple(ORDER)))
-    if isinstance(backend, BackendUnavailable):
-        raise backend
-    return backend
-
-
-def named(name: str, source: str) -> Backend:
-    """`load` for a backend that was asked for by name, in the words of what asked."""
-    backend = _loaded(choice(source, name, tuple(ORDER)))
+    backend = _loaded(name if name in ORDER else choice(source, name, tuple(ORDER)))
     if isinstance(backend, BackendUnavailable):
         raise cannot_run(name, backend) from backend
     return backend
@@ -129,7 +121,7 @@ def select(facts: Facts, own: str = "auto") -> Backend:
     if name != "auto":
         if name not in ORDER:
             check_environment()
-        asked = named(name, "select: own")
+        asked = load(name, "select: own")
         if (reason := asked.unsupported(facts)) is not None:
             raise cannot_run(name, reason)
         return asked
@@ -143,12 +135,12 @@ def select(facts: Facts, own: str = "auto") -> Backend:
 
 def usable(name: str, facts: Facts) -> tuple[Backend | None, str | None]:
     """(backend, None) where it can run on these facts, else (None, why not). BackendMisconfigured is raised."""
-    try:
-        backend = load(name)
-    except BackendMisconfigured:
-        raise
-    except BackendUnavailable as error:
-        return None, str(error)
+    # errors that are kept are never raised themselves: each time would add its frames to their traceback
+    backend = _loaded(name)
+    if isinstance(backend, BackendMisconfigured):
+        raise BackendMisconfigured(*backend.args)
+    if isinstance(backend, BackendUnavailable):
+        return None, str(backend)
     reason = backend.unsupported(facts)
     return (backend, None) if reason is None else (None, reason)
 

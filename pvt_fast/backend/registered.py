@@ -59,79 +59,96 @@ _SPECS = (AttentionSpec, MlpSpec)
 class _Leaf(NamedTuple):
     """A tensor or a number within the arguments of an op."""
 
-    path: tuple[str, ...]  # the argument, then the fields that lead to it
+    path: tuple[int, ...]  # the number of the argument, then those of the fields that lead to it
     name: str
     type: str  # in the schema
     order: int  # 0: activations and their size, 1: the other tensors, 2: the other numbers
 
 
-def _leaves(hint: Any, path: tuple[str, ...], optional: bool = False) -> Iterator[_Leaf]:
-    """The leaves of an argument of this type."""
-    kind = _without_none(hint)
-    optional = optional or kind is not hint
-    name = "_".join(path[1:]) or path[0]
+class _Group(NamedTuple):
+    """A tuple within the arguments. Parts are leaves or groups, and once their order is known places of leaves."""
+
+    kind: Callable
+    parts: tuple[Any, ...]
+    optional: bool = False  # may it be None?
+
+
+def _parsed(hint: Any, path: tuple[int, ...], names: tuple[str, ...], optional: bool = False) -> _Leaf | _Group:
+    """An argument, or a field of one, of this type."""
+    kind = next(option for option in get_args(hint) if option is not NoneType) if NoneType in get_args(hint) else hint
+    own, optional = kind is not hint, optional or kind is not hint
+    name = "_".join(names[1:]) or names[0]
     if kind == HW:
-        yield from (_Leaf((*path, str(i)), side, "SymInt", 0) for i, side in enumerate(("height", "width")))
-    elif kind is Tensor:
-        yield _Leaf(path, name, "Tensor?" if optional else "Tensor", 0 if path[0] in ("x", "image") else 1)
-    elif kind in _NUMBERS:
-        yield _Leaf(path, name, _NUMBERS[kind], 2)
-    else:
-        for field, inner in _fields(kind).items():
-            yield from _leaves(inner, (*path, field), optional)
-
-
-def _rebuilt(hint: Any, path: tuple[str, ...], values: Mapping[tuple[str, ...], Any]) -> Any:
-    """The argument of this type with these leaves."""
-    kind = _without_none(hint)
-    if kind == HW:
-        return values[(*path, "0")], values[(*path, "1")]
-    if kind is Tensor or kind in _NUMBERS:
-        return values[path]
-    parts = {field: _rebuilt(inner, (*path, field), values) for field, inner in _fields(kind).items()}
-    # a norm or linear that may be absent is so where it has no tensor; its epsilon says nothing
-    absent = kind is not hint and not any(isinstance(part, Tensor) for part in parts.values())
-    return None if absent else kind(**parts)
-
-
-def _at(arguments: Mapping[str, Any], leaf: _Leaf) -> Any:
-    """A leaf's value; None, of a number 0.0, in what is absent."""
-    value: Any = arguments[leaf.path[0]]
-    for field in leaf.path[1:]:
-        value = None if value is None else value[int(field)] if field.isdigit() else getattr(value, field)
-    return 0.0 if value is None and leaf.type == "float" else value
-
-
-def _without_none(hint: Any) -> Any:
-    return next(option for option in get_args(hint) if option is not NoneType) if NoneType in get_args(hint) else hint
-
-
-def _fields(kind: Any) -> dict[str, Any]:
-    """The fields of a tuple of the contract; not a spec's rates of dropout, which are those with a default."""
+        sides = (_Leaf((*path, side), name, "SymInt", 0) for side, name in enumerate(("height", "width")))
+        return _Group(lambda *hw: hw, tuple(sides))
+    if kind is Tensor:
+        return _Leaf(path, name, "Tensor?" if optional else "Tensor", 0 if path == (0,) else 1)
+    if kind in _NUMBERS:
+        return _Leaf(path, name, _NUMBERS[kind], 2)
+    # a spec's rates of dropout are no arguments: those are its fields with a default, which come last
+    fields = [field for field in kind._fields if kind not in _SPECS or field not in kind._field_defaults]
     hints = get_type_hints(kind)
-    return {name: hints[name] for name in kind._fields if kind not in _SPECS or name not in kind._field_defaults}
+    parts = (_parsed(hints[field], (*path, i), (*names, field), optional) for i, field in enumerate(fields))
+    return _Group(kind, tuple(parts), own)
+
+
+def _leaves(part: _Leaf | _Group) -> Iterator[_Leaf]:
+    if isinstance(part, _Leaf):
+        yield part
+    else:
+        for inner in part.parts:
+            yield from _leaves(inner)
+
+
+def _placed(part: _Leaf | _Group, places: Mapping[tuple[int, ...], int]) -> Any:
+    """The same with the place of each leaf among the flat arguments instead of the leaf."""
+    if isinstance(part, _Leaf):
+        return places[part.path]
+    return part._replace(parts=tuple(_placed(inner, places) for inner in part.parts))
+
+
+def _rebuilt(part: Any, flat: Sequence[Any]) -> Any:
+    """The argument, or the field of one, that has these leaves."""
+    if isinstance(part, int):
+        return flat[part]
+    values = [_rebuilt(inner, flat) for inner in part.parts]
+    # a norm or linear that may be absent is so where it has no tensor; its epsilon says nothing
+    if part.optional and not any(isinstance(value, Tensor) for value in values):
+        return None
+    return part.kind(*values)
+
+
+def _at(arguments: Sequence[Any], leaf: _Leaf) -> Any:
+    """A leaf's value; None, of a number 0.0, in what is absent."""
+    value = arguments[leaf.path[0]]
+    for field in leaf.path[1:]:
+        if value is None:
+            return 0.0 if leaf.type == "float" else None
+        value = value[field]
+    return value
 
 
 class Signature:
-    """The arguments of an op, as the contract has them and flat."""
+    """The arguments of an op, as the contract has them and flat. All that types tell is read once, here."""
 
     def __init__(self, function: Callable) -> None:
-        self.hints = {name: hint for name, hint in get_type_hints(function).items() if name != "return"}
-        leaves = [leaf for name, hint in self.hints.items() for leaf in _leaves(hint, (name,))]
-        self.leaves = tuple(sorted(leaves, key=lambda leaf: leaf.order))
+        hints = {name: hint for name, hint in get_type_hints(function).items() if name != "return"}
+        parsed = [_parsed(hint, (i,), (name,)) for i, (name, hint) in enumerate(hints.items())]
+        leaves = [leaf for part in parsed for leaf in _leaves(part)]
+        self._leaves = tuple(sorted(leaves, key=lambda leaf: leaf.order))
+        places = {leaf.path: place for place, leaf in enumerate(self._leaves)}
+        self._parts = [_placed(part, places) for part in parsed]
 
     def schema(self, names: Mapping[str, str]) -> str:
         """names: other ones for some of the leaves."""
-        flat = [f"{leaf.type} {names.get(leaf.name, leaf.name)}" for leaf in self.leaves]
+        flat = [f"{leaf.type} {names.get(leaf.name, leaf.name)}" for leaf in self._leaves]
         return f"({', '.join([*flat, 'str backend'])}) -> Tensor"
 
     def flat(self, arguments: Sequence[Any]) -> list[Any]:
-        by_name = dict(zip(self.hints, arguments, strict=True))
-        return [_at(by_name, leaf) for leaf in self.leaves]
+        return [_at(arguments, leaf) for leaf in self._leaves]
 
     def arguments(self, flat: Sequence[Any]) -> tuple:
-        values = {leaf.path: value for leaf, value in zip(self.leaves, flat, strict=True)}
-        return tuple(_rebuilt(hint, (name,), values) for name, hint in self.hints.items())
+        return tuple([_rebuilt(part, flat) for part in self._parts])
 
 
 # -- the registered ops ------------------------------------------------------------------------------------------------
@@ -143,7 +160,7 @@ def _register(op: str, signature: Signature, name: str, names: Mapping[str, str]
     def run(*flat: Any) -> Tensor:
         ops.refuse_forward_mode(f"pvt_fast::{name}")
         *given, named = flat
-        backend = dispatch.named(named.removesuffix(_IN_GRAPH), f"pvt_fast::{name}: backend")
+        backend = dispatch.load(named.removesuffix(_IN_GRAPH), f"pvt_fast::{name}: backend")
         with within_graph() if named.endswith(_IN_GRAPH) else nullcontext():
             output = getattr(backend, op)(*signature.arguments(given))
         return _tokens(output).contiguous()  # the fake implementations promise compact strides
@@ -155,7 +172,7 @@ def _register(op: str, signature: Signature, name: str, names: Mapping[str, str]
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         saved = iter(ctx.saved_tensors)
         *flat, named = (next(saved) if value is None else value[0] for value in ctx.rest)
-        backend = dispatch.named(named.removesuffix(_IN_GRAPH), f"pvt_fast::{name}: backend")
+        backend = dispatch.load(named.removesuffix(_IN_GRAPH), f"pvt_fast::{name}: backend")
         own = backend.backward.get(op)
         if own is None or torch.is_grad_enabled():  # the gradients are to be differentiated in their turn
 

@@ -155,9 +155,9 @@ class Support:
             return "autocast is on; cast the model instead, with model.to(torch.bfloat16)"
         return None
 
-    def require(self, op: str, x: Tensor, spec: AttentionSpec | MlpSpec | None = None) -> None:
-        """BackendUnavailable, as `op`, unless that runs on x with this spec."""
-        reason = self.refusal(Facts(x.device.type, x.dtype, dropout=spec is not None and spec.drops))
+    def require(self, op: str, device: str, dtype: torch.dtype, spec: AttentionSpec | MlpSpec | None = None) -> None:
+        """BackendUnavailable, as `op`, unless that runs on activations of this kind with this spec."""
+        reason = self.refusal(Facts(device, dtype, dropout=spec is not None and spec.drops))
         if reason is not None:
             raise BackendUnavailable(f"{op}: {cannot_run(self.name, reason)}")
 
