@@ -7,6 +7,7 @@ logits = model(image)  # image (B, 3, H, W)
 
 from .cli import interrupt as _interrupt  # noqa: F401, I001  # first: the command ends on Ctrl-C
 from . import _install  # noqa: F401  # says when this copy of the package cannot work
+from ._earlier import earlier_module as __getattr__  # noqa: F401  # pvt_fast.cpp and others
 from ._version import __version__
 from .accelerate import (
     AcceleratedBlock,

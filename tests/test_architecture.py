@@ -9,7 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up: a room imports from itself and from those before it.
 FLOORS = (
-    ("pvt_fast._version", "pvt_fast._install", "pvt_fast._C", "pvt_fast.cli.interrupt", "pvt_fast.arguments"),
+    (
+        "pvt_fast._version",
+        "pvt_fast._install",
+        "pvt_fast._earlier",
+        "pvt_fast._C",
+        "pvt_fast.cli.interrupt",
+        "pvt_fast.arguments",
+    ),
     ("pvt_fast.config",),
     ("pvt_fast.ops",),
     ("pvt_fast.backend",),

@@ -20,9 +20,8 @@ from sklearn import datasets
 
 import pvt_fast
 from pvt_fast.backend import cpp
-from pvt_fast.cli import bench
+from pvt_fast.cli import bench, main
 from pvt_fast.cli import interrupt as _command
-from pvt_fast.cli.main import main
 from pvt_fast.images.preprocess import Preprocess, read_image
 from pvt_fast.model_file import load_model, save_model
 
@@ -423,7 +422,7 @@ def test_control_c_in_a_program_that_calls_main(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pvt_fast.cli.main.doctor.report", interrupted)
+    monkeypatch.setattr("pvt_fast.cli.command.doctor.report", interrupted)
     assert call("doctor") == 130
     assert capsys.readouterr() == ("", "")
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import _earlier, ops
 from ..ops import (
     HW,
     AttentionSpec,
@@ -42,11 +42,11 @@ from . import dispatch
 # What follows the backend's name in an op that was traced into a graph, which may change weights after it.
 _IN_GRAPH = " in a graph"
 
-# Exported and packaged programs of earlier versions call the ops by these names, and their arguments by these.
-_EARLIER = {
-    "overlap_patch_embed": ("patch_embed", {"proj_weight": "weight", "proj_bias": "bias", "norm_eps": "eps"}),
-    "sr_attention": ("attention", {"norm_eps": "eps", "sr_norm_eps": "sr_eps"}),
-    "dwconv_mlp": ("mlp", {"norm_eps": "eps"}),
+# Exported and packaged programs of earlier versions call the ops by earlier names, and their arguments by these.
+_EARLIER_ARGUMENTS = {
+    "patch_embed": {"proj_weight": "weight", "proj_bias": "bias", "norm_eps": "eps"},
+    "attention": {"norm_eps": "eps", "sr_norm_eps": "sr_eps"},
+    "mlp": {"norm_eps": "eps"},
 }
 
 
@@ -226,8 +226,8 @@ def _tokens(output: Tensor | tuple[Tensor, HW]) -> Tensor:
 
 SIGNATURES = {op: Signature(getattr(reference, op)) for op in ops.NAMES}
 _OPS = {op: _register(op, signature, op, {}) for op, signature in SIGNATURES.items()}
-for _name, (_op, _names) in _EARLIER.items():
-    _register(_op, SIGNATURES[_op], _name, _names)
+for _name, _op in _earlier.OPS.items():
+    _register(_op, SIGNATURES[_op], _name, _EARLIER_ARGUMENTS[_op])
 
 
 # -- what a model calls that is traced or needs gradients --------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Imported first of all: neither Ctrl-C nor too little memory shows a traceback while the command imports torch.
 
-`cli.main` can catch either only after the imports, which take seconds, and before the interpreter shuts down.
+`command.main` can catch either only after the imports, which take seconds, and before the interpreter shuts down.
 """
 
 import os

@@ -9,7 +9,6 @@ ops' Python takes.
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -194,7 +193,3 @@ def _layout(image: Tensor) -> str | None:
     if strides[1] == 1 and strides[3] == image.shape[1]:
         return "channels_last"
     return "rows" if strides[3] == 1 else None
-
-
-# Where models that were pickled whole by earlier versions look for `Whole`.
-sys.modules["pvt_fast.program"] = sys.modules[__name__]
