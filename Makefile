@@ -28,7 +28,7 @@ test-all: $(VENV)/.test
 
 # with libraries that fine-tune and quantize, which are not needed for the rest
 test-peers: $(VENV)/.test-peers
-	$(PYTEST) tests/test_adapters.py $(PYTEST_ARGS)
+	$(PYTEST) tests/accelerate/test_adapters.py $(PYTEST_ARGS)
 
 # style first: it needs nothing built and fails within seconds
 lint: style $(VENV)/.test
@@ -120,7 +120,7 @@ build/instructions: $(call objects,optimised,$(KERNELS) benchmarks/instructions.
 
 # drawn calls, damaged files, and other threads at any line; a part of it is in `make test`
 fuzz: $(VENV)/.test
-	PVT_FAST_FUZZ_SECONDS=600 PVT_FAST_POINTS=200 $(PYTEST) tests/test_fuzz_files.py tests/test_fuzz_ops.py tests/test_threads.py $(PYTEST_ARGS)
+	PVT_FAST_FUZZ_SECONDS=600 PVT_FAST_POINTS=200 $(PYTEST) tests/checkpoints/test_fuzz_files.py tests/ops/test_fuzz_ops.py tests/test_threads.py $(PYTEST_ARGS)
 
 SOAK_SECONDS ?= 600
 

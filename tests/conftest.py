@@ -45,9 +45,9 @@ FULL_PARTS = 11
 # Files of tests that cannot run here, and why; the header names them.
 IGNORED: dict[str, str] = {}
 if not torch.cuda.is_available():
-    IGNORED["test_gpu.py"] = "needs a CUDA device"
+    IGNORED["kernels/test_gpu.py"] = "needs a CUDA device"
 if not all(importlib.util.find_spec(name) for name in ("peft", "torchao")):
-    IGNORED["test_adapters.py"] = "needs peft and torchao: make test-peers"
+    IGNORED["accelerate/test_adapters.py"] = "needs peft and torchao: make test-peers"
 collect_ignore = list(IGNORED)
 
 DTYPE_IDS = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +96,14 @@ def test_modules_import_each_other_in_no_circle():
 def test_the_top_floor_is_small():
     top = [path.name for path in (ROOT / "pvt_fast").glob("*.py")]
     assert len(top) <= 14, sorted(top)
+
+
+def test_tests_mirror_the_rooms():
+    rooms = {path.parent.name for path in (ROOT / "pvt_fast").glob("*/__init__.py")}
+    folders = {path.parent.name for path in (ROOT / "tests").glob("*/*.py")}
+    assert folders - {"subjects"} <= rooms | {"kernels", "benchmarks", "examples"}
+
+
+def test_nothing_among_the_tests_is_a_program():
+    programs = re.compile(r"^if __name__ ==", re.MULTILINE)
+    assert not [path.name for path in (ROOT / "tests").rglob("*.py") if programs.search(path.read_text())]

@@ -23,7 +23,7 @@ from torch.utils._device import DeviceContext
 from .. import _C
 from ..ops import forward_mode
 
-# torch has no public way to ask for these (2.10 to 2.13); tests/test_guard.py fails where one is renamed.
+# torch has no public way to ask for these (2.10 to 2.13); tests/accelerate/test_guard.py fails where one is renamed.
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,

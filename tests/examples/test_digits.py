@@ -16,7 +16,7 @@ from pvt_fast.digits import PREPROCESS, Digits, load_digits
 from pvt_fast.images.preprocess import read_image
 from pvt_fast.model_file import load_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "examples" / "digits.safetensors"
 LEAST_ACCURACY = 0.975
 

@@ -25,7 +25,7 @@ from pvt_fast.cli import interrupt as _command
 from pvt_fast.images.preprocess import Preprocess, read_image
 from pvt_fast.model_file import load_model, save_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "examples" / "digits.safetensors")
 
 

@@ -22,7 +22,7 @@ from pvt_fast.testing import assert_parity
 
 pytestmark = pytest.mark.one_isa
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LINEAR = pytest.mark.parametrize("linear", [False, True], ids=["sr", "linear"])
 CLASSES = 100  # enough logits for the largest of their errors to say something
 ANY_SIZE = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}

@@ -12,7 +12,7 @@ from case import Case
 from gpu_plan import CORE, Step
 from gpu_results import OUT_OF_TIME, Results
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE = {"machine": "NVIDIA H200", "origin": "driver 580, torch 2.11", "date": "2026-01-31", "revision": "abc"}
 GIB = 2**30
 

@@ -20,7 +20,7 @@ from pvt_fast.kernels.primitives import row_offsets, split_index
 from pvt_fast.ops import Norm
 from pvt_fast.testing import AttentionCase, MlpCase
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 WITHOUT_TRITON = """
 import sys

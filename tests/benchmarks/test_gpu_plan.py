@@ -12,7 +12,7 @@ import pytest
 from case import Case
 from gpu_plan import Clock, Request, Step
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_phases_come_in_order_and_the_most_wanted_case_first():

@@ -7,12 +7,12 @@ What might end the process runs in one of its own, which tells of each case befo
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -562,7 +562,8 @@ def report() -> None:
 @pytest.fixture(scope="module")
 def reported() -> list[list[str]]:
     command = [sys.executable, "-W", "ignore", "-c", "import test_checks; test_checks.report()"]
-    child = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # where this file and what it imports lie
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     lines = [json.loads(line) for line in child.stdout.splitlines()]
     assert child.returncode == 0, f"exit status {child.returncode} at {lines[-1:]}: {child.stderr[-2000:]}"
     return lines

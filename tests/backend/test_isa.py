@@ -14,7 +14,7 @@ from pvt_fast.backend import cpp
 from pvt_fast.backend.dispatch import BackendMisconfigured
 from pvt_fast.testing import MlpCase, expected, run
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 FORWARD = """
 import torch, pvt_fast

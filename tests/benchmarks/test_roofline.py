@@ -17,7 +17,7 @@ from pvt_fast import testing
 from pvt_fast.config import VARIANTS, PVTConfig
 from pvt_fast.kernels.launch import Launch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Large enough that no form for small batches runs, which repeat work on processors that would idle.
 BATCH = 64
 

@@ -26,7 +26,7 @@ from pvt_fast import PVT_V2, export_weights, load_weights, variants
 from pvt_fast.config import VARIANTS
 from pvt_fast.testing import assert_parity
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TIMM_CONFIG = {"architecture": "pvt_v2_b0", "num_classes": 1000, "pretrained_cfg": {"tag": "in1k"}}
 
 

@@ -27,7 +27,7 @@ from pvt_fast.kernels import BACKEND
 from pvt_fast.kernels.launch import recorded
 from pvt_fast.testing import MlpCase, run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
