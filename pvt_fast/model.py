@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .accelerate.fused import Settings, StandIn
+from .accelerate.fused import Fused, Settings, StandIn
 from .accelerate.guard import Kinds
 from .arguments import flag, function, instance, number, shown
 from .backend import dispatch
@@ -374,19 +374,16 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
             for module in (child.children() if type(child) is nn.ModuleList else (child,))
         )
 
-    def stands_whole(self) -> bool:
-        """Do the ops stand in for every module now, on a backend that knows whole models?"""
-        like = next(self.parameters())
-        if dispatch.select(self.facts(like), self.backend).whole is None:
-            return False
+    def pieces(self, like: Tensor) -> list[Fused] | None:
+        """What stands in for this model's modules now on an image like `like`, in the order of a forward; None unless
+        that is every module.
+        """
+        if not self.global_pool or not self.is_as_published():
+            return None
         count = 1 + sum(2 + len(getattr(self, f"block{n + 1}")) for n in range(self._config.num_stages))
-        pieces = [(owner, stand_in.current(owner)) for owner, stand_in in self.stand_ins()]
-        return (
-            bool(self.global_pool)
-            and self.is_as_published()
-            and len(pieces) == count
-            and all(fused is not None and fused.whole and not fused.obstacle(owner, like) for owner, fused in pieces)
-        )
+        found = [(owner, stand_in.current(owner)) for owner, stand_in in self.stand_ins()]
+        stands = all(fused is not None and fused.whole and not fused.obstacle(owner, like) for owner, fused in found)
+        return [fused for _, fused in found] if stands and len(found) == count else None
 
     # -- what users expect; of timm more in `conventions` ------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from .guard import own_class
 class Piece:
     """A patch embed, block, stage norm or head: its path, what of it is fused, on which backend, and what is not.
 
-    fused: of "patch_embed", "attention", "mlp", "norm", "head"; empty where the module's own forward runs.
+    fused: of "patch_embed", "attention", "mlp", "layer_norm", "head"; empty where the module's own forward runs.
     backend: "triton", "cpp" or "reference"; None where nothing is fused.
     reason: why the module, or a half of a block, runs its own forward; empty where all is fused.
     """

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..backend import dispatch, registered
 from ..ops import HW, PLAIN, Facts, PatchEmbedWeights, to_map, to_tokens
-from ..ops.traceable import exporting_to_onnx
+from ..ops.traceable import constant_while_traced, exporting_to_onnx
 from . import read
 from .block_names import (
     MAP,
@@ -302,7 +302,7 @@ class FusedEmbed(Fused):
 class FusedNorm(Fused):
     """A stage's LayerNorm."""
 
-    names = ("norm",)
+    names = ("layer_norm",)
     exports = True
 
     def __init__(self, settings: Settings, owner: nn.Module, name: str, norm: Part) -> None:
@@ -421,13 +421,11 @@ def _residual_scale(module: nn.Module | None, x: Tensor) -> Tensor | None:
     return module(x.new_ones((x.shape[0], 1, 1))).flatten()
 
 
+@constant_while_traced
 def _choose(device: str, dtype: torch.dtype, backend: str) -> str | None:
     """Name of the backend that runs; None where "auto" finds none but the reference."""
     name = dispatch.select(Facts(device, dtype), backend).name
     return None if name == "reference" and dispatch.requested(backend) == "auto" else name
-
-
-_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backend.registered
 
 
 @cache

@@ -22,6 +22,7 @@ from torch.utils._device import DeviceContext
 
 from .. import _C
 from ..ops import forward_mode
+from ..ops.traceable import constant_while_traced
 
 # torch has no public way to ask for these (2.10 to 2.13); tests/accelerate/test_guard.py fails where one is renamed.
 _GLOBAL_HOOKS = (
@@ -56,12 +57,10 @@ _ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", 
 Edge = tuple[nn.Module | None, str, nn.Module | None]  # parent (None: the owner of the guard), name, child
 
 
+@constant_while_traced
 def transformed() -> bool:
     """Does a transform of torch.func apply? The compiler enters them as it traces."""
     return _transforms() is not None
-
-
-transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backend.registered
 
 
 def ambient() -> str | None:

@@ -9,16 +9,21 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
+import threading
 from typing import TYPE_CHECKING
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from .. import ops
 from ..accelerate.guard import ambient
+from ..backend import dispatch
 from ..backend.registered import requested
 from ..ops.packing import within_graph
+from ..ops.traceable import constant_while_traced
+from .state import State
 
 if TYPE_CHECKING:
     from ..model import PVT_V2
@@ -38,18 +43,45 @@ def _run_model(image: Tensor, parameters: list[Tensor], model: int, classes: int
     ops.refuse_forward_mode("pvt_fast::run_model")
     whole = _models[model]
     if not parameters:  # the model's own, whatever they are by now
-        return whole.published_forward(image)  # a subclass's forward is traced, and calls this
+        return whole.published_forward(image)
     with within_graph():
-        return _with_parameters(whole, parameters).published_forward(image)
+        if all(own is given for own, given in zip(whole.parameters(), parameters, strict=True)):
+            return whole.published_forward(image)
+        twin = _twins.of(whole, image)
+        return functional_call(twin, dict(zip(dict(twin.named_parameters()), parameters, strict=True)), (image,))
 
 
-def _with_parameters(model: PVT_V2, parameters: list[Tensor]) -> PVT_V2:
-    """The model itself where `parameters` are its own, in its order; else a copy that has them instead."""
-    pairs = list(zip(model.parameters(), parameters, strict=True))
-    if all(own is given for own, given in pairs):
-        return model
-    return copy.deepcopy(model, {id(own): given for own, given in pairs})
+class _Published(nn.Module):
+    """A model without hooks and a forward of its own, which the graph has traced around `run_model`."""
 
+    def __init__(self, model: PVT_V2) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image (B, Cin, H, W) -> logits (B, num_classes)."""
+        return self.model.published_forward(image)
+
+
+class _Twins(threading.local):
+    """This thread's copies of models, in which parameters that are not a model's own can take the place of those."""
+
+    def __init__(self) -> None:
+        self.known: WeakKeyDictionary[PVT_V2, tuple[State, _Published]] = WeakKeyDictionary()
+
+    def of(self, model: PVT_V2, image: Tensor) -> _Published:
+        """A copy of the model as it is now, over the same parameters."""
+        state, twin = self.known.get(model, (None, None))
+        if state is None or twin is None or not state.holds(model) or twin.model.backend != model.backend:
+            state = State(model)
+            twin = _Published(copy.deepcopy(model, {id(own): own for own in model.parameters()}))
+            # of a hook or of a module that is not known the state does not know all
+            if model.pieces(image) is not None and state.guard.disturbed(model) is None and state.holds(model):
+                self.known[model] = state, twin
+        return twin
+
+
+_twins = _Twins()
 
 _library = torch.library.Library("pvt_fast", "FRAGMENT")
 _library.define("run_model(Tensor image, Tensor[] parameters, int model, int classes) -> Tensor")
@@ -61,6 +93,7 @@ torch.library.register_fake(
 )
 
 
+@constant_while_traced
 def _is_all_that_is_traced(model: int) -> bool:
     """Is the graph being traced the forward of this model and nothing else, as in `torch.compile(model)`?
 
@@ -77,9 +110,12 @@ def _is_all_that_is_traced(model: int) -> bool:
         return False
 
 
+@constant_while_traced
 def _stands_whole(model: int) -> bool:
     """Do the ops stand in for all of this model now, on a backend that knows whole models?"""
-    return _models[model].stands_whole()
+    whole = _models[model]
+    like = next(whole.parameters())
+    return dispatch.select(whole.facts(like), whole.backend).whole is not None and whole.pieces(like) is not None
 
 
 def run_whole(model: PVT_V2, image: Tensor) -> Tensor | None:
@@ -91,8 +127,3 @@ def run_whole(model: PVT_V2, image: Tensor) -> Tensor | None:
     parameters = [] if _is_all_that_is_traced(model._number) else list(model.parameters())
     classes = model.head.weight.shape[0]  # type: ignore[index]
     return torch.ops.pvt_fast.run_model(image, parameters, model._number, classes)
-
-
-# What torch.compiler.assume_constant_result does; calling that imports torch._dynamo, seconds in every process.
-for _answer in (_stands_whole, _is_all_that_is_traced):
-    vars(_answer)["_dynamo_marked_constant"] = True

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import instance
-from ..ops.packing import collected
+from ..ops.packing import collected, is_plain
+from .state import Recorded, State
 
 if TYPE_CHECKING:
     from ..model import PVT_V2
@@ -21,12 +22,16 @@ class CapturedModel:
     """What `PVT_V2.capture` returns: call it with an image like the example.
 
     Its input and output lie in memory of its own: an image is copied in, and the logits that a call returns are
-    overwritten by the next call (`.clone()` keeps them). After loading or training other weights capture again: some
-    kernels read parameters, others what was made of them. Not for several threads or streams at once.
+    overwritten by the next call (`.clone()` keeps them). Some kernels read parameters, others what was made of them: a
+    call raises RuntimeError where the model has changed since, in its weights, modules, hooks or settings; capture it
+    again then. Not for several threads or streams at once.
     """
 
     def __init__(self, model: PVT_V2, example: Tensor) -> None:
         _check_capturable(model, example)
+        self._model = model
+        # before the kernels read it; weights of other kinds than packed ones are read by their own modules
+        self._recorded = Recorded(State(model), [p for p in model.parameters() if is_plain(p)])
         with torch.inference_mode(False):
             self._image = torch.empty_like(example).copy_(example.detach())
         self._graph = torch.cuda.CUDAGraph()
@@ -40,14 +45,21 @@ class CapturedModel:
             with collected() as records, torch.cuda.graph(self._graph, stream=stream):
                 self._logits = model(self._image)
         # the graph knows addresses only: what lies there has to live as long
-        self._kept = [model, *(p.detach() for p in model.parameters()), *(record.form for record in records)]
+        self._kept = [*(p.detach() for p in model.parameters()), *(record.form for record in records)]
+        self._require_unchanged()
 
     def __call__(self, image: Tensor) -> Tensor:
         """Logits (B, num_classes) of an image of the example's shape, dtype and device, in any memory layout."""
         check_like("captured model", image, self._image)
+        self._require_unchanged()
         self._image.copy_(image.detach(), non_blocking=True)
         self._graph.replay()
         return self._logits
+
+    def _require_unchanged(self) -> None:
+        if not self._recorded.holds(self._model):
+            change = self._recorded.change(self._model)
+            raise RuntimeError(f"captured model: the model must be as it was captured, got a changed one: {change}")
 
 
 def check_like(op: str, image: Tensor, example: Tensor) -> None:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..accelerate.fused import Fused
-from ..accelerate.guard import Guard, Moment, ambient, edges, facts
+from ..accelerate.guard import Moment, ambient
 from ..backend import dispatch
 from ..ops import WholeForward, is_plain, packing, tensors_in
 from . import compiled
+from .state import Recorded, State
 
 if TYPE_CHECKING:
     from ..model import PVT_V2
@@ -54,10 +55,11 @@ class Whole:
         program, variant = self.program, backend.whole.variant()
         if program is not None and program.holds(model, image, variant):
             return program.run(image)
-        state = State.of(model, image, variant)
+        begun = Program.begun(model, image, variant)
         with packing.collected() as records:
             logits = model.forward_head(model.forward_features(image))
-        self.program = None if state is None else record(model, image, state, records, backend.whole)
+        kept = begun is not None and begun.end(model, image, records, backend.whole)
+        self.program = begun if kept else None
         return logits
 
     def __deepcopy__(self, memo: dict) -> Whole:
@@ -67,69 +69,59 @@ class Whole:
         return Whole, ()
 
 
-class State:
-    """All that a model's forward on an image reads but for the parameters' values, as it was at one moment."""
+class Program:
+    """A model's forward as packed ops in their order, for images of one dtype and layout on one instruction set."""
 
-    def __init__(self, model: PVT_V2, image: Tensor, variant: str, guard: Guard, fused: list[Fused]) -> None:
-        self.variant, self.dtype, self.layout, self.channels = variant, image.dtype, _layout(image), image.shape[1]
-        _ = model.config  # which follows a replaced head when it is asked
-        self.settings, self.guard = model.forward_settings(), guard
-        soon = _lines(tuple(model.parameters()))
-        self.facts, self.kept = facts(model, guard, parameters=True, soon=soon)
-        # from what the facts compare with: read again, a value may be another for that once
-        calls = [call for piece in fused for call in piece.calls(Moment(self.kept))]
+    def __init__(self, model: PVT_V2, image: Tensor, variant: str, fused: list[Fused]) -> None:
+        """What a forward of the model on `image` would read now."""
+        self.kind = _kind_of(image, variant)
+        self.state = State(model)
+        # from what the state compares with: read again, a value may be another for that once
+        moment = Moment(self.state.kept)
+        calls = [call for piece in fused for call in piece.calls(moment)]
         self.keys = [packing.key_of(variant, *call) for call in calls]
         self.pieces = [tensors_in(weights) for weights, *_ in calls]  # the parameters of each op of a forward, in order
-        self.parameters = tuple({id(tensor): tensor for piece in self.pieces for tensor in piece}.values())
+        self.head = self.pieces[-1][0]
 
     @classmethod
-    def of(cls, model: PVT_V2, image: Tensor, variant: str) -> State | None:
-        """None where a forward is more than ops."""
-        guard = Guard(edges(model._modules.items()))
+    def begun(cls, model: PVT_V2, image: Tensor, variant: str) -> Program | None:
+        """A program without its packed ops, from before the forward that makes them; None where a forward is more than
+        ops.
+        """
+        fused = model.pieces(image)
+        if fused is None or not all(is_plain(parameter) for parameter in model.parameters()):
+            return None
+        program = cls(model, image, variant, fused)
+        guard = program.state.guard
         known = {id(module) for _, module in guard.modules}
-        if not model.is_as_published():
+        if not all(id(module) in known for piece in fused for module, _, _ in piece.parameters):
             return None
-        if not all(is_plain(parameter) for parameter in model.parameters()):
-            return None
-        fused = [stand_in.current(owner) for owner, stand_in in model.stand_ins()]
-        if not all(
-            piece is not None and piece.whole and all(id(module) in known for module, _, _ in piece.parameters)
-            for piece in fused
-        ):
-            return None
-        state = cls(model, image, variant, guard, fused)
         # asked last: it is one moment only if nothing was changed in between
-        return state if guard.changed(model) is None and guard.disturbed(model) is None else None
+        return program if guard.changed(model) is None and guard.disturbed(model) is None else None
 
-    def holds(self, model: PVT_V2, image: Tensor, variant: str) -> bool:
-        """Would a forward read the same now?"""
-        if image.dtype != self.dtype or variant != self.variant or _layout(image) != self.layout:
+    def end(self, model: PVT_V2, image: Tensor, records: list[packing.Record], whole: WholeForward) -> bool:
+        """Take the packed ops of the forward that has just run. False where it was more than these, or where another
+        thread changed something meanwhile.
+        """
+        # weights that are computed at each forward (parametrizations, say) are packed at each forward
+        if [used.key for used in records] != self.keys:
             return False
-        if image.shape[1] != self.channels or not model.calls_its_own() or model.forward_settings() != self.settings:
-            return False
-        return model._modules is self.kept[0] and self.guard.others_hold() and self.facts.hold(model)
-
-
-class Program:
-    """The packed ops of a forward, and all that must still be so for them to be the model's forward."""
-
-    def __init__(self, state: State, records: list[packing.Record], whole: WholeForward) -> None:
-        self.state, self.records = state, records
+        self.records = records
         self.forward = whole.link([used.form for used in records])
-        self.parameters, self.head = state.parameters, state.pieces[-1][0]
-        self.sources = packing.Sources(self.parameters, packing.aliases(self.parameters), keep=True)
+        parameters = {id(tensor): tensor for piece in self.pieces for tensor in piece}
+        self.recorded = Recorded(self.state, tuple(parameters.values()))
+        # It compares with the values of now. What the ops were packed from may have changed since, unseen as yet.
+        if not all(_is_packed_of(used, piece) for used, piece in zip(records, self.pieces, strict=True)):
+            packing.doubt()
+            return False
+        return self.holds(model, image, whole.variant())
 
     def holds(self, model: PVT_V2, image: Tensor, variant: str) -> bool:
-        """Would running op by op do the same?"""
-        if any(used.dropped for used in self.records) or not self.state.holds(model, image, variant):
+        """Would running op by op on `image` do the same?"""
+        if _kind_of(image, variant) != self.kind or any(used.dropped for used in self.records):
             return False
         # asked at once, as another number of logits would be returned; other shapes are among the values
-        if self.head.shape[0] != self.forward.classes:
-            return False
-        if self.sources.hold_values(self.parameters):
-            return True
-        packing.doubt()  # of which op's weights it is that have changed
-        return False
+        return self.head.shape[0] == self.forward.classes and self.recorded.holds(model)
 
     def run(self, image: Tensor) -> Tensor:
         """image (B, Cin, H, W) -> logits (B, num_classes)."""
@@ -139,29 +131,16 @@ class Program:
         return out
 
 
+def _kind_of(image: Tensor, variant: str) -> tuple:
+    """What of an image and of an instruction set a program is for."""
+    return variant, image.dtype, _layout(image), image.shape[1]
+
+
 def fits(model: PVT_V2, image: Tensor) -> bool:
     """Is `image` of a kind and size that programs are for?"""
     tokens = image.shape[0] * (image.shape[2] // 4) * (image.shape[3] // 4)
     small = tokens * model.forward_settings()[0].embed_dims[0] * image.element_size() <= _MOST_BYTES
     return small and image.dtype in (torch.float32, torch.bfloat16) and _layout(image) is not None
-
-
-def record(
-    model: PVT_V2, image: Tensor, state: State, records: list[packing.Record], whole: WholeForward
-) -> Program | None:
-    """The forward that has just run op by op on `image`, in a model that was in `state` before it.
-
-    None where it is more than its packed ops, or where another thread changed something meanwhile.
-    """
-    # weights that are computed at each forward (parametrizations, say) are packed at each forward
-    if [used.key for used in records] != state.keys:
-        return None
-    program = Program(state, records, whole)
-    # It compares with the values of now. What the ops were packed from may have changed since, unseen as yet.
-    if not all(_is_packed_of(used, piece) for used, piece in zip(records, state.pieces, strict=True)):
-        packing.doubt()
-        return None
-    return program if program.holds(model, image, state.variant) else None
 
 
 def _is_packed_of(used: packing.Record, piece: list[Tensor]) -> bool:
@@ -175,16 +154,6 @@ def _needs_gradients(model: nn.Module, image: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return False
     return image.requires_grad or any(parameter.requires_grad for parameter in model.parameters())
-
-
-def _lines(tensors: tuple[Tensor, ...]) -> list[int]:
-    """Addresses of the cache lines that a check of `tensors` reads: of each its object, its C++ part and its storage.
-
-    A forward leaves none of them in the inner caches, and one after another they take longer than all the rest.
-    """
-    dense = [t for t in tensors if t.layout is torch.strided]
-    regions = [((id(t), 64), (t._cdata, 256), (t.untyped_storage()._cdata, 128)) for t in dense]
-    return [start + at for regions_of in regions for start, size in regions_of for at in range(0, size, 64)]
 
 
 def _layout(image: Tensor) -> str | None:

@@ -1,6 +1,11 @@
-"""Two operators in forms that compilers and exporters take at any size: a convolution, and the adaptive pooling."""
+"""What compilers and exporters need beside plain torch: two operators in forms that they take at any size, and a mark for
+answers that are not to be traced.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +13,18 @@ from torch import Tensor
 
 from ..config import LINEAR_POOL_SIZE
 from .contract import Linear
+
+Answer = TypeVar("Answer", bound=Callable)
+
+
+def constant_while_traced(answer: Answer) -> Answer:
+    """Let the compiler call `answer` while it traces and keep what it returns, without guards on what that read.
+
+    This is all that torch.compiler.assume_constant_result does; but to call that imports torch._dynamo, which takes
+    seconds in every process. tests/graphs/test_compile.py fails where the mark has another name.
+    """
+    vars(answer)["_dynamo_marked_constant"] = True
+    return answer
 
 
 def conv2d(image: Tensor, conv: Linear, **options: int) -> Tensor:

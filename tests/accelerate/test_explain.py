@@ -34,11 +34,11 @@ OWN = [
     ("patch_embed1", ("patch_embed",)),
     ("block1.0", ("attention", "mlp")),
     ("block1.1", ("attention", "mlp")),
-    ("norm1", ("norm",)),
+    ("norm1", ("layer_norm",)),
     ("patch_embed2", ("patch_embed",)),
     ("block2.0", ("attention", "mlp")),
     ("block2.1", ("attention", "mlp")),
-    ("norm2", ("norm",)),
+    ("norm2", ("layer_norm",)),
     ("head", ("head",)),
 ]
 

@@ -15,6 +15,7 @@ from pvt_fast.backend import registered as library
 from pvt_fast.graphs import compiled as whole
 from pvt_fast.ops import Support, map_tensors, packing, reference, tensors_in
 from pvt_fast.ops.packing import packed
+from pvt_fast.ops.traceable import constant_while_traced
 from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase, run
 
 pytestmark = pytest.mark.one_isa
@@ -359,6 +360,47 @@ def test_parameters_put_in_place_within_the_graph_are_used():
     assert not torch.equal(fast(others, IMAGE), model(IMAGE))
 
 
+def change_epsilons(model: PVT_V2) -> None:
+    model.set_norm_eps(block=0.25)
+
+
+def replace_norm(model: PVT_V2) -> None:
+    model.norm2 = torch.nn.LayerNorm(model.norm2.weight.shape[0], eps=0.5)
+
+
+def hook_block(model: PVT_V2) -> None:
+    model.block1[0].register_forward_hook(lambda module, arguments, output: 2 * output)
+
+
+def put_forward(model: PVT_V2) -> None:
+    model.block1[0].mlp.forward = lambda x, height, width: 2 * x
+
+
+@pytest.mark.parametrize("change", [change_epsilons, replace_norm, hook_block, put_forward])
+@torch.no_grad()
+def test_other_parameters_copy_a_model_once_for_each_state_of_it(change, monkeypatch):
+    model = on_cpp()
+    others = {name: parameter * 1.5 for name, parameter in model.named_parameters()}
+    copied, deepcopy = [], copy.deepcopy
+    monkeypatch.setattr(copy, "deepcopy", lambda of, *memo: (copied.append(of), deepcopy(of, *memo))[1])
+
+    def answer() -> torch.Tensor:
+        return torch.ops.pvt_fast.run_model(IMAGE, list(others.values()), model._number, 4)
+
+    def check() -> int:
+        copied.clear()
+        for _ in range(3):
+            assert torch.equal(answer(), torch.func.functional_call(model, others, (IMAGE,)))
+        return sum(each is model for each in copied)
+
+    assert check() == 1
+    before = answer()
+    change(model)
+    # what a hook or a forward of its own reads may change without a trace: a copy for each call
+    assert check() == (3 if change in (hook_block, put_forward) else 1)
+    assert not torch.equal(answer(), before)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @torch.no_grad()
@@ -394,6 +436,12 @@ def test_a_forward_that_is_not_the_models_own_is_traced_around_it():
     called, _ = traced_calls(model, IMAGE)
     assert called.args[1]
 
+    others = [parameter * 1.5 for parameter in model.parameters()]
+    doubled.register_forward_hook(lambda module, arguments, output: 2 * output)
+    of_both = [torch.ops.pvt_fast.run_model(IMAGE, others, each._number, 4) for each in (doubled, on_cpp(), model)]
+    assert torch.equal(of_both[0], of_both[1])
+    assert torch.equal(of_both[0], of_both[2])
+
 
 def test_gradients_training_features_and_export_are_op_by_op():
     model = on_cpp()
@@ -418,13 +466,21 @@ def test_opcheck_of_a_whole_model():
             torch.library.opcheck(torch.ops.pvt_fast.run_model.default, arguments)
 
 
+@torch.no_grad()
 def test_a_models_number_dies_with_it():
     model = on_cpp()
+    torch.ops.pvt_fast.run_model(IMAGE, [parameter * 1.5 for parameter in model.parameters()], model._number, 4)
     number = model._number
     assert whole._models[number] is model
     del model
     gc.collect()
     assert number not in whole._models
+
+
+def test_the_compiler_knows_the_mark_of_constants():
+    def marked() -> None: ...
+
+    assert vars(constant_while_traced(lambda: None)) == vars(torch.compiler.assume_constant_result(marked))
 
 
 # -- packed weights in a compiled model ------------------------------------------------------------------------------

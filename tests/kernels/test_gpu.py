@@ -68,12 +68,27 @@ def test_a_captured_model_outlives_the_model():
     model, image = make(), images(2)
     want = model(image)
     captured = model.capture(image)
-    model.half().bfloat16()  # other memory for every parameter, and other packed weights
-    model(image)
     del model
     filled = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(64)]
     assert torch.equal(captured(image), want)
     assert len(filled) == 64
+
+
+@pytest.mark.parametrize("change", ["in place", "memory", "hook"])
+@torch.no_grad()
+def test_a_captured_model_refuses_to_answer_for_a_changed_one(change):
+    model, image = make(), images(2)
+    captured = model.capture(image)
+    captured(image)
+    if change == "in place":
+        model.block1[0].mlp.fc1.weight.mul_(2)
+    elif change == "memory":
+        model.half().bfloat16()
+    else:
+        model.block1[0].register_forward_hook(lambda module, arguments, output: 2 * output)
+    with pytest.raises(RuntimeError, match="captured model: the model must be as it was captured"):
+        captured(image)
+    assert torch.equal(model.capture(image)(image), model(image))
 
 
 @torch.no_grad()
