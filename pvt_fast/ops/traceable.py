@@ -1,5 +1,5 @@
-"""What compilers and exporters need beside plain torch: two operators in forms that they take at any size, and a mark for
-answers that are not to be traced.
+"""What compilers and exporters need beside plain torch: two operators in forms that they take at any size, and a mark
+for answers that they are not to trace.
 """
 
 from __future__ import annotations
