@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .launch import Chip
+from .chip import Chip
 
 BlockSizes = dict[str, Any]
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from pvt_fast.ops import Linear, Norm, check_head, check_layer_norm
 
 from . import block_sizes
-from .launch import dense, launch, operands
+from .launch import launch, operands
 from .primitives import bound, load_rows, norm_tile, round_to, row_offsets
+from .weights import dense
 
 
 @triton.jit(do_not_specialize=["rows"])

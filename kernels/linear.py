@@ -12,7 +12,7 @@ from torch import Tensor
 from pvt_fast.ops import Linear, Norm
 
 from . import block_sizes
-from .launch import chip_of, dense, dot_precision
+from .launch import chip_of, dot_precision
 from .primitives import (
     add_residual,
     bound,
@@ -25,6 +25,7 @@ from .primitives import (
     row_offsets,
     rows_product,
 )
+from .weights import dense
 
 
 @triton.jit(do_not_specialize=["rows", "rows_per_image"])

@@ -14,7 +14,7 @@ from torch import Tensor
 from pvt_fast.ops import HW, PatchEmbedWeights, check_patch_embed
 
 from . import block_sizes
-from .launch import chip_of, dense, dot_precision, inputs_last, launch, packed_apart, require_runs, workspace
+from .launch import chip_of, dot_precision, launch, require_runs
 from .primitives import (
     bound,
     dot,
@@ -27,6 +27,8 @@ from .primitives import (
     row_offsets,
     split_index,
 )
+from .weights import dense, inputs_last, packed_apart
+from .workspace import workspace
 
 _SIZES = ["images", "height", "width", "out_height", "out_width", "parts"]
 

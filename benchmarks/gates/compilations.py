@@ -26,7 +26,8 @@ from triton.runtime.jit import KernelInterface
 
 import pvt_fast
 from pvt_fast.kernels import BACKEND
-from pvt_fast.kernels.launch import Chip, Launch, recorded
+from pvt_fast.kernels.chip import Chip
+from pvt_fast.kernels.launch import Launch, recorded
 from pvt_fast.kernels.mlp import forward as mlp
 from pvt_fast.testing import run_stages
 

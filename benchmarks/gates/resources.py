@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pvt_fast.kernels.launch import Chip
+from pvt_fast.kernels.chip import Chip
 
 from .compilations import Compilation
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from pvt_fast.ops import HW, AttentionSpec, AttentionWeights, check_attention
 
 from .. import block_sizes
-from ..launch import Chip, chip_of, dense, dot_precision, first_time, launch, operands, warm
+from ..chip import Chip
+from ..launch import chip_of, dot_precision, first_time, launch, operands, warm
 from ..linear import linear, norm_linear
 from ..primitives import (
     add_residual,
@@ -36,6 +37,7 @@ from ..primitives import (
     row_offsets,
     rows_product,
 )
+from ..weights import dense
 from .reduction import reduce_map, reduced_keys
 
 _LOG2_E = 1.4426950408889634

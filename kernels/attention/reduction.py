@@ -20,7 +20,7 @@ from pvt_fast.config import LINEAR_POOL_SIZE
 from pvt_fast.ops import HW, AttentionSpec, AttentionWeights, Norm
 
 from .. import block_sizes
-from ..launch import chip_of, dense, dot_precision, inputs_last, launch, packed_apart, workspace
+from ..launch import chip_of, dot_precision, launch
 from ..primitives import (
     bound,
     dot,
@@ -36,6 +36,8 @@ from ..primitives import (
     split_index,
     tile_moments,
 )
+from ..weights import dense, inputs_last, packed_apart
+from ..workspace import workspace
 
 
 @triton.jit(do_not_specialize=["images", "height", "width", "parts"])

@@ -22,7 +22,8 @@ from torch import Tensor
 from pvt_fast.ops import HW, Linear, MlpSpec, MlpWeights, check_mlp
 
 from .. import block_sizes
-from ..launch import Chip, chip_of, dense, dot_precision, first_time, launch, operands, packed_apart, warm, workspace
+from ..chip import Chip
+from ..launch import chip_of, dot_precision, first_time, launch, operands, warm
 from ..linear import linear
 from ..primitives import (
     add_residual,
@@ -41,6 +42,8 @@ from ..primitives import (
     rows_product,
     split_index,
 )
+from ..weights import dense, packed_apart
+from ..workspace import workspace
 
 # Values of an fp16 map are proven to stay below this. fp16 ends at 65504.
 _HALF_LIMIT = 2.0**15

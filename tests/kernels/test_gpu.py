@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pvt_fast
-from pvt_fast.kernels import launch
+from pvt_fast.kernels import workspace
 from pvt_fast.testing import assert_parity
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -146,7 +146,7 @@ def test_threads_on_streams_of_their_own():
 def test_counters_are_zero_after_use():
     make("pvt_v2_b2")(images(1, 224))
     torch.cuda.synchronize()
-    assert not any(block.any() for block in launch._counters(torch.cuda.current_device()).blocks)
+    assert not any(block.any() for block in workspace.counters(torch.cuda.current_device()).blocks)
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from pvt_fast import kernels
 from pvt_fast.backend import dispatch
 from pvt_fast.backend.dispatch import Facts
 from pvt_fast.kernels import BACKEND, block_sizes, launch
+from pvt_fast.kernels.chip import PRETENDED, Chip
 from pvt_fast.kernels.primitives import row_offsets, split_index
 from pvt_fast.ops import Norm
 from pvt_fast.testing import AttentionCase, MlpCase
@@ -118,12 +119,12 @@ def test_hidden_map_is_padded_to_whole_blocks():
         assert 0 <= padded - hidden < block_sizes.HIDDEN_BLOCK
         for half in (False, True):
             assert padded % block_sizes.dwconv_gelu(half)["BLOCK_H"] == 0
-            assert padded % block_sizes.dwconv_fc2(64, torch.bfloat16, half, launch.PRETENDED)["BLOCK_H"] == 0
+            assert padded % block_sizes.dwconv_fc2(64, torch.bfloat16, half, PRETENDED)["BLOCK_H"] == 0
 
 
 def test_rows_of_the_convolution_divide_its_padding():
     for dtype, half in ((torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)):
-        for chip in (launch.PRETENDED, launch.Chip("gfx942", 64 * 1024, 304)):
+        for chip in (PRETENDED, Chip("gfx942", 64 * 1024, 304)):
             assert block_sizes.DWCONV_ROWS % block_sizes.dwconv_fc2(128, dtype, half, chip)["ROWS"] == 0
             assert block_sizes.DWCONV_ROWS % block_sizes.dwconv_gelu(half)["ROWS"] == 0
 
@@ -132,9 +133,9 @@ def test_rows_of_the_convolution_divide_its_padding():
 def test_parts_of_a_sum(tiles):
     """Never so many that a part is empty, nor more programs than processors where tiles alone are fewer."""
     for steps in (0, 1, 2, 9, 16, 64):
-        parts = block_sizes.parts(tiles, steps, launch.PRETENDED)
+        parts = block_sizes.parts(tiles, steps, PRETENDED)
         assert 1 <= parts <= max(1, steps)
-        assert parts == 1 or parts * tiles <= launch.PRETENDED.processors
+        assert parts == 1 or parts * tiles <= PRETENDED.processors
         bounds = [(steps * part // parts, steps * (part + 1) // parts) for part in range(parts)]
         assert [step for first, last in bounds for step in range(first, last)] == list(range(steps))
 
@@ -142,9 +143,9 @@ def test_parts_of_a_sum(tiles):
 @pytest.mark.parametrize("tiles", [1, 4, 131, 784])
 def test_programs_share_all_column_blocks(tiles):
     for columns in (1, 5, 16, 32):
-        each = block_sizes.columns_per_program(tiles, columns, launch.PRETENDED)
+        each = block_sizes.columns_per_program(tiles, columns, PRETENDED)
         assert 1 <= each <= columns
-        assert each == columns or tiles < 2 * launch.PRETENDED.processors
+        assert each == columns or tiles < 2 * PRETENDED.processors
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pvt_fast.kernels import BACKEND, launch
+from pvt_fast.kernels.chip import Chip
 from pvt_fast.kernels.mlp.forward import hidden_bound
 from pvt_fast.ops import Linear, Norm
 from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase, assert_parity, expected, run
@@ -82,7 +83,7 @@ def by_keys_rows(keys):
             yield pytest.param(hw, head_dim, dtype, chip_name, marks=marks)
 
 
-def chip(name: str) -> launch.Chip:
+def chip(name: str) -> Chip:
     """What the kernels are to take for the device's."""
     device = launch.chip_of(torch.device(DEVICE))
     return {

@@ -1,0 +1,42 @@
+"""Weights in the forms that kernels read: dense, or packed once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from pvt_fast.ops.packing import packed
+
+from .workspace import apart
+
+T = TypeVar("T")
+
+
+def packed_apart(kind: str, tensors: tuple[Tensor | None, ...], build: Callable[[], T]) -> T:
+    """The packed form of `tensors`, kept or from `build()`, made `apart`. The first tensor is never None."""
+    assert tensors[0] is not None
+    device = tensors[0].device
+    given = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None}
+
+    def own(tensor: Any) -> Any:
+        """A packed form lives until its weights' memory is freed: it must not be what keeps that alive."""
+        shared = isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in given
+        return tensor.clone() if shared else tensor
+
+    def build_own() -> T:
+        form: Any = build()
+        return type(form)(*map(own, form)) if isinstance(form, tuple) else own(form)
+
+    return packed(f"triton {kind}", None, tensors, lambda _: apart(build_own, device))
+
+
+def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Weights as kernels read them, one element after another; views of others' memory may be spread over it."""
+    return tuple(None if tensor is None else tensor.resolve_neg().contiguous() for tensor in tensors)
+
+
+def inputs_last(weight: Tensor) -> Tensor:
+    """A convolution's weight (Cout, Cin, k, k) as (Cout, k, k, Cin)."""
+    return weight.detach().permute(0, 2, 3, 1).contiguous()
