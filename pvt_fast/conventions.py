@@ -148,7 +148,7 @@ class TimmConventions:
             share = (sum(left["depths"]) - 1) / max(sum(config.depths) - 1, 1)
             model._config = replace(config, num_stages=kept, drop_path_rate=config.drop_path_rate * share, **left)
             self.num_features = left["embed_dims"][-1]
-            model._stand_in()
+            model.read_stand_ins()
         if prune_head or kept < config.num_stages:
             self.reset_classifier(0, "")
         return chosen

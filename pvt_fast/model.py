@@ -103,7 +103,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         )
         self._settings = Settings()
         self._checkpointing = False
-        self._number = compiled.number(self)
+        self.graph_number = compiled.number(self)
         function("PVT_V2: norm_layer", norm_layer, "callable with a number of channels")
         total = sum(config.depths)
         rates = [config.drop_path_rate * i / max(total - 1, 1) for i in range(total)]
@@ -116,14 +116,14 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         self.global_pool = "avg"
         self.head = nn.Linear(channels, config.num_classes) if config.num_classes else nn.Identity()
         self.apply(init_weights)
-        self._stand_in()
+        self.read_stand_ins()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._number = compiled.number(self)  # a copy is a model of its own
-        self._stand_in()
+        self.graph_number = compiled.number(self)  # a copy is a model of its own
+        self.read_stand_ins()
 
-    def _stand_in(self) -> None:
+    def read_stand_ins(self) -> None:
         """Let the ops stand in for what can be read now; what is changed later is read again when it is called."""
         self._fused_norms = [stage_norm(f"norm{n + 1}", self._settings) for n in range(self.config.num_stages)]
         self._fused_head = classifier("head", self._settings)
@@ -417,20 +417,20 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         chosen = {
             kind: float(number(f"set_norm_eps: {kind}", eps, least=0)) for kind, eps in given.items() if eps is not None
         }
-        for kind, norm in self._norms():
+        for kind, norm in self.named_norms():
             norm.eps = chosen.get(kind, norm.eps)
 
     def norm_eps(self) -> dict[str, float]:
         """The arguments of `set_norm_eps` that restore the epsilons; ValueError where norms of one kind differ."""
         found: dict[str, set[float]] = {}
-        for kind, norm in self._norms():
+        for kind, norm in self.named_norms():
             found.setdefault(kind, set()).add(norm.eps)
         for kind, values in found.items():
             if len(values) > 1:
                 raise ValueError(f"norm_eps: model must have one epsilon for its {kind} norms, got {sorted(values)}")
         return {kind: values.pop() for kind, values in found.items()}
 
-    def _norms(self) -> Iterator[tuple[str, nn.LayerNorm]]:
+    def named_norms(self) -> Iterator[tuple[str, nn.LayerNorm]]:
         for name, module in self.named_modules():
             if isinstance(module, nn.LayerNorm):
                 kind = "patch_embed" if name.startswith("patch_embed") else "block"

@@ -53,7 +53,7 @@ class PatchEmbedCase:
         return f"embed-{size}_k{self.kernel}s{self.stride}_{self.layout}"
 
     def make(self, dtype: torch.dtype, device: str = "cpu") -> tuple:
-        draw = _Draw(str(self), dtype, device)
+        draw = Draw(str(self), dtype, device)
         image = draw.strided((self.batch, self.in_channels, *self.hw), self.layout)
         proj = draw.linear(self.channels, self.in_channels, self.kernel, self.kernel)
         return image, PatchEmbedWeights(proj, draw.norm(self.channels, 1e-5)), self.stride
@@ -86,7 +86,7 @@ class AttentionCase:
         return f"attention-{size}_{kind}{flags}_{self.layout}"
 
     def make(self, dtype: torch.dtype, device: str = "cpu") -> tuple:
-        draw = _Draw(str(self), dtype, device)
+        draw = Draw(str(self), dtype, device)
         c = self.channels
         x = draw.strided((self.batch, self.hw[0] * self.hw[1], c), self.layout)
         reduced = self.linear or self.sr_ratio > 1
@@ -131,7 +131,7 @@ class MlpCase:
         return f"mlp-B{self.batch}_{self.hw[0]}x{self.hw[1]}_C{self.channels}_hid{self.hidden}{flags}_{self.layout}"
 
     def make(self, dtype: torch.dtype, device: str = "cpu") -> tuple:
-        draw = _Draw(str(self), dtype, device)
+        draw = Draw(str(self), dtype, device)
         x = draw.strided((self.batch, self.hw[0] * self.hw[1], self.channels), self.layout)
         weights = MlpWeights(
             draw.norm(self.channels, 1e-6),
@@ -149,7 +149,7 @@ class MlpCase:
 Case = PatchEmbedCase | AttentionCase | MlpCase
 
 
-class _Draw:
+class Draw:
     """Draws the tensors of one case: normal, seeded by the case's name, rounded to `dtype`."""
 
     def __init__(self, name: str, dtype: torch.dtype, device: str) -> None:

@@ -283,10 +283,10 @@ def add_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Backend],
         module.BACKEND = backend
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setitem(dispatch.ORDER, backend.name, module.__name__)
-        dispatch._loaded.cache_clear()
+        dispatch.loaded.cache_clear()
 
     yield add
-    dispatch._loaded.cache_clear()
+    dispatch.loaded.cache_clear()
 
 
 @pytest.fixture

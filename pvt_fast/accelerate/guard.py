@@ -25,7 +25,7 @@ from ..ops import forward_mode
 from ..ops.traceable import constant_while_traced
 
 # torch has no public way to ask for these (2.10 to 2.13); tests/accelerate/test_guard.py fails where one is renamed.
-_GLOBAL_HOOKS = (
+GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
     torch_module._global_backward_hooks,
@@ -34,9 +34,9 @@ _GLOBAL_HOOKS = (
 _transforms = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Where transformers keeps hooks that do nothing unless an output is asked for; they stay once one was.
-_CAPTURING = "transformers.utils.output_capturing"
+CAPTURING = "transformers.utils.output_capturing"
 _HELD = ("_modules", "_parameters", "_buffers")
 # The attribute of an accelerated block's class that has the block's own.
 ACCELERATED_FROM = "_accelerated_from"
@@ -82,7 +82,7 @@ def ambient() -> str | None:
 
 
 def hooks_on_all_modules() -> bool:
-    return any(_GLOBAL_HOOKS)
+    return any(GLOBAL_HOOKS)
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
@@ -287,7 +287,7 @@ class Guard:
         seen = facts(owner, self)  # before it is known that they are as they were
         if self.changed(owner) is not None or self.disturbed(owner) is not None:
             return False
-        if not any(getattr(child, kind) for _, child in self.modules for kind in _HOOKS):  # hooks may be idle
+        if not any(getattr(child, kind) for _, child in self.modules for kind in HOOKS):  # hooks may be idle
             self._facts = seen
         return True
 
@@ -361,13 +361,13 @@ def facts(owner: nn.Module, guard: Guard, parameters: bool = False, soon: Sequen
         dicts += [(held, _items(held)) for held in (owner._parameters, owner._buffers)]
     for _, child in guard.modules:
         values = vars(child)
-        fixed = {**settings_of(child), **{name: values[name] for name in (*_HELD, *_HOOKS)}}
+        fixed = {**settings_of(child), **{name: values[name] for name in (*_HELD, *HOOKS)}}
         if parameters and not {"p", "drop_prob"}.isdisjoint(values):  # to others it means nothing, and new ones train
             fixed["training"] = False
         objects.append((child, type(child), _items(values, fixed)))
         dicts.append((child._modules, _items(child._modules, child._modules)))
         dicts.append((child._parameters, _items(child._parameters, child._parameters if parameters else {})))
-        dicts += [(values[name], _items(values[name])) for name in ("_buffers", *_HOOKS)]
+        dicts += [(values[name], _items(values[name])) for name in ("_buffers", *HOOKS)]
     return _C.Facts(objects, dicts, soon), (owner._modules, objects, dicts)
 
 
@@ -427,8 +427,8 @@ def _are_idle(module: nn.Module) -> bool:
     """Are all hooks of `module` transformers' own, with no attentions asked for now?"""
     hooks = (*module._forward_hooks.values(),)
     others = module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if others or any(getattr(hook, "__module__", None) != _CAPTURING for hook in hooks):
+    if others or any(getattr(hook, "__module__", None) != CAPTURING for hook in hooks):
         return False
-    collected = sys.modules[_CAPTURING]._active_collector.get()
+    collected = sys.modules[CAPTURING]._active_collector.get()
     # hidden states are taken of whole stages and blocks
     return collected is None or set(collected) <= {"hidden_states", "_hidden_states_layers"}

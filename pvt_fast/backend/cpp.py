@@ -244,12 +244,12 @@ def _readable(alias: Tensor) -> Tensor:
         alias = alias.resolve_neg()
     if alias.dtype != torch.float16:
         return alias
-    _log_float16()
+    log_float16()
     return alias.float()
 
 
 @cache
-def _log_float16() -> None:
+def log_float16() -> None:
     logger.info("backend 'cpp' computes float16 in float32, by conversion")
 
 

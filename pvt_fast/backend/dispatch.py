@@ -93,7 +93,7 @@ def requested(own: str) -> str:
 
 
 @cache
-def _loaded(name: str) -> Backend | BackendUnavailable:
+def loaded(name: str) -> Backend | BackendUnavailable:
     try:
         if name != "reference":  # what the others pack is compared, or not, by this variable
             environment_switch("PVT_FAST_CHECK_WEIGHTS")
@@ -106,7 +106,7 @@ def load(name: str, source: str = "load: name") -> Backend:
     """The backend of that name. ValueError where there is none; BackendUnavailable, with why, where it cannot be loaded
     here. source: what asks, for the words of the first.
     """
-    backend = _loaded(name if name in ORDER else choice(source, name, tuple(ORDER)))
+    backend = loaded(name if name in ORDER else choice(source, name, tuple(ORDER)))
     if isinstance(backend, BackendUnavailable):
         raise cannot_run(name, backend) from backend
     return backend
@@ -129,14 +129,14 @@ def select(facts: Facts, own: str = "auto") -> Backend:
         backend, reason = usable(candidate, facts)
         if backend is not None:
             return backend
-        _log_refusal(candidate, reason)
+        log_refusal(candidate, reason)
     raise BackendUnavailable(f"no backend supports {facts}")
 
 
 def usable(name: str, facts: Facts) -> tuple[Backend | None, str | None]:
     """(backend, None) where it can run on these facts, else (None, why not). BackendMisconfigured is raised."""
     # errors that are kept are never raised themselves: each time would add its frames to their traceback
-    backend = _loaded(name)
+    backend = loaded(name)
     if isinstance(backend, BackendMisconfigured):
         raise BackendMisconfigured(*backend.args)
     if isinstance(backend, BackendUnavailable):
@@ -146,7 +146,7 @@ def usable(name: str, facts: Facts) -> tuple[Backend | None, str | None]:
 
 
 @cache
-def _log_refusal(name: str, reason: str | None) -> None:
+def log_refusal(name: str, reason: str | None) -> None:
     logger.info("backend %r is not used: %s", name, reason)
 
 

@@ -119,7 +119,7 @@ def fit(
             f"load_weights: source ({report.layout} layout) must have the model's {len(own)} parameters, "
             f"got {'; '.join(report.problems())}{_advice(report)}"
         )
-    unstated = {kind for kind, _ in model._norms()} - report.norm_eps.keys()
+    unstated = {kind for kind, _ in model.named_norms()} - report.norm_eps.keys()
     if unstated:
         raise ValueError(f"load_weights: source must state the epsilons of all norms, got none of {sorted(unstated)}")
     return {name: values[name] for name in loaded}, report
@@ -135,7 +135,7 @@ def _changed(model: PVT_V2, values: Mapping[str, Tensor], norm_eps: Mapping[str,
     # a source made of the model's own tensors would change while it is read
     values = {name: value.clone() if memory_of(value) in memory else value for name, value in values.items()}
     before = {name: own[name].clone() for name in values}
-    epsilons = [(norm, norm.eps) for _, norm in model._norms()]
+    epsilons = [(norm, norm.eps) for _, norm in model.named_norms()]
     try:
         model.load_state_dict(values, strict=False)
         model.set_norm_eps(**norm_eps)

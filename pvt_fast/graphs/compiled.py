@@ -29,19 +29,19 @@ if TYPE_CHECKING:
     from ..model import PVT_V2
 
 # A compiled graph holds a model by its number, which its guards compare, and which no copy of the model shares.
-_models: WeakValueDictionary[int, PVT_V2] = WeakValueDictionary()
+models: WeakValueDictionary[int, PVT_V2] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
 def number(model: PVT_V2) -> int:
     """A number under which `run_model` finds this model, new at each call."""
-    _models[given := next(_numbers)] = model
+    models[given := next(_numbers)] = model
     return given
 
 
 def _run_model(image: Tensor, parameters: list[Tensor], model: int, classes: int) -> Tensor:
     ops.refuse_forward_mode("pvt_fast::run_model")
-    whole = _models[model]
+    whole = models[model]
     if not parameters:  # the model's own, whatever they are by now
         return whole.published_forward(image)
     with within_graph():
@@ -104,7 +104,7 @@ def _is_all_that_is_traced(model: int) -> bool:
     symbolic_convert = sys.modules.get("torch._dynamo.symbolic_convert")
     try:
         root = symbolic_convert.InstructionTranslator.current_tx().output.root_tx  # type: ignore[union-attr]
-        whole = _models[model]
+        whole = models[model]
         return root.f_code is whole.published_forward.__code__ and root.f_locals["self"] is whole
     except (AttributeError, KeyError):
         return False
@@ -113,7 +113,7 @@ def _is_all_that_is_traced(model: int) -> bool:
 @constant_while_traced
 def _stands_whole(model: int) -> bool:
     """Do the ops stand in for all of this model now, on a backend that knows whole models?"""
-    whole = _models[model]
+    whole = models[model]
     like = next(whole.parameters())
     return dispatch.select(whole.facts(like), whole.backend).whole is not None and whole.pieces(like) is not None
 
@@ -122,8 +122,8 @@ def run_whole(model: PVT_V2, image: Tensor) -> Tensor | None:
     """A traced model's logits by one op; None where gradients, training, export or the model's state forbid it."""
     if torch.is_grad_enabled() or model.training or torch.compiler.is_exporting() or ambient() is not None:
         return None
-    if requested(model.backend) == "reference" or not _stands_whole(model._number):
+    if requested(model.backend) == "reference" or not _stands_whole(model.graph_number):
         return None
-    parameters = [] if _is_all_that_is_traced(model._number) else list(model.parameters())
+    parameters = [] if _is_all_that_is_traced(model.graph_number) else list(model.parameters())
     classes = model.head.weight.shape[0]  # type: ignore[index]
-    return torch.ops.pvt_fast.run_model(image, parameters, model._number, classes)
+    return torch.ops.pvt_fast.run_model(image, parameters, model.graph_number, classes)

@@ -94,7 +94,7 @@ class Sources:
         self._shapes = [_shape(tensor) for tensor in seen]
         self._kept = seen if keep else None
         on_cpu = all(tensor.device.type == "cpu" for tensor in seen)
-        self._watch = _C.Watch([_region(tensor) for tensor in seen]) if on_cpu else _Snapshot(seen)
+        self._watch = _C.Watch([_region(tensor) for tensor in seen]) if on_cpu else Snapshot(seen)
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         """Are `tensors` these, with the values that they had, as far as the module's guarantee goes?"""
@@ -170,7 +170,7 @@ class Sources:
         return self._watch.first_changed(tensors)
 
 
-class _Snapshot:
+class Snapshot:
     """What `_C.Watch` is for memory that the CPU does not read: copies, compared on the device."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -232,9 +232,9 @@ class _Thread(threading.local):
 
 _doubts, _checking, _thread = _Doubts(), _Checking(), _Thread()
 # Gone through as a copy, which no weight that dies and no other thread interrupts, as they do a list of its items.
-_records: dict[tuple, Record] = {}
+records: dict[tuple, Record] = {}
 # By storages: what is given other memory (FSDP does so around each forward) has another place, and leaves the old one.
-_places: dict[tuple, tuple] = {}
+places: dict[tuple, tuple] = {}
 
 
 def is_plain(tensor: Any) -> bool:
@@ -264,7 +264,7 @@ def packed(
         check(lambda tensor: tensor)
     present = [tensor for tensor in tensors if tensor is not None]
     place = (kind, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
-    record = _records.get(place)
+    record = records.get(place)
     if record is None or record.key != key or not record.sources.hold(present):
         seen = aliases(present)
         by_id = {id(tensor): other for tensor, other in zip(present, seen, strict=True)}
@@ -276,19 +276,19 @@ def packed(
         memory = (kind, *((tensor.untyped_storage()._cdata, tensor.storage_offset()) for tensor in seen))
 
         def gone(_: Any) -> None:
-            _records.pop(place, None)
-            _places.pop(memory, None)
+            records.pop(place, None)
+            places.pop(memory, None)
 
         # before they are read: another thread's change meanwhile is seen at the next use
         sources = Sources(present, seen, gone)
         record = Record(key, memory, present, seen, build(alias), sources)
-        if (before := _places.get(memory, place)) != place:
-            _records.pop(before, None)
-        _records[place], _places[memory] = record, place
-        mixtures = [(other, used) for other, used in _records.copy().items() if other[:2] == place[:2]]
+        if (before := places.get(memory, place)) != place:
+            records.pop(before, None)
+        records[place], places[memory] = record, place
+        mixtures = [(other, used) for other, used in records.copy().items() if other[:2] == place[:2]]
         for oldest, used in mixtures[:-MIXTURES]:
-            _records.pop(oldest, None)
-            _places.pop(used.memory, None)
+            records.pop(oldest, None)
+            places.pop(used.memory, None)
     if _thread.used is not None:
         _thread.used.append(record)
     return record.form
@@ -333,11 +333,11 @@ def forget(tensors: Sequence[Tensor]) -> None:
 
 
 def _drop(which: Callable[[Record], bool]) -> None:
-    for place, record in _records.copy().items():
+    for place, record in records.copy().items():
         if which(record):
             record.dropped = True
-            _records.pop(place, None)
-            _places.pop(record.memory, None)
+            records.pop(place, None)
+            places.pop(record.memory, None)
 
 
 def _address(tensor: Tensor) -> int:

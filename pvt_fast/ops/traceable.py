@@ -48,7 +48,7 @@ def adaptive_pool(image: Tensor) -> Tensor:
     if not exporting_to_onnx() and not _sizes_are_symbols(image):
         return F.adaptive_avg_pool2d(image, LINEAR_POOL_SIZE)
     # ONNX has fixed windows only, and inductor fixes the windows of the first size: two products are the same sums
-    rows, columns = (_averages(size, image) for size in image.shape[2:])
+    rows, columns = (averages(size, image) for size in image.shape[2:])
     return rows @ image @ columns.T
 
 
@@ -57,7 +57,7 @@ def exporting_to_onnx() -> bool:
     return (torch.compiler.is_compiling() or torch.jit.is_tracing()) and torch.onnx.is_in_onnx_export()
 
 
-def _averages(size: int, like: Tensor) -> Tensor:
+def averages(size: int, like: Tensor) -> Tensor:
     """(7, size): row i averages the places [floor(i * size / 7), ceil((i + 1) * size / 7))."""
     bins = torch.arange(LINEAR_POOL_SIZE, device=like.device).unsqueeze(1)
     places = torch.arange(size, device=like.device)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fused_models import MODELS, accelerated, assert_rounding, blocks, image, own, plain
+from inside import program_of, stand_in_of
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -407,9 +408,9 @@ def with_program() -> tuple[PVT_V2, nn.Module, Tensor]:
     model = own()
     for _ in range(3):
         before = whole(model)
-    assert model._whole.program is not None
+    assert program_of(model) is not None
     block = blocks(model)[1]
-    guard = block._fused.fused.guard
+    guard = stand_in_of(block).fused.guard
     assert agree(guard, block)
     assert guard._facts is not None
     return model, block, before
@@ -418,11 +419,11 @@ def with_program() -> tuple[PVT_V2, nn.Module, Tensor]:
 @pytest.mark.parametrize("name", [*CHANGED, *DISTURBED])
 def test_what_is_done_to_modules_is_honoured(name):
     model, block, before = with_program()
-    program, guard = model._whole.program, block._fused.fused.guard
+    program, guard = program_of(model), stand_in_of(block).fused.guard
     undo = {**CHANGED, **DISTURBED}[name](model, block)
     try:
         assert not agree(guard, block)
-        assert not program.holds(model, image(), program.state.variant)
+        assert not program.holds(model, image(), program.kind[0])
         assert (guard.changed(block) is not None) == (name in CHANGED)
         after = whole(model)
         assert not torch.allclose(after, before, rtol=1e-3, atol=1e-3)
@@ -447,14 +448,14 @@ def test_what_is_undone_is_fused_again(name):
     undo()
     for _ in range(2):
         assert torch.equal(whole(model), before)
-    assert model._whole.program is not None
-    assert block._fused.fused.whole
+    assert program_of(model) is not None
+    assert stand_in_of(block).fused.whole
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_what_changes_nothing_keeps_modules_fused(name):
     model, block, before = with_program()
-    guard = block._fused.fused.guard
+    guard = stand_in_of(block).fused.guard
     NEUTRAL[name](model, block)
     assert agree(guard, block)
     for _ in range(3):
@@ -468,18 +469,18 @@ def test_settings_that_change_nothing_to_be_seen(name):
     for _ in range(3):
         whole(model)
     block = blocks(model)[1]
-    guard = block._fused.fused.guard
+    guard = stand_in_of(block).fused.guard
     setattr(block.get_submodule(path), name, value)
     agree(guard, block)
     assert_rounding(whole(model), plain(lambda: whole(model)))
-    fused = block._fused.current(block)
+    fused = stand_in_of(block).current(block)
     assert fused is None or name != "approximate" or fused.names == ("attention",)
 
 
 def test_groups_that_do_not_fit_meet_torchs_own_error():
     model, block, _ = with_program()
     setting("groups")(model, block)
-    assert not agree(block._fused.fused.guard, block)
+    assert not agree(stand_in_of(block).fused.guard, block)
     with pytest.raises(RuntimeError, match="groups"):
         whole(model)
 
@@ -499,7 +500,7 @@ def take_a_child_away(block: nn.Module) -> None:
 
 def test_what_came_and_went_while_it_was_read_is_read_again():
     model, block, before = with_program()
-    stand_in, norm = block._fused, block.norm1
+    stand_in, norm = stand_in_of(block), block.norm1
     reader = stand_in.reader
 
     def read(owner, settings):
@@ -515,7 +516,7 @@ def test_what_came_and_went_while_it_was_read_is_read_again():
     for _ in range(3):
         assert torch.equal(whole(model), before)
     assert stand_in.current(block).guard.changed(block) is None
-    assert model._whole.program is not None
+    assert program_of(model) is not None
 
 
 def test_a_norm_over_other_dimensions_is_refused_as_torch_does():
@@ -529,7 +530,7 @@ def test_a_norm_over_other_dimensions_is_refused_as_torch_does():
 @pytest.mark.parametrize("change", [add_a_child, add_a_child_below, take_a_child_away])
 def test_other_children_are_a_change(change):
     model, block, before = with_program()
-    guard = block._fused.fused.guard
+    guard = stand_in_of(block).fused.guard
     change(block)
     assert not agree(guard, block)
     assert_rounding(whole(model), before)
@@ -1221,10 +1222,10 @@ def test_all_hooks_that_a_module_has_are_among_those_looked_at():
     """A new kind of hook of torch's is a name that the guard must learn."""
     names = {name for name in vars(nn.Linear(1, 1)) if name.endswith("_hooks")}
     known = {"_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"}
-    assert names == {*guarding._HOOKS, *known}
+    assert names == {*guarding.HOOKS, *known}
     everywhere = {name for name in vars(nn.modules.module) if name.startswith("_global_") and name.endswith("_hooks")}
     looked_at = {
-        name for name in everywhere for hooks in guarding._GLOBAL_HOOKS if vars(nn.modules.module)[name] is hooks
+        name for name in everywhere for hooks in guarding.GLOBAL_HOOKS if vars(nn.modules.module)[name] is hooks
     }
     registering = {name for name in everywhere if "registration" in name}
     assert everywhere == looked_at | registering
@@ -1233,7 +1234,7 @@ def test_all_hooks_that_a_module_has_are_among_those_looked_at():
 def test_transformers_still_keeps_its_hooks_where_the_guard_looks():
     import transformers.utils.output_capturing as capturing
 
-    assert capturing.__name__ == guarding._CAPTURING
+    assert capturing.__name__ == guarding.CAPTURING
     assert capturing._active_collector.get() is None
 
 

@@ -26,6 +26,7 @@ import timm
 import torch
 import torch.distributed as dist
 from fused_models import MODELS, SIZES, assert_rounding, blocks, image, own, plain
+from inside import program_of
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -704,7 +705,7 @@ def test_the_very_next_call_sees_changed_weights(kind, state, change):
     for _ in range(times):
         before = ask(model)
     if state == "whole":
-        assert model._whole.program is not None
+        assert program_of(model) is not None
     ROUTES[change](model)
     assert_seen(ask, model, before, change)
 
@@ -877,7 +878,7 @@ def test_fully_sharded_models_do_not_grow():
         counts = []
         for _ in range(6):
             whole(model)
-            counts.append(len(packing._records))
+            counts.append(len(packing.records))
         assert counts[-1] == counts[1], counts
 
 
@@ -1193,7 +1194,7 @@ def test_checked_weights_do_not_raise_after_announced_changes(kind, state, chang
 def kept(model: nn.Module) -> int:
     """How many records there are of the model's parameters."""
     own = {parameter.data_ptr() for parameter in model.parameters()}
-    return sum(not own.isdisjoint(record.addresses) for record in packing._records.values())
+    return sum(not own.isdisjoint(record.addresses) for record in packing.records.values())
 
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
@@ -1212,8 +1213,8 @@ def test_no_program_outlives_the_first_step():
     """An evaluation between epochs leaves nothing behind."""
     model = own()
     whole(model)
-    assert model._whole.program is not None
-    form = weakref.ref(model._whole.program)
+    assert program_of(model) is not None
+    form = weakref.ref(program_of(model))
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     model(image()).square().mean().backward()
@@ -1235,7 +1236,7 @@ def test_frozen_weights_stay_packed():
 @pytest.mark.parametrize("kind", MODELS)
 def test_records_die_with_their_model(kind):
     gc.collect()
-    before = len(packing._records)
+    before = len(packing.records)
     model = MODELS[kind]()
     for ask in (whole, training):
         ask(model)
@@ -1243,7 +1244,7 @@ def test_records_die_with_their_model(kind):
     gc.disable()
     try:
         del model
-        assert len(packing._records) == before
+        assert len(packing.records) == before
     finally:
         gc.enable()
 

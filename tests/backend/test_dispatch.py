@@ -44,12 +44,11 @@ def machine(monkeypatch):
         "plain": StandIn(lambda facts: None),
     }
     monkeypatch.setattr(dispatch, "ORDER", {name: f"tests_{name}" for name in modules})
-    monkeypatch.setattr(dispatch, "_loaded", modules.__getitem__)
-    dispatch._log_refusal.cache_clear()
-    token = dispatch._default.set("auto")
-    yield modules
-    dispatch._default.reset(token)
-    dispatch._log_refusal.cache_clear()
+    monkeypatch.setattr(dispatch, "loaded", modules.__getitem__)
+    dispatch.log_refusal.cache_clear()
+    with dispatch.use_backend("auto"):
+        yield modules
+    dispatch.log_refusal.cache_clear()
 
 
 AUTO = [

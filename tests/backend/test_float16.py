@@ -46,7 +46,7 @@ def test_weights_are_packed_once_and_again_when_they_change(model):
 
 @torch.no_grad()
 def test_the_conversion_is_logged_once(model, caplog):
-    cpp._log_float16.cache_clear()
+    cpp.log_float16.cache_clear()
     with caplog.at_level(logging.INFO, logger="pvt_fast"):
         model(IMAGE)
         model(IMAGE)

@@ -339,7 +339,7 @@ def test_copies_of_a_model_that_is_one_op_are_models_of_their_own():
     fast = compiled(model)
     logits = fast(IMAGE)
     twins = [copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    assert len({model._number, *(twin._number for twin in twins)}) == 4
+    assert len({model.graph_number, *(twin.graph_number for twin in twins)}) == 4
     model.head.weight = torch.nn.Parameter(-model.head.weight)  # the shallow copy shares its head
     for twin in twins[1:]:
         assert torch.equal(compiled(twin)(IMAGE), logits)
@@ -385,7 +385,7 @@ def test_other_parameters_copy_a_model_once_for_each_state_of_it(change, monkeyp
     monkeypatch.setattr(copy, "deepcopy", lambda of, *memo: (copied.append(of), deepcopy(of, *memo))[1])
 
     def answer() -> torch.Tensor:
-        return torch.ops.pvt_fast.run_model(IMAGE, list(others.values()), model._number, 4)
+        return torch.ops.pvt_fast.run_model(IMAGE, list(others.values()), model.graph_number, 4)
 
     def check() -> int:
         copied.clear()
@@ -438,7 +438,7 @@ def test_a_forward_that_is_not_the_models_own_is_traced_around_it():
 
     others = [parameter * 1.5 for parameter in model.parameters()]
     doubled.register_forward_hook(lambda module, arguments, output: 2 * output)
-    of_both = [torch.ops.pvt_fast.run_model(IMAGE, others, each._number, 4) for each in (doubled, on_cpp(), model)]
+    of_both = [torch.ops.pvt_fast.run_model(IMAGE, others, each.graph_number, 4) for each in (doubled, on_cpp(), model)]
     assert torch.equal(of_both[0], of_both[1])
     assert torch.equal(of_both[0], of_both[2])
 
@@ -462,19 +462,19 @@ def test_opcheck_of_a_whole_model():
     model = on_cpp()
     for parameters in ([], list(model.parameters()), [parameter * 2 for parameter in model.parameters()]):
         for image in (IMAGE, permuted(IMAGE)):
-            arguments = (image, parameters, model._number, 4)
+            arguments = (image, parameters, model.graph_number, 4)
             torch.library.opcheck(torch.ops.pvt_fast.run_model.default, arguments)
 
 
 @torch.no_grad()
 def test_a_models_number_dies_with_it():
     model = on_cpp()
-    torch.ops.pvt_fast.run_model(IMAGE, [parameter * 1.5 for parameter in model.parameters()], model._number, 4)
-    number = model._number
-    assert whole._models[number] is model
+    torch.ops.pvt_fast.run_model(IMAGE, [parameter * 1.5 for parameter in model.parameters()], model.graph_number, 4)
+    number = model.graph_number
+    assert whole.models[number] is model
     del model
     gc.collect()
-    assert number not in whole._models
+    assert number not in whole.models
 
 
 def test_the_compiler_knows_the_mark_of_constants():
@@ -521,17 +521,17 @@ def test_a_compiled_model_packs_once_and_sees_updates(builds):
 
 def test_packed_weights_die_with_their_model(target):
     gc.collect()
-    before = len(packing._records)
+    before = len(packing.records)
     model, ops = tiny().to(target.device), library.RegisteredOps(target.backend)
     cases = [(case, case.make(torch.float32, target.device)) for case in SMALL]
     with target.in_use(), torch.no_grad():
         for case, arguments in cases:
             run(ops, case, arguments)
     if target.backend != "reference":
-        assert len(packing._records) > before
+        assert len(packing.records) > before
     del model, ops, cases, arguments
     gc.collect()
-    assert len(packing._records) == before
+    assert len(packing.records) == before
 
 
 def test_copies_of_a_compiled_models_weights_are_packed_apart(builds):

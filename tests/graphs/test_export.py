@@ -220,7 +220,7 @@ def test_onnx_of_b2_li(tmp_path):
 @given(height=st.integers(1, 80), width=st.integers(1, 80))
 def test_pooling_matrices_are_torchs_pooling(height, width):
     image = torch.randn(2, 3, height, width, dtype=torch.float64)
-    product = traceable._averages(height, image) @ image @ traceable._averages(width, image).T
+    product = traceable.averages(height, image) @ image @ traceable.averages(width, image).T
     torch.testing.assert_close(product, F.adaptive_avg_pool2d(image, 7), rtol=1e-13, atol=1e-14)
 
 

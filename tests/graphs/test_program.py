@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from inside import program_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -37,7 +38,7 @@ def run(model: PVT_V2, x: Tensor) -> Tensor:
 def op_by_op(model: PVT_V2, x: Tensor) -> Tensor:
     """A copy's first forward: copies have no program."""
     twin = copy.deepcopy(model)
-    assert twin._whole.program is None
+    assert program_of(twin) is None
     return run(twin, x)
 
 
@@ -46,11 +47,11 @@ def op_by_op(model: PVT_V2, x: Tensor) -> Tensor:
 def test_same_bits_at_every_size(linear, dtype):
     model = make(linear, dtype)
     run(model, image(dtype=dtype))
-    program = model._whole.program
+    program = program_of(model)
     for size in ((1, 64, 96), (3, 64, 64), (2, 83, 71), (0, 64, 64)):
         x = image(*size, dtype=dtype)
         assert torch.equal(run(model, x), op_by_op(model, x)), size
-        assert model._whole.program is program
+        assert program_of(model) is program
 
 
 def test_both_layouts_of_an_image():
@@ -138,7 +139,7 @@ CHANGES = [
 def test_no_change_goes_unseen(change):
     model, x = make(), image()
     before = run(model, x)
-    assert model._whole.program is not None
+    assert program_of(model) is not None
     change(model)
     for _ in range(2):
         after = run(model, x)
@@ -174,7 +175,7 @@ def test_training_and_gradients_go_op_by_op():
     assert model(x).requires_grad
     model.train()
     run(model, x)
-    assert model._whole.program is None
+    assert program_of(model) is None
 
 
 def test_a_model_with_a_program_is_collected():
@@ -182,7 +183,7 @@ def test_a_model_with_a_program_is_collected():
     model = make()
     for _ in range(2):
         run(model, image())
-    assert model._whole.program is not None
+    assert program_of(model) is not None
     gone = weakref.ref(model)
     del model
     gc.collect()
@@ -193,12 +194,12 @@ def test_large_maps_go_op_by_op(monkeypatch):
     monkeypatch.setattr(program, "_MOST_BYTES", 2 * 16 * 24 * 16 * 4)
     model = make()
     run(model, image(2))
-    assert model._whole.program is not None
+    assert program_of(model) is not None
     monkeypatch.setattr(program.Program, "run", None)
     run(model, image(3))
     other = make()
     run(other, image(3))
-    assert other._whole.program is None
+    assert program_of(other) is None
 
 
 def test_a_new_head_is_recorded_though_it_says_that_it_trains():
@@ -206,7 +207,7 @@ def test_a_new_head_is_recorded_though_it_says_that_it_trains():
     model.head = nn.Linear(64, 9)
     assert model.head.training
     run(model, x)
-    assert model._whole.program is not None
+    assert program_of(model) is not None
     assert torch.equal(run(model, x), op_by_op(model, x))
 
 
@@ -216,6 +217,6 @@ def test_a_sliced_head_is_seen_at_once():
     model, x = make(), image()
     for _ in range(3):
         run(model, x)
-    assert model._whole.program is not None
+    assert program_of(model) is not None
     model.head.weight.data, model.head.bias.data = model.head.weight.data[:2], model.head.bias.data[:2]
     assert run(model, x).shape == (len(x), 2)

@@ -39,7 +39,7 @@ def valid_calls(draw: Any) -> tuple[str, Call]:
         case = draw(small_cases())
         return case.op, named(case.op, *case.make(dtype))
     batch, tokens, channels = (draw(st.integers(0 if i == 0 else 1, 40)) for i in range(3))
-    drawn = testing._Draw(f"{batch} {tokens} {channels}", dtype, "cpu")
+    drawn = testing.Draw(f"{batch} {tokens} {channels}", dtype, "cpu")
     x = drawn.normal(batch, tokens, channels)
     if draw(st.booleans()):
         return "layer_norm", named("layer_norm", x, drawn.norm(channels, 1e-5))

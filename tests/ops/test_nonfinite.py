@@ -188,7 +188,7 @@ def test_a_tap_outside_the_map_counts_for_nothing(target, op_dtype, value):
 def test_keys_of_weight_zero(target, op_dtype, heavy):
     """Scores of minus infinity, of whole blocks of keys too, weigh nothing; where all are, the answer is NaN."""
     channels, hw = 32, (10, 13)
-    zeros, draw = torch.zeros(channels, dtype=op_dtype), testing._Draw("keys", op_dtype, target.device)
+    zeros, draw = torch.zeros(channels, dtype=op_dtype), testing.Draw("keys", op_dtype, target.device)
     x = torch.tensor([0, *[1, -1] * 15, 0], dtype=op_dtype).repeat(1, 130, 1)  # y[0] is 0
     x[:, : 130 - heavy, 0] = 1000
     q = Linear(torch.zeros(channels, channels, dtype=op_dtype), zeros.index_fill(0, torch.tensor([0]), -10))

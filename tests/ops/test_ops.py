@@ -134,7 +134,7 @@ def test_parity(case, target, dtype):
 @pytest.mark.parametrize("shape", [(2, 49, 64), (1, 1, 24), (3, 17, 33), (0, 4, 16), (1, 196, 320)], ids=str)
 @pytest.mark.parametrize("op", ["layer_norm", "head", "head without classifier"])
 def test_parity_of_the_small_ops(op, shape, target, dtype):
-    draw = testing._Draw(f"{op}{shape}", dtype, target.device)
+    draw = testing.Draw(f"{op}{shape}", dtype, target.device)
     x = draw.normal(*shape, mean=0.5)
     channels = shape[2]
     weights = {"layer_norm": draw.norm(channels, 1e-6), "head": draw.linear(19, channels)}.get(op)

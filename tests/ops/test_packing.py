@@ -170,14 +170,14 @@ def test_a_failed_build_leaves_no_trace(layer):
 
 def test_memory_of_another_address_leaves_no_record_of_the_old(layer):
     """As FSDP resizes storages around each forward. Weights that other ops share keep their other records."""
-    before, storage = len(packing._records), layer.weight.untyped_storage()
+    before, storage = len(packing.records), layer.weight.untyped_storage()
     other = nn.Linear(3, 4)
     values = layer.weight.detach().clone()
     others = [torch.empty(0) for _ in range(4)]
     for index in range(4):
         packed("sum", "layout", (layer.weight, layer.bias), lambda _: None)
         packed("sum", "layout", (layer.weight, other.bias), lambda _: None)
-        assert len(packing._records) == before + 2
+        assert len(packing.records) == before + 2
         size = storage.nbytes()
         storage.resize_(0)
         others[index] = torch.empty(size, dtype=torch.uint8)  # takes the address
@@ -203,22 +203,22 @@ def test_a_step_that_raised_mutes_no_check(layer):
 
 
 def test_what_was_dropped_leaves_nothing(layer):
-    before = len(packing._places)
+    before = len(packing.places)
     for drop in (lambda: packing.forget([layer.weight]), torch.optim.SGD([layer.weight], lr=0.1).step):
         for _ in range(3):
             use(layer)
-            assert len(packing._places) == before + 1
+            assert len(packing.places) == before + 1
             drop()
-            assert len(packing._places) == before
+            assert len(packing.places) == before
             layer.weight.data = layer.weight.data.clone()
 
 
 def test_records_die_with_their_weights(layer):
-    before = len(packing._records)
+    before = len(packing.records)
     use(layer)
-    assert len(packing._records) == before + 1
+    assert len(packing.records) == before + 1
     torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.zeros(4, 3)))  # refuses weak references to a tensor
-    assert len(packing._records) == before
+    assert len(packing.records) == before
 
 
 def test_steps_drop_what_trains_and_put_the_rest_in_doubt(layer):
@@ -284,7 +284,7 @@ def test_regions_may_be_empty_and_must_have_addresses():
 def test_other_devices_compare_all_values_now_and_then():
     """What a CPU cannot read is compared on its device: here by the same code on CPU tensors."""
     tensors = [torch.zeros(2), torch.tensor([1.0, torch.nan, 3.0]).bfloat16()]
-    snapshot = packing._Snapshot(tensors)
+    snapshot = packing.Snapshot(tensors)
     assert snapshot.first_changed(tensors) == -1
     assert all(snapshot.next(tensors) for _ in range(CALLS))
     tensors[1][2] = 4
@@ -362,7 +362,7 @@ def test_nothing_is_packed_for_longer_than_a_step(model, builds):
     assert builds == PER_FORWARD
     optimizer.step()
     own = {parameter.data_ptr() for parameter in model.parameters()}
-    assert not any(own & set(record.addresses) for record in packing._records.values())
+    assert not any(own & set(record.addresses) for record in packing.records.values())
 
 
 def test_conversion_and_loading_repack(model, builds):
@@ -403,22 +403,22 @@ def test_copies_of_a_model_are_packed_apart(model, builds, how):
 
 def test_what_is_packed_dies_with_the_model(model, builds):
     gc.collect()
-    before = len(packing._records)
+    before = len(packing.records)
     twin = copy.deepcopy(model)
     forward(twin, builds)
-    assert len(packing._records) == before + len(PER_FORWARD)
+    assert len(packing.records) == before + len(PER_FORWARD)
     del twin
     gc.collect()
-    assert len(packing._records) == before
+    assert len(packing.records) == before
 
 
 def test_of_mixtures_of_weights_the_newest_are_kept():
     """Modules mixed at random, as where architectures are searched: not a form for each mixture that ever was."""
     norm, others = torch.ones(3), [torch.randn(3) for _ in range(packing.MIXTURES + 5)]
-    before = len(packing._records)
+    before = len(packing.records)
     for other in others:
         packed("mixture", "layout", (norm, other), lambda _: "form")
-    assert len(packing._records) == len(packing._places) == before + packing.MIXTURES
+    assert len(packing.records) == len(packing.places) == before + packing.MIXTURES
     builds = [Builder(norm, other) for other in (others[0], others[-1])]
     for other, build in zip((others[0], others[-1]), builds, strict=True):
         packed("mixture", "layout", (norm, other), build)

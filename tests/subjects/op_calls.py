@@ -28,7 +28,7 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[str, Call]]:
         "mlp": MlpCase(2, (6, 5), 16, 24, scale_residual=True),
     }
     made = {name: named(case.op, *case.make(dtype)) for name, case in cases.items()}
-    draw = testing._Draw("small ops", dtype, "cpu")
+    draw = testing.Draw("small ops", dtype, "cpu")
     made["layer_norm"] = named("layer_norm", draw.normal(2, 5, 16), draw.norm(16, 1e-5))
     made["head"] = named("head", draw.normal(2, 5, 16), draw.linear(7, 16))
     return {name: (name.partition(" ")[0], call) for name, call in made.items()}
