@@ -33,7 +33,7 @@ _DEEP_PIPELINE_BYTES = 128 * 1024
 # registers, which leaves fewer for accumulators.
 _SHARED_OPERAND_BYTES = 200 * 1024
 # Sums over programs: at most so many parts, as the last program reads all of them.
-_MOST_PARTS = 8
+_MAX_PARTS = 8
 
 
 def fits_row(channels: int) -> bool:
@@ -41,9 +41,9 @@ def fits_row(channels: int) -> bool:
     return channels <= ROW_LIMIT
 
 
-def next_power(n: int, least: int = 16) -> int:
-    """The smallest power of two that is at least n, and at least `least` (the smallest side of a matrix tile)."""
-    return max(least, 1 << (n - 1).bit_length())
+def next_power(n: int, minimum: int = 16) -> int:
+    """The smallest power of two that is at least n, and at least `minimum` (the smallest side of a matrix tile)."""
+    return max(minimum, 1 << (n - 1).bit_length())
 
 
 def padded_hidden(hidden: int) -> int:
@@ -57,7 +57,7 @@ def parts(tiles: int, steps: int, chip: Chip) -> int:
     At batch 1 a stage has 1 to 25 tiles of 128 tokens for more than 100 processors, and a tile's sum is what takes the
     time. A part has two steps or more.
     """
-    return max(1, min(_MOST_PARTS, steps // 2, chip.processors // tiles))
+    return max(1, min(_MAX_PARTS, steps // 2, chip.processors // tiles))
 
 
 def columns_per_program(tiles: int, columns: int, chip: Chip) -> int:
@@ -147,7 +147,7 @@ def dwconv_fc2(channels: int, dtype: torch.dtype, half: bool, chip: Chip) -> Blo
     """
     full = dtype == torch.float32
     wide = next_power(channels) > 64
-    columns = next_power(channels, least=16 if full else 64) if fits_row(channels) else 64
+    columns = next_power(channels, minimum=16 if full else 64) if fits_row(channels) else 64
     scarce = _lacks_operand_memory(chip)
     return {
         "BLOCK_P": 16 if (half and scarce) or (full and columns > 64) else 32,

@@ -27,7 +27,7 @@ from .primitives import (
     row_offsets,
     split_index,
 )
-from .weights import dense, inputs_last, packed_apart
+from .weights import dense, inputs_last, packed_off_capture
 from .workspace import workspace
 
 _SIZES = ["images", "height", "width", "out_height", "out_width", "parts"]
@@ -178,7 +178,7 @@ def patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tenso
     shape = block_sizes.patch_embed(in_channels, channels, image.dtype, chip)
     weight = w.proj.weight
     if shape["PER_TAP"]:
-        weight = packed_apart("patch_embed", (weight,), lambda: inputs_last(w.proj.weight))
+        weight = packed_off_capture("patch_embed", (weight,), lambda: inputs_last(w.proj.weight))
     pointers = (image, *dense(weight, w.proj.bias, *w.norm[:2]))
     summed = not shape["WHOLE_ROWS"]
     tiles = (triton.cdiv(images * hw[0] * hw[1], shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))

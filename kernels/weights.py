@@ -9,13 +9,13 @@ from torch import Tensor
 
 from pvt_fast.ops.packing import packed
 
-from .workspace import apart
+from .workspace import off_capture
 
 T = TypeVar("T")
 
 
-def packed_apart(kind: str, tensors: tuple[Tensor | None, ...], build: Callable[[], T]) -> T:
-    """The packed form of `tensors`, kept or from `build()`, made `apart`. The first tensor is never None."""
+def packed_off_capture(kind: str, tensors: tuple[Tensor | None, ...], build: Callable[[], T]) -> T:
+    """The packed form of `tensors`, kept or from `build()`, made `off_capture`. The first tensor is never None."""
     assert tensors[0] is not None
     device = tensors[0].device
     given = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None}
@@ -29,7 +29,7 @@ def packed_apart(kind: str, tensors: tuple[Tensor | None, ...], build: Callable[
         form: Any = build()
         return type(form)(*map(own, form)) if isinstance(form, tuple) else own(form)
 
-    return packed(f"triton {kind}", None, tensors, lambda _: apart(build_own, device))
+    return packed(f"triton {kind}", None, tensors, lambda _: off_capture(build_own, device))
 
 
 def dense(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

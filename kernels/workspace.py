@@ -43,7 +43,7 @@ class Counters:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("triton backend: the model must run once without a CUDA graph before its capture")
         zeros = partial(torch.zeros, count, dtype=torch.int32, device=self.device)
-        self.blocks.append(apart(zeros, self.device))
+        self.blocks.append(off_capture(zeros, self.device))
         self.used = 0
 
     def take(self, count: int) -> Tensor:
@@ -78,7 +78,7 @@ def counters(device: int) -> Counters:
     return Counters(device)
 
 
-def apart(build: Callable[[], T], device: torch.device) -> T:
+def off_capture(build: Callable[[], T], device: torch.device) -> T:
     """What `build` makes on the device, to be kept: made in a thread of its own, and finished when this returns.
 
     This thread may be within a CUDA graph's memory pool, whose memory is not its own to keep, or under a mode that

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 # No length, width or count is larger; what is computed of them stays far from the end of 64 bits.
-MOST = 2**31 - 1
+MAX_INT = 2**31 - 1
 
 _BYTES = (str, bytes, bytearray, memoryview)
 
@@ -43,19 +43,19 @@ def shown(value: Any) -> str:
     return " ".join(_short.repr(value).split())
 
 
-def integer(where: str, value: Any, least: int, most: int = MOST) -> int:
-    """An int in [least, most]."""
+def integer(where: str, value: Any, minimum: int, maximum: int = MAX_INT) -> int:
+    """An int in [minimum, maximum]."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{where} must be an int, got {shown(value)}")
-    if value < least:
-        raise ValueError(f"{where} must be at least {least}, got {shown(value)}")
-    if value > most:
-        raise ValueError(f"{where} must be at most {most}, got {shown(value)}")
+    if value < minimum:
+        raise ValueError(f"{where} must be at least {minimum}, got {shown(value)}")
+    if value > maximum:
+        raise ValueError(f"{where} must be at most {maximum}, got {shown(value)}")
     return int(value)
 
 
-def number(where: str, value: Any, least: float = -math.inf, most: float = math.inf) -> float:
-    """An int or a finite float in [least, most]."""
+def number(where: str, value: Any, minimum: float = -math.inf, maximum: float = math.inf) -> float:
+    """An int or a finite float in [minimum, maximum]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{where} must be a number, got {shown(value)}")
     plain = int(value) if isinstance(value, int) else float(value)
@@ -65,10 +65,10 @@ def number(where: str, value: Any, least: float = -math.inf, most: float = math.
         finite = False
     if not finite:
         raise ValueError(f"{where} must be finite, got {shown(value)}")
-    if plain < least:
-        raise ValueError(f"{where} must be at least {least}, got {shown(plain)}")
-    if plain > most:
-        raise ValueError(f"{where} must be at most {most}, got {shown(plain)}")
+    if plain < minimum:
+        raise ValueError(f"{where} must be at least {minimum}, got {shown(plain)}")
+    if plain > maximum:
+        raise ValueError(f"{where} must be at most {maximum}, got {shown(plain)}")
     return plain
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .arguments import MOST, entries, flag, integer, number, rate, shown
+from .arguments import MAX_INT, entries, flag, integer, number, rate, shown
 
 # Stride of each overlap patch embed: 4 in the first stage, 2 in the others (paper, section 3.2).
 FIRST_STRIDE = 4
@@ -23,9 +23,9 @@ VARIANT_NORM_EPS = 1e-6
 LINEAR_POOL_SIZE = 7
 
 # Far above any model that was ever trained: a slip of the pen is told before it has eaten the memory.
-MOST_STAGES = 32
-MOST_DEPTH = 1_000
-MOST_PARAMETERS = 2**34
+MAX_STAGES = 32
+MAX_DEPTH = 1_000
+MAX_PARAMETERS = 2**34
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class PVTConfig:
         for stage in range(self.num_stages):
             self._check_widths(stage)
         self.map_sizes(*self.img_hw)
-        if self.num_parameters > MOST_PARAMETERS:
+        if self.num_parameters > MAX_PARAMETERS:
             raise ValueError(
                 "PVT_V2: embed_dims, depths, mlp_ratios, sr_ratios, patch_size, in_channels and num_classes must make "
-                f"at most {MOST_PARAMETERS} parameters, got {self.num_parameters}"
+                f"at most {MAX_PARAMETERS} parameters, got {self.num_parameters}"
             )
 
     def _per_stage(self, field: str) -> Sequence[Any]:
@@ -163,10 +163,10 @@ def _optional_number(where: str, value: Any) -> float | None:
 
 # What each field may be; `_PER_STAGE` has what each entry of a sequence may be.
 _FIELDS: dict[str, Callable[[str, Any], Any]] = {
-    "num_stages": partial(integer, least=1, most=MOST_STAGES),
-    "in_channels": partial(integer, least=1),
-    "num_classes": partial(integer, least=0),
-    "patch_size": partial(integer, least=FIRST_STRIDE + 1),
+    "num_stages": partial(integer, minimum=1, maximum=MAX_STAGES),
+    "in_channels": partial(integer, minimum=1),
+    "num_classes": partial(integer, minimum=0),
+    "patch_size": partial(integer, minimum=FIRST_STRIDE + 1),
     "img_size": _image_size,
     "qkv_bias": flag,
     "qk_scale": _optional_number,
@@ -176,11 +176,11 @@ _FIELDS: dict[str, Callable[[str, Any], Any]] = {
     "linear": flag,
 }
 _PER_STAGE: dict[str, Callable[[str, Any], Any]] = {
-    "embed_dims": partial(integer, least=1),
-    "num_heads": partial(integer, least=1),
-    "depths": partial(integer, least=1, most=MOST_DEPTH),
-    "sr_ratios": partial(integer, least=1),
-    "mlp_ratios": partial(number, most=MOST),
+    "embed_dims": partial(integer, minimum=1),
+    "num_heads": partial(integer, minimum=1),
+    "depths": partial(integer, minimum=1, maximum=MAX_DEPTH),
+    "sr_ratios": partial(integer, minimum=1),
+    "mlp_ratios": partial(number, maximum=MAX_INT),
 }
 
 

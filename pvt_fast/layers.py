@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .accelerate.block_names import Layout, Refusal
+from .accelerate.block_names import BlockLayout, Refusal
 from .accelerate.fused import Fused, FusedBlock, FusedEmbed, FusedHead, FusedNorm, Settings, StandIn
 from .accelerate.guard import Kinds
 from .accelerate.peers import PVT_FAST
@@ -249,7 +249,7 @@ def _require_known(owner: nn.Module, names: tuple[str, ...]) -> None:
 
 
 def _read_block(block: nn.Module, settings: Settings) -> Fused:
-    layout: Layout = PVT_FAST
+    layout: BlockLayout = PVT_FAST
     halves, refusals = {}, {}
     for name, reader in (("attention", read_attention), ("mlp", read_mlp)):
         names = getattr(layout, name)

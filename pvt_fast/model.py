@@ -415,7 +415,9 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         """
         given = {"block": block, "patch_embed": patch_embed, "reduction": reduction}
         chosen = {
-            kind: float(number(f"set_norm_eps: {kind}", eps, least=0)) for kind, eps in given.items() if eps is not None
+            kind: float(number(f"set_norm_eps: {kind}", eps, minimum=0))
+            for kind, eps in given.items()
+            if eps is not None
         }
         for kind, norm in self.named_norms():
             norm.eps = chosen.get(kind, norm.eps)
@@ -464,5 +466,5 @@ def _layer_norm(norm_layer: Callable, dim: int) -> nn.LayerNorm:
         raise ValueError(f"{must} of the {dim} channels that it is called with, got {shown(norm)}")
     if type(norm).forward is not nn.LayerNorm.forward or "forward" in vars(norm):
         raise TypeError(f"{must} and torch's forward, got {shown(norm)} with a forward of its own")
-    number("PVT_V2: norm_layer's eps", norm.eps, least=0)
+    number("PVT_V2: norm_layer's eps", norm.eps, minimum=0)
     return norm

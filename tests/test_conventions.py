@@ -565,8 +565,8 @@ def test_a_model_without_one_of_its_modules_is_copied_and_explained(name):
     """As feature extraction deletes heads; calls that come to it fail as Python's."""
     model = ours()
     delattr(model, name)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert same(twin.state_dict(), model.state_dict())
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same(clone.state_dict(), model.state_dict())
     assert name not in {piece.path.partition(".")[0] for piece in pvt_fast.explain(model).pieces if piece.fused}
     image = image_of(1, 64, 64)
     if name == "head":

@@ -525,18 +525,18 @@ def test_copies_compute_the_same_and_are_independent(how, target):
     with target.in_use():
         expected = model(image)
         if how == "deepcopy":
-            twin = copy.deepcopy(model)
+            clone = copy.deepcopy(model)
         elif how == "pickle":
-            twin = pickle.loads(pickle.dumps(model))
+            clone = pickle.loads(pickle.dumps(model))
         else:
             file = io.BytesIO()
             torch.save(model, file)
-            twin = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
-        assert twin.backend == model.backend
-        assert twin.config == model.config
-        assert torch.equal(twin(image), expected)
-        twin.block1[0].mlp.fc2.weight.mul_(2)
-        assert not torch.equal(twin(image), expected)
+            clone = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+        assert clone.backend == model.backend
+        assert clone.config == model.config
+        assert torch.equal(clone(image), expected)
+        clone.block1[0].mlp.fc2.weight.mul_(2)
+        assert not torch.equal(clone(image), expected)
         assert torch.equal(model(image), expected)
 
 

@@ -366,8 +366,8 @@ def functional(model: PVT_V2) -> tuple[Change, Change]:
 
 def copied(model: PVT_V2) -> tuple[Change, Change]:
     def there() -> None:
-        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            run(twin, image())
+        for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            run(clone, image())
         torch.save(model.state_dict(), io.BytesIO())
 
     return there, lambda: None

@@ -36,7 +36,7 @@ from ..primitives import (
     split_index,
     tile_moments,
 )
-from ..weights import dense, inputs_last, packed_apart
+from ..weights import dense, inputs_last, packed_off_capture
 from ..workspace import workspace
 
 
@@ -183,7 +183,7 @@ def reduce_map(start: Callable, x: Tensor, hw: HW, w: AttentionWeights, spec: At
     ratio = w.sr.weight.shape[2]
     keys = reduced_keys(hw, spec, ratio)
     sr_weight = w.sr.weight
-    weight = packed_apart("attention", (sr_weight,), lambda: inputs_last(sr_weight))
+    weight = packed_off_capture("attention", (sr_weight,), lambda: inputs_last(sr_weight))
     source = _pool(x, hw, w.norm) if spec.linear and start is launch else x  # to compile, any of its type will do
     size = (LINEAR_POOL_SIZE, LINEAR_POOL_SIZE) if spec.linear else hw
     kv = torch.empty((images, keys, 2 * channels), dtype=dtype, device=x.device) if to_kv else x

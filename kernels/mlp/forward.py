@@ -42,7 +42,7 @@ from ..primitives import (
     rows_product,
     split_index,
 )
-from ..weights import dense, packed_apart
+from ..weights import dense, packed_off_capture
 from ..workspace import workspace
 
 # Values of an fp16 map are proven to stay below this. fp16 ends at 65504.
@@ -339,7 +339,7 @@ def mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor 
     if out.numel() == 0:
         return out
     weights = (w.norm.weight, w.norm.bias, w.fc1.weight, w.fc1.bias, w.dwconv.weight, w.dwconv.bias, w.fc2.weight)
-    pack = packed_apart("mlp", weights, lambda: _pack(w))
+    pack = packed_off_capture("mlp", weights, lambda: _pack(w))
     chip = chip_of(x.device)
     padded_height = -(-hw[0] // block_sizes.DWCONV_ROWS) * block_sizes.DWCONV_ROWS + 2
     hidden = _hidden_map(x, hw, w, spec, pack, padded_height, chip)
@@ -349,7 +349,7 @@ def mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor 
         return out
     shape = block_sizes.dwconv_fc2(x.shape[2], x.dtype, pack.half, chip)
     few = call.tiles(shape) * triton.cdiv(x.shape[2], shape["BLOCK_C"]) <= chip.processors
-    chosen, other = (_fused, _apart) if few else (_apart, _fused)
+    chosen, other = (_fused, _unfused) if few else (_unfused, _fused)
     if first_time(("mlp", x.shape[2], hidden.shape[3], x.dtype, pack.half, residual_scale is None)):
         other(warm, call, chip)
     chosen(launch, call, chip)
@@ -379,7 +379,7 @@ def _fused(start: Callable, call: _Call, chip: Chip) -> None:
     )
 
 
-def _apart(start: Callable, call: _Call, chip: Chip) -> None:
+def _unfused(start: Callable, call: _Call, chip: Chip) -> None:
     """Convolution and GELU, then fc2."""
     hidden = call.hidden.shape[3]
     g = torch.empty((*call.x.shape[:2], hidden), dtype=call.hidden.dtype, device=call.x.device)

@@ -71,7 +71,7 @@ ARITIES = {SIZES: 3, PAIR: 2, MAP: 1}
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """One peer's block: `call` is one of SIZES, PAIR and MAP; `ignored` are keyword arguments that change nothing."""
 
     name: str

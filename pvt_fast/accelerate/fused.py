@@ -27,7 +27,7 @@ from .block_names import (
     MAP,
     PAIR,
     AttentionNames,
-    Layout,
+    BlockLayout,
     MlpNames,
     Refusal,
     at,
@@ -162,7 +162,7 @@ class FusedBlock(Fused):
     """How one block runs: `halves` are on the ops, what is not among them runs the block's own modules."""
 
     def __init__(
-        self, layout: Layout, settings: Settings, block: nn.Module, forward: Any, halves: dict[str, Any]
+        self, layout: BlockLayout, settings: Settings, block: nn.Module, forward: Any, halves: dict[str, Any]
     ) -> None:
         names = [getattr(layout, half) for half in halves]
         super().__init__(
@@ -252,7 +252,7 @@ class FusedBlock(Fused):
         shape = (
             (x.shape[0], self.channels, *hw) if self.layout.call == MAP else (x.shape[0], hw[0] * hw[1], self.channels)
         )
-        if x.shape == shape and min(hw) >= max(half.least_size() for half in self.halves.values()):
+        if x.shape == shape and min(hw) >= max(half.min_size() for half in self.halves.values()):
             return True
         if not torch.compiler.is_compiling():
             log(self.what, f"its input is none of {self.channels} channels on a large enough map")

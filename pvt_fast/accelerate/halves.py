@@ -119,7 +119,7 @@ class AttentionHalf:
         """x (B, N, C) -> (B, N, C)."""
         return ops.attention(x, hw, self.weights(fresh), self.spec(), residual_scale)
 
-    def least_size(self) -> int:
+    def min_size(self) -> int:
         """The fewest rows and columns of a map that it takes."""
         return 1 if self.sr is None or self.linear else self.sr.shapes[0][2]
 
@@ -148,7 +148,7 @@ class MlpHalf:
         """x (B, N, C) -> (B, N, C)."""
         return ops.mlp(x, hw, self.weights(fresh), self.spec(), residual_scale)
 
-    def least_size(self) -> int:
+    def min_size(self) -> int:
         """The fewest rows and columns of a map that it takes."""
         return 1
 

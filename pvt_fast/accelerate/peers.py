@@ -5,7 +5,7 @@ from __future__ import annotations
 import copyreg
 from dataclasses import replace
 
-from .block_names import MAP, PAIR, SIZES, AttentionNames, Layout, MlpNames
+from .block_names import MAP, PAIR, SIZES, AttentionNames, BlockLayout, MlpNames
 
 # The official repository's names (whai362/PVT, NVlabs/SegFormer and the files copied from them), which timm and
 # segmentation_models_pytorch took over.
@@ -45,7 +45,7 @@ _DENSE_MLP = MlpNames(
 )
 
 # transformers 5
-_PVT_V2 = Layout(
+_PVT_V2 = BlockLayout(
     "transformers PvtV2",
     SIZES,
     AttentionNames(
@@ -62,7 +62,7 @@ _PVT_V2 = Layout(
     ),
     _DENSE_MLP,
 )
-_SEGFORMER = Layout(
+_SEGFORMER = BlockLayout(
     "transformers SegFormer",
     SIZES,
     AttentionNames(
@@ -83,7 +83,7 @@ _SEGFORMER = Layout(
 )
 
 # transformers' SegFormer until 4, and its GLPN until now
-_SEGFORMER_4 = Layout(
+_SEGFORMER_4 = BlockLayout(
     "transformers SegFormer 4 / GLPN",
     SIZES,
     AttentionNames(
@@ -100,7 +100,7 @@ _SEGFORMER_4 = Layout(
 )
 
 # mmdet's PVTv2 and mmseg's MixVisionTransformer
-_OPENMMLAB = Layout(
+_OPENMMLAB = BlockLayout(
     "mmdet / mmseg",
     PAIR,
     AttentionNames(
@@ -128,9 +128,9 @@ _OPENMMLAB = Layout(
 )
 
 LAYOUTS = (
-    Layout("official", SIZES, _OFFICIAL_ATTENTION, _OFFICIAL_MLP),
-    Layout("timm", PAIR, _OFFICIAL_ATTENTION, _OFFICIAL_MLP),
-    Layout("segmentation_models_pytorch", MAP, _OFFICIAL_ATTENTION, _OFFICIAL_MLP),
+    BlockLayout("official", SIZES, _OFFICIAL_ATTENTION, _OFFICIAL_MLP),
+    BlockLayout("timm", PAIR, _OFFICIAL_ATTENTION, _OFFICIAL_MLP),
+    BlockLayout("segmentation_models_pytorch", MAP, _OFFICIAL_ATTENTION, _OFFICIAL_MLP),
     _PVT_V2,
     _SEGFORMER,
     _SEGFORMER_4,
@@ -139,13 +139,13 @@ LAYOUTS = (
 
 
 # our own model: the official layout, but read and not tried out
-PVT_FAST = Layout("pvt_fast", SIZES, _OFFICIAL_ATTENTION, _OFFICIAL_MLP)
+PVT_FAST = BlockLayout("pvt_fast", SIZES, _OFFICIAL_ATTENTION, _OFFICIAL_MLP)
 
 
-def named(name: str) -> Layout:
+def named(name: str) -> BlockLayout:
     """The layout of that name."""
     return next(layout for layout in (*LAYOUTS, PVT_FAST) if layout.name == name)
 
 
 # a copy or a pickle of an accelerated block refers to the table
-copyreg.pickle(Layout, lambda layout: (named, (layout.name,)))
+copyreg.pickle(BlockLayout, lambda layout: (named, (layout.name,)))

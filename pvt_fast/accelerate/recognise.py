@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .block_names import Layout, Refusal
+from .block_names import BlockLayout, Refusal
 from .fused import FusedBlock, Settings
 from .peers import LAYOUTS
 from .read import read_attention, read_mlp, require_nothing_else
-from .verify import kind, twin, verify
+from .verify import clone, kind, verify
 
 HALVES = ("attention", "mlp")
 
@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
     refusals: dict[str, str]
 
 
-def recognise(block: nn.Module, forward: Any) -> Layout | None:
+def recognise(block: nn.Module, forward: Any) -> BlockLayout | None:
     """The layout that `block`, whose class has this `forward`, is of."""
     if not block._modules or isinstance(block, torch.jit.ScriptModule):
         return None
@@ -34,7 +34,7 @@ def recognise(block: nn.Module, forward: Any) -> Layout | None:
 def adapt(
     block: nn.Module,
     forward: Any,
-    layout: Layout,
+    layout: BlockLayout,
     settings: Settings,
     halves: tuple[str, ...],
     tried: dict[Any, Verdict],
@@ -65,7 +65,7 @@ class Verdict(NamedTuple):
     returns_tuple: bool = False
 
 
-def _read(block: nn.Module, layout: Layout, halves: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+def _read(block: nn.Module, layout: BlockLayout, halves: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         require_nothing_else(block, layout.attention, layout.mlp)
     except Refusal as refusal:
@@ -80,9 +80,9 @@ def _read(block: nn.Module, layout: Layout, halves: tuple[str, ...]) -> tuple[di
     return found, refusals
 
 
-def _try_out(block: nn.Module, forward: Any, layout: Layout, halves: tuple[str, ...]) -> Verdict:
+def _try_out(block: nn.Module, forward: Any, layout: BlockLayout, halves: tuple[str, ...]) -> Verdict:
     try:
-        copied = twin(block)
+        copied = clone(block)
     except Refusal as refusal:
         return Verdict((), dict.fromkeys(halves, str(refusal)))
 

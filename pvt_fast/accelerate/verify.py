@@ -38,7 +38,7 @@ def kind(block: nn.Module) -> tuple:
     return tuple((name, *of(module)) for name, module in block.named_modules())
 
 
-def twin(block: nn.Module) -> nn.Module:
+def clone(block: nn.Module) -> nn.Module:
     """A copy in float64 on the CPU, with random weights, the block's buffers and no hooks. Raises Refusal."""
     try:
         copied = copy.deepcopy(block).to_empty(device="cpu").double()
@@ -81,7 +81,7 @@ def _scales_samples(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def verify(block: nn.Module, forward: Any, fused: FusedBlock) -> bool:
-    """`forward(block, ...)`, on a `twin`, against the ops of `fused`; whether it returns a tuple. Raises Refusal."""
+    """`forward(block, ...)`, on a `clone`, against the ops of `fused`; whether it returns a tuple. Raises Refusal."""
     depths = [module for module in fused.drop_paths.values() if module is not None]
     rates = [*fused.dropouts, *((module, "drop_prob") for module in depths)]
     for module, name in rates:

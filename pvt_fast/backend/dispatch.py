@@ -46,7 +46,7 @@ _environment = os.environ.get("PVT_FAST_BACKEND") or "auto"
 _default: ContextVar[str] = ContextVar("pvt_fast_backend", default=_environment)
 
 
-class _Traced(threading.local):
+class _SeenByCompiler(threading.local):
     """`_default` as the compiler can see it: it guards on attributes of thread-local objects, not on context variables.
 
     So a change of default retraces a compiled model. Tasks that take turns on one thread share this copy.
@@ -56,19 +56,19 @@ class _Traced(threading.local):
         self.default = _environment
 
 
-traced = _Traced()
+seen_by_compiler = _SeenByCompiler()
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Within the block, models whose own `backend` is "auto" run on `name`, compiled ones too: they retrace."""
     token = _default.set(check_name(name, "use_backend: name"))
-    traced.default = name
+    seen_by_compiler.default = name
     try:
         yield
     finally:
         _default.reset(token)
-        traced.default = _default.get()
+        seen_by_compiler.default = _default.get()
 
 
 def check_environment() -> None:

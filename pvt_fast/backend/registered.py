@@ -281,4 +281,4 @@ def registered(backend: str) -> Backend | RegisteredOps:
 
 def requested(own: str) -> str:
     """The backend asked for, in a form that a compiled graph is guarded by."""
-    return dispatch.traced.default if own == "auto" else own
+    return dispatch.seen_by_compiler.default if own == "auto" else own

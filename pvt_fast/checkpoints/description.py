@@ -178,10 +178,10 @@ def require_rebuilt(op: str, model: PVT_V2, kind: type[PVT_V2], head: bool = Tru
         )
     try:
         with torch.device("meta"):
-            twin = kind(**asdict(model.config))
+            clone = kind(**asdict(model.config))
     except TypeError as error:
         raise ValueError(f"{op}: model must be of a class that takes PVT_V2's arguments, got {error}") from error
-    lost = list(_differences(model, twin))
+    lost = list(_differences(model, clone))
     if lost:
         raise ValueError(
             f"{op}: model must consist of what {kind.__name__}(**config) makes, for it to be kept; got "
@@ -204,9 +204,9 @@ def _special_head(model: PVT_V2) -> str | None:
     return " ".join(repr(head).split())[:200]
 
 
-def _differences(model: nn.Module, twin: nn.Module) -> Iterator[str]:
+def _differences(model: nn.Module, clone: nn.Module) -> Iterator[str]:
     """How the model, but for its head, differs from the one that its configuration makes."""
-    own, made = (_without_head(module.state_dict()) for module in (model, twin))
+    own, made = (_without_head(module.state_dict()) for module in (model, clone))
     for name, value in own.items():
         if name not in made:
             yield f"an unknown {name}"
@@ -219,10 +219,10 @@ def _differences(model: nn.Module, twin: nn.Module) -> Iterator[str]:
     trunk = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if name.partition(".")[0] in twin._modules
+        if name.partition(".")[0] in clone._modules
     }
     modules = {name.replace(f".{_CHECKPOINTED}", ""): module for name, module in trunk.items()}
-    wanted = _without_head(dict(twin.named_modules(remove_duplicate=False)))
+    wanted = _without_head(dict(clone.named_modules(remove_duplicate=False)))
     yield from (f"a {hidden} of its own" for hidden in sorted(hidden_by(model) & vars(model).keys()))
     for name, module in _without_head(modules).items():
         if name not in wanted and not isinstance(module, _PASSIVE):

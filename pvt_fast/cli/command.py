@@ -46,7 +46,7 @@ _MOST = 10**9
 # More would gain nothing, and OpenMP ends the process where the system refuses them.
 _THREADS_PER_CPU = 8
 # What a file of labels may have, in bytes: a device gives as many as one reads.
-_MOST_LABELS = 2**26
+_MAX_LABELS = 2**26
 
 
 class BadArgument(Exception):
@@ -258,9 +258,9 @@ def _classes(state: dict[str, torch.Tensor]) -> int:
 
 def _read_labels(path: Path, classes: int) -> list[str]:
     with path.open("rb") as file:
-        content = file.read(_MOST_LABELS + 1)
-    if len(content) > _MOST_LABELS:
-        raise ValueError(f"classify: --labels must have at most {_MOST_LABELS} bytes, got more in {path}")
+        content = file.read(_MAX_LABELS + 1)
+    if len(content) > _MAX_LABELS:
+        raise ValueError(f"classify: --labels must have at most {_MAX_LABELS} bytes, got more in {path}")
     try:
         text = content.decode("utf-8-sig")
         labels = json.loads(text) if text.lstrip().startswith("[") else _lines(text)

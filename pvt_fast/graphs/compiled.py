@@ -47,8 +47,8 @@ def _run_model(image: Tensor, parameters: list[Tensor], model: int, classes: int
     with within_graph():
         if all(own is given for own, given in zip(whole.parameters(), parameters, strict=True)):
             return whole.published_forward(image)
-        twin = _twins.of(whole, image)
-        return functional_call(twin, dict(zip(dict(twin.named_parameters()), parameters, strict=True)), (image,))
+        clone = _clones.of(whole, image)
+        return functional_call(clone, dict(zip(dict(clone.named_parameters()), parameters, strict=True)), (image,))
 
 
 class _Published(nn.Module):
@@ -63,7 +63,7 @@ class _Published(nn.Module):
         return self.model.published_forward(image)
 
 
-class _Twins(threading.local):
+class _Clones(threading.local):
     """This thread's copies of models, in which parameters that are not a model's own can take the place of those."""
 
     def __init__(self) -> None:
@@ -71,17 +71,17 @@ class _Twins(threading.local):
 
     def of(self, model: PVT_V2, image: Tensor) -> _Published:
         """A copy of the model as it is now, over the same parameters."""
-        state, twin = self.known.get(model, (None, None))
-        if state is None or twin is None or not state.holds(model) or twin.model.backend != model.backend:
+        state, clone = self.known.get(model, (None, None))
+        if state is None or clone is None or not state.holds(model) or clone.model.backend != model.backend:
             state = State(model)
-            twin = _Published(copy.deepcopy(model, {id(own): own for own in model.parameters()}))
+            clone = _Published(copy.deepcopy(model, {id(own): own for own in model.parameters()}))
             # of a hook or of a module that is not known the state does not know all
             if model.pieces(image) is not None and state.guard.disturbed(model) is None and state.holds(model):
-                self.known[model] = state, twin
-        return twin
+                self.known[model] = state, clone
+        return clone
 
 
-_twins = _Twins()
+_clones = _Clones()
 
 _library = torch.library.Library("pvt_fast", "FRAGMENT")
 _library.define("run_model(Tensor image, Tensor[] parameters, int model, int classes) -> Tensor")
@@ -111,7 +111,7 @@ def _is_all_that_is_traced(model: int) -> bool:
 
 
 @constant_while_traced
-def _stands_whole(model: int) -> bool:
+def _is_fused_throughout(model: int) -> bool:
     """Do the ops stand in for all of this model now, on a backend that knows whole models?"""
     whole = models[model]
     like = next(whole.parameters())
@@ -122,7 +122,7 @@ def run_whole(model: PVT_V2, image: Tensor) -> Tensor | None:
     """A traced model's logits by one op; None where gradients, training, export or the model's state forbid it."""
     if torch.is_grad_enabled() or model.training or torch.compiler.is_exporting() or ambient() is not None:
         return None
-    if requested(model.backend) == "reference" or not _stands_whole(model.graph_number):
+    if requested(model.backend) == "reference" or not _is_fused_throughout(model.graph_number):
         return None
     parameters = [] if _is_all_that_is_traced(model.graph_number) else list(model.parameters())
     classes = model.head.weight.shape[0]  # type: ignore[index]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..model import PVT_V2
 
 # Of the first stage's map. Above it Python's part is nothing, and the maps' memory better goes back after the call.
-_MOST_BYTES = 32 << 20
+_MAX_BYTES = 32 << 20
 
 
 class Whole:
@@ -139,7 +139,7 @@ def _kind_of(image: Tensor, variant: str) -> tuple:
 def fits(model: PVT_V2, image: Tensor) -> bool:
     """Is `image` of a kind and size that programs are for?"""
     tokens = image.shape[0] * (image.shape[2] // 4) * (image.shape[3] // 4)
-    small = tokens * model.forward_settings()[0].embed_dims[0] * image.element_size() <= _MOST_BYTES
+    small = tokens * model.forward_settings()[0].embed_dims[0] * image.element_size() <= _MAX_BYTES
     return small and image.dtype in (torch.float32, torch.bfloat16) and _layout(image) is not None
 
 

@@ -22,11 +22,11 @@ _MODES = {1: "L", 3: "RGB"}
 _READABLE = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 
 # Longer side over shorter, of what is resized as a whole.
-_MOST_ASPECT = 16
-# Shorter side of what is resized, in pixels: with _MOST_ASPECT the bound of the memory that it takes.
-MOST_SIDE = 4096
+_MAX_ASPECT = 16
+# Shorter side of what is resized, in pixels: with _MAX_ASPECT the bound of the memory that it takes.
+MAX_SIDE = 4096
 # What PIL takes unless told otherwise.
-_MOST_PIXELS = 178_956_970
+_MAX_PIXELS = 178_956_970
 # Means and deviations beyond this, or deviations below its inverse, are no statistics of pixels.
 _MOST = 1e6
 
@@ -40,7 +40,7 @@ def _statistics(where: str, value: Any) -> tuple[float, ...]:
 
 # What each field of `Preprocess` may be.
 _FIELDS: dict[str, Callable[[str, Any], Any]] = {
-    "size": partial(integer, least=1),
+    "size": partial(integer, minimum=1),
     "crop": number,
     "interpolation": partial(choice, names=tuple(_RESAMPLING)),
     "mean": _statistics,
@@ -69,9 +69,9 @@ class Preprocess:
             object.__setattr__(self, field, check(f"Preprocess: {field}", getattr(self, field)))
         if not 0 < self.crop <= 1:
             raise ValueError(f"Preprocess: crop must lie in (0, 1], got {self.crop}")
-        if self.size > MOST_SIDE * self.crop:
+        if self.size > MAX_SIDE * self.crop:
             raise ValueError(
-                f"Preprocess: size and crop must make a shorter side of at most {MOST_SIDE} pixels, "
+                f"Preprocess: size and crop must make a shorter side of at most {MAX_SIDE} pixels, "
                 f"got {self.size} and {self.crop}"
             )
         if len(self.mean) not in _MODES or len(self.mean) != len(self.std):
@@ -114,7 +114,7 @@ class Preprocess:
 def _middle(image: Image.Image) -> Image.Image:
     """What the centre crop can see: of a 1 x 20000 image, resized as a whole, millions of rows would be made for it."""
     shorter, longer = sorted(image.size)
-    kept = _MOST_ASPECT * shorter
+    kept = _MAX_ASPECT * shorter
     kept += (longer - kept) % 2  # as much is cut off at either end: the centre stays where it is
     if longer <= kept:
         return image
@@ -161,8 +161,8 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         raise ValueError(f"{must} (not a regular file)")
     try:
         with Image.open(path) as image:
-            if image.width * image.height > _MOST_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels, of at most {_MOST_PIXELS}")
+            if image.width * image.height > _MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels, of at most {_MAX_PIXELS}")
             image.load()
             return ImageOps.exif_transpose(image)
     except MemoryError:

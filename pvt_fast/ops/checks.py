@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..arguments import MOST, flag, integer
+from ..arguments import MAX_INT, flag, integer
 from ..config import conv_size
 from .contract import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
 from .packing import available, extent, is_plain
@@ -335,8 +335,8 @@ def _check_count(op: str, name: str, value: Any) -> None:
     if isinstance(value, torch.SymInt):
         if value < 1:
             raise ValueError(f"{op}: {name} must be at least 1, got {value}")
-    elif type(value) is not int or not 1 <= value <= MOST:  # without the words, at each call
-        integer(f"{op}: {name}", value, least=1)
+    elif type(value) is not int or not 1 <= value <= MAX_INT:  # without the words, at each call
+        integer(f"{op}: {name}", value, minimum=1)
 
 
 def _check_number(op: str, name: str, value: Any) -> None:

@@ -55,10 +55,10 @@ def test_gradients(peer, target, ran):
     """Of the image and of every parameter: in float64 each for itself, in float32 by the parity rule over all."""
     dtype = torch.float64 if target.backend == "reference" else torch.float32
     model, x = make(peer).to(dtype), image(dtype)
-    twins = [copy.deepcopy(model).double(), copy.deepcopy(model), model]
+    clones = [copy.deepcopy(model).double(), copy.deepcopy(model), model]
     pvt_fast.accelerate_(model, backend=target.backend, strict=True)
     with target.in_use():
-        truth, plain, ours = (gradients(twin, x) for twin in twins)
+        truth, plain, ours = (gradients(clone, x) for clone in clones)
     assert ran == ["attention", "mlp"] * PEERS[peer][2]
     assert list(ours) == list(plain)  # no gradient where there was none
     for name, parameter in model.named_parameters():

@@ -277,17 +277,17 @@ def test_copies_are_accelerated_and_their_own(peer, copied, ran):
         ask = lambda model: answer(model, image())  # noqa: E731
     pvt_fast.accelerate_(model, backend="cpp", strict=True)
     before = ask(model)
-    twin = copied(model)
+    clone = copied(model)
     count = len(ran)
-    assert torch.equal(ask(twin), before)
+    assert torch.equal(ask(clone), before)
     assert len(ran) == 2 * count
-    for parameter in twin.parameters():
+    for parameter in clone.parameters():
         parameter.mul_(1.5)
-    assert not torch.equal(ask(twin), before)
+    assert not torch.equal(ask(clone), before)
     assert torch.equal(ask(model), before)
     assert len(ran) == 4 * count
-    pvt_fast.restore_(twin)
-    assert not accelerated_blocks(twin)
+    pvt_fast.restore_(clone)
+    assert not accelerated_blocks(clone)
     assert len(accelerated_blocks(model)) > 0
 
 
@@ -507,10 +507,10 @@ def test_a_compiled_copy_and_a_compiled_hook():
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
-    twin = copy.deepcopy(model)
-    twin.stages[0].blocks[0].attn.q.register_forward_hook(lambda module, args, output: output * 0)
+    clone = copy.deepcopy(model)
+    clone.stages[0].blocks[0].attn.q.register_forward_hook(lambda module, args, output: output * 0)
     torch._dynamo.reset()
-    assert not torch.allclose(torch.compile(twin, backend="eager")(x), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(torch.compile(clone, backend="eager")(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad"])

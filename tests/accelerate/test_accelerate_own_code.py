@@ -111,13 +111,13 @@ def test_parameters_of_another_dtype_or_shape_meet_the_blocks_own_errors(ran):
         ("mlp.fc2", lambda linear: setattr(linear, "weight", nn.Parameter(linear.weight[:, :20].clone()))),
         ("mlp.fc1", lambda linear: setattr(linear, "bias", nn.Parameter(linear.bias[:20].clone()))),
     ):
-        twin = copy.deepcopy(block)
-        change(twin.get_submodule(path))
+        clone = copy.deepcopy(block)
+        change(clone.get_submodule(path))
         with pytest.raises(RuntimeError):
-            twin(x, 9, 11)
-    twin = copy.deepcopy(block)
-    twin.attn.q.weight = nn.Parameter(twin.attn.q.weight.as_subclass(Tagged))
-    assert type(twin(x, 9, 11)) is Tagged
+            clone(x, 9, 11)
+    clone = copy.deepcopy(block)
+    clone.attn.q.weight = nn.Parameter(clone.attn.q.weight.as_subclass(Tagged))
+    assert type(clone(x, 9, 11)) is Tagged
     assert ran == []
     block.attn.q.bias = None  # one that was there is no more
     expected = copy.deepcopy(block)
@@ -142,9 +142,9 @@ def test_settings_are_read_at_every_call():
         assert not torch.allclose(after, before, rtol=1e-3)
         with pvt_fast.accelerated(block, backend="reference"):
             torch.testing.assert_close(block(x, 9, 11), after)
-        twin = copy.deepcopy(block)
-        pvt_fast.restore_(twin)
-        torch.testing.assert_close(twin(x, 9, 11), after)
+        clone = copy.deepcopy(block)
+        pvt_fast.restore_(clone)
+        torch.testing.assert_close(clone(x, 9, 11), after)
 
 
 class Low(nn.Module):
@@ -655,6 +655,6 @@ def test_blocks_are_tried_out_with_their_buffers():
     block = make("official").block1[0]
     block.register_buffer("table", torch.arange(3))
     block.mlp.register_buffer("scale", torch.full((4,), 0.5, dtype=torch.bfloat16))
-    tried = verify.twin(block)
+    tried = verify.clone(block)
     assert tried.table.tolist() == [0, 1, 2]
     assert tried.mlp.scale.tolist() == [0.5] * 4

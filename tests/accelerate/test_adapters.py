@@ -74,11 +74,11 @@ def answer(model: nn.Module) -> Tensor:
 @configs
 def test_adapters_train_as_on_the_plain_model(kind, config):
     base = warm(kind)
-    twin = copy.deepcopy(base)
+    clone = copy.deepcopy(base)
     torch.manual_seed(0)
     model = get_peft_model(base, CONFIGS[config]())
     torch.manual_seed(0)
-    expected = get_peft_model(twin, CONFIGS[config]())
+    expected = get_peft_model(clone, CONFIGS[config]())
     ours, theirs = train(model, fused=True), []
     plain(lambda: theirs.extend(train(expected)) or answer(expected))
     for actual, reference in zip(ours, theirs, strict=True):

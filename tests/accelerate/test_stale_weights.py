@@ -999,12 +999,12 @@ def one_and_swapped_tensors(model: nn.Module) -> None:
 
 def one_of_a_twin(model: nn.Module) -> None:
     """Another model over the same memory, which is called last, has counted as many changes as this one will have."""
-    twin = copy.deepcopy(model)
-    for own_parameter, parameter in zip(model.parameters(), twin.parameters(), strict=True):
+    clone = copy.deepcopy(model)
+    for own_parameter, parameter in zip(model.parameters(), clone.parameters(), strict=True):
         parameter.data = own_parameter.data
     with torch.no_grad():
-        blocks(twin)[1].mlp.fc1.weight.mul_(1.0)
-    whole(twin)
+        blocks(clone)[1].mlp.fc1.weight.mul_(1.0)
+    whole(clone)
     one_in_place(model)
 
 

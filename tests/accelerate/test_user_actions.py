@@ -376,23 +376,23 @@ class User:
         if any(isinstance(value, Method) for module in self.model.modules() for value in vars(module).values()):
             return  # a copy would call the other's methods
         if how == "deepcopy":
-            twin = copy.deepcopy(self.model)
+            clone = copy.deepcopy(self.model)
         elif how == "pickle":
             if any(parametrize.is_parametrized(module) for module in self.model.modules()):
                 return  # torch refuses
-            twin = pickle.loads(pickle.dumps(self.model))
+            clone = pickle.loads(pickle.dumps(self.model))
         else:
             file = io.BytesIO()
             if any(parametrize.is_parametrized(module) for module in self.model.modules()):
                 return
             torch.save(self.model, file)
             file.seek(0)
-            twin = torch.load(file, weights_only=False)
+            clone = torch.load(file, weights_only=False)
         self.unhook(True)  # of the original
-        for module in twin.modules():
+        for module in clone.modules():
             for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
                 hooks.clear()
-        self.model = twin
+        self.model = clone
         self.restructured()
 
     def input(self, size: tuple[int, int, int], layout: str) -> None:

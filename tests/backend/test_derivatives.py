@@ -110,8 +110,8 @@ def test_a_gradient_penalty_on_the_weights(kind, linear):
 def test_a_gradient_penalty_in_training(kind):
     """Backward, step, and again: as projects use it."""
     model = make(kind)
-    twin = copy.deepcopy(model)
-    for one, call in ((model, both(model)[0]), (twin, both(twin)[1])):
+    clone = copy.deepcopy(model)
+    for one, call in ((model, both(model)[0]), (clone, both(clone)[1])):
         one.train()
         optimizer = torch.optim.SGD(one.parameters(), lr=0.01)
         for _ in range(2):
@@ -119,7 +119,7 @@ def test_a_gradient_penalty_in_training(kind):
             x = image().requires_grad_()
             (call(x).square().mean() + penalty(call, x, [x])).backward()
             optimizer.step()
-    assert_close([p.detach() for p in model.parameters()], [p.detach() for p in twin.parameters()])
+    assert_close([p.detach() for p in model.parameters()], [p.detach() for p in clone.parameters()])
 
 
 @pytest.mark.parametrize("kind", MODELS)

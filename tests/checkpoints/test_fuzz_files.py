@@ -67,9 +67,9 @@ def sentence(error: Exception) -> None:
 def valid(model: PVT_V2) -> None:
     assert all(0 < eps < math.inf for eps in model.norm_eps().values())
     with torch.device("meta"):
-        twin = PVT_V2(**vars(model.config))
+        clone = PVT_V2(**vars(model.config))
     assert {name: value.shape for name, value in model.state_dict().items() if not name.startswith("head.")} == {
-        name: value.shape for name, value in twin.state_dict().items() if not name.startswith("head.")
+        name: value.shape for name, value in clone.state_dict().items() if not name.startswith("head.")
     }
     assert all(value.is_floating_point() and not value.is_meta for value in model.parameters())
 

@@ -338,11 +338,11 @@ def test_copies_of_a_model_that_is_one_op_are_models_of_their_own():
     model = on_cpp()
     fast = compiled(model)
     logits = fast(IMAGE)
-    twins = [copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    assert len({model.graph_number, *(twin.graph_number for twin in twins)}) == 4
+    clones = [copy.copy(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    assert len({model.graph_number, *(clone.graph_number for clone in clones)}) == 4
     model.head.weight = torch.nn.Parameter(-model.head.weight)  # the shallow copy shares its head
-    for twin in twins[1:]:
-        assert torch.equal(compiled(twin)(IMAGE), logits)
+    for clone in clones[1:]:
+        assert torch.equal(compiled(clone)(IMAGE), logits)
     assert not torch.equal(fast(IMAGE), logits)
 
 
@@ -407,7 +407,7 @@ def test_other_parameters_copy_a_model_once_for_each_state_of_it(change, monkeyp
 def test_parameters_changed_within_the_graph_are_used(compiler, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = on_cpp()
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
 
     def step(model: PVT_V2, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         before = model(image)
@@ -415,9 +415,9 @@ def test_parameters_changed_within_the_graph_are_used(compiler, tmp_path, monkey
         return before, model(image)
 
     fast = torch.compile(step, fullgraph=True, backend=compiler)
-    for ours, expected in zip(fast(model, IMAGE), step(twin, IMAGE), strict=True):
+    for ours, expected in zip(fast(model, IMAGE), step(clone, IMAGE), strict=True):
         assert torch.equal(ours, expected)
-    assert torch.equal(model(IMAGE), twin(IMAGE))
+    assert torch.equal(model(IMAGE), clone(IMAGE))
 
 
 @torch.no_grad()
@@ -537,10 +537,10 @@ def test_packed_weights_die_with_their_model(target):
 def test_copies_of_a_compiled_models_weights_are_packed_apart(builds):
     model = tiny()
     model.backend = "packing"
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     with torch.no_grad():
         compiled(model)(IMAGE)
-        compiled(twin)(IMAGE)
+        compiled(clone)(IMAGE)
     assert len(builds) == 4
 
 

@@ -37,9 +37,9 @@ def run(model: PVT_V2, x: Tensor) -> Tensor:
 
 def op_by_op(model: PVT_V2, x: Tensor) -> Tensor:
     """A copy's first forward: copies have no program."""
-    twin = copy.deepcopy(model)
-    assert program_of(twin) is None
-    return run(twin, x)
+    clone = copy.deepcopy(model)
+    assert program_of(clone) is None
+    return run(clone, x)
 
 
 @pytest.mark.parametrize("linear", [False, True], ids=["sr", "linear"])
@@ -191,7 +191,7 @@ def test_a_model_with_a_program_is_collected():
 
 
 def test_large_maps_go_op_by_op(monkeypatch):
-    monkeypatch.setattr(program, "_MOST_BYTES", 2 * 16 * 24 * 16 * 4)
+    monkeypatch.setattr(program, "_MAX_BYTES", 2 * 16 * 24 * 16 * 4)
     model = make()
     run(model, image(2))
     assert program_of(model) is not None

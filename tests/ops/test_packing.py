@@ -389,25 +389,25 @@ def test_packed_weights_stay_out_of_the_state_dict(model, builds):
 def test_copies_of_a_model_are_packed_apart(model, builds, how):
     forward(model, builds)
     if how == "deepcopy":
-        twin = copy.deepcopy(model)
+        clone = copy.deepcopy(model)
     elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
+        clone = pickle.loads(pickle.dumps(model))
     else:
         file = io.BytesIO()
         torch.save(model, file)
         file.seek(0)
-        twin = torch.load(file, weights_only=False)
-    assert forward(twin, builds) == PER_FORWARD
+        clone = torch.load(file, weights_only=False)
+    assert forward(clone, builds) == PER_FORWARD
     assert forward(model, builds) == []
 
 
 def test_what_is_packed_dies_with_the_model(model, builds):
     gc.collect()
     before = len(packing.records)
-    twin = copy.deepcopy(model)
-    forward(twin, builds)
+    clone = copy.deepcopy(model)
+    forward(clone, builds)
     assert len(packing.records) == before + len(PER_FORWARD)
-    del twin
+    del clone
     gc.collect()
     assert len(packing.records) == before
 
