@@ -227,7 +227,7 @@ def test_arguments_are_checked_before_anything_changes():
 
 def test_a_backend_that_cannot_be_loaded_is_refused(monkeypatch):
     monkeypatch.setitem(pvt_fast.backend.dispatch.ORDER, "absent", "tests_absent_backend")
-    monkeypatch.setattr(pvt_fast.backend.dispatch, "_loaded", lambda name: pvt_fast.BackendUnavailable("it is absent"))
+    monkeypatch.setattr(pvt_fast.backend.dispatch, "loaded", lambda name: pvt_fast.BackendUnavailable("it is absent"))
     model = make("timm")
     with pytest.raises(pvt_fast.BackendUnavailable, match="backend 'absent' cannot run: it is absent"):
         pvt_fast.accelerate_(model, backend="absent")
