@@ -54,11 +54,7 @@ class MlpOp final : public ResidualOp {
 
   // Hidden rows of one panel have a zero column at either end: the convolution's padding. The matrix unit stores whole
   // tiles at a time: there, normalised rows have the same gaps, so that fc1's rows are the hidden rows' as they stand.
-#ifdef PVT_AMX
-  static constexpr int kGap = 1;
-#else
-  static constexpr int kGap = 0;
-#endif
+  static constexpr int kGap = Target::kMatrixUnit ? 1 : 0;
 
   struct Call {
     const T* x;
