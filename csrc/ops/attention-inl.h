@@ -106,20 +106,11 @@ class AttentionOp final : public ResidualOp {
     const std::size_t reduced_size = reduce_ ? row_room(keys) * normed_width() : 0;
     const std::size_t inner_size = wave.by_panels ? row_room(rows) * inner() : 0;
     const std::size_t zeros_size = std::max({shape.score_width(), std::size_t(head_width_), normed_width()});
-    Scratch& shared = shared_scratch();
-    shared.reset(Scratch::bytes_for<E>(normed_size) + Scratch::bytes_for<int>(wave.tokens()) +
-                 Scratch::bytes_for<E>(reduced_size) + Scratch::bytes_for<float>(reduced_size * reducing_parts()) +
-                 Scratch::bytes_for<E>(heads * shape.k.size()) + Scratch::bytes_for<E>(heads * shape.v.size()) +
-                 2 * Scratch::bytes_for<E>(inner_size) + Scratch::bytes_for<float>(zeros_size));
-    wave.normed = shared.take<E>(normed_size);
-    wave.places = shared.take<int>(wave.tokens());
-    wave.source = shared.take<E>(reduced_size);
-    wave.reduced = shared.take<float>(reduced_size * reducing_parts());
-    wave.k = shared.take<E>(heads * shape.k.size());
-    wave.v = shared.take<E>(heads * shape.v.size());
-    wave.queries = shared.take<E>(inner_size);
-    wave.values = shared.take<E>(inner_size);
-    wave.zeros = shared.take<float>(zeros_size);
+    std::tie(wave.normed, wave.places, wave.source, wave.reduced, wave.k, wave.v, wave.queries, wave.values,
+             wave.zeros) = shared_scratch().take(array<E>(normed_size), array<int>(wave.tokens()),
+                                                 array<E>(reduced_size), array<float>(reduced_size * reducing_parts()),
+                                                 array<E>(heads * shape.k.size()), array<E>(heads * shape.v.size()),
+                                                 array<E>(inner_size), array<E>(inner_size), array<float>(zeros_size));
     std::memset(wave.zeros, 0, zeros_size * sizeof(float));
   }
 
@@ -177,9 +168,7 @@ class AttentionOp final : public ResidualOp {
       source = wave.source;
     }
     for_panels(wave.images, kv_, keys, 1, [&](int p, std::int64_t image, Split::Tile cut, int) {
-      Scratch& scratch = thread_scratch();
-      scratch.reset(Scratch::bytes_for<E>(cut.rows() * kPanel));
-      E* rows = scratch.take<E>(cut.rows() * kPanel);
+      E* rows = std::get<0>(thread_scratch().take(array<E>(cut.rows() * kPanel)));
       const int width = kv_.layout.width(p);
       Epilogue<E> to_rows = store_rows(rows, width, kv_.bias.data() + p * kPanel);
       gemm_panel(rows_of(source, image * keys + cut.begin, normed_width()), cut.rows(), kv_.panel(p), 0, to_rows);
@@ -269,14 +258,11 @@ class AttentionOp final : public ResidualOp {
       const MatrixUnit unit;
       const auto tile = split.tile(item);
       const std::size_t room = row_room(tile.rows()) * inner();
-      Scratch& scratch = thread_scratch();
-      scratch.reset(2 * Scratch::bytes_for<E>(room) + score_bytes(shape, tile.rows()));
-      E* queries = scratch.take<E>(room);
-      E* values = scratch.take<E>(room);
-      const Scores scores(scratch, shape, tile.rows());
+      const auto [queries, values, scores, probabilities] = thread_scratch().take(
+          array<E>(room), array<E>(room), scores_array(shape, tile), probabilities_array(shape, tile));
       const std::int64_t row = tile.image * wave.tokens() + tile.begin;
       gemm(rows_of(wave.normed, row, normed_width()), tile.rows(), q_, to_queries(queries));
-      for (int h = 0; h < heads_; ++h) attend_head(wave, tile, h, queries, scores, values);
+      for (int h = 0; h < heads_; ++h) attend_head(wave, tile, h, queries, scores, probabilities, values);
       gemm(rows_of(values, 0, inner()), tile.rows(), proj_, to_out(wave, tile));
     });
   }
@@ -296,11 +282,10 @@ class AttentionOp final : public ResidualOp {
       auto tile = split.tile(item);
       const int head = int(tile.image % heads_);
       tile.image /= heads_;
-      Scratch& scratch = thread_scratch();
-      scratch.reset(score_bytes(shape, tile.rows()));
-      const Scores scores(scratch, shape, tile.rows());
+      const auto [scores, probabilities] =
+          thread_scratch().take(scores_array(shape, tile), probabilities_array(shape, tile));
       const std::int64_t at = (tile.image * tokens + tile.begin) * inner();
-      attend_head(wave, tile, head, wave.queries + at, scores, wave.values + at);
+      attend_head(wave, tile, head, wave.queries + at, scores, probabilities, wave.values + at);
     });
     for_panels(wave.images, proj_, tokens, 1, [&](int p, std::int64_t image, Split::Tile cut, int) {
       cut.image = image;
@@ -310,33 +295,27 @@ class AttentionOp final : public ResidualOp {
   }
 
   // Scores of one head's tile of queries, and their probabilities.
-  static std::size_t score_bytes(const Shape& shape, int rows) {
-    return Scratch::bytes_for<float>(rows * shape.score_width()) +
-           Scratch::bytes_for<E>(row_room(rows) * shape.score_width());
+  static Array<float> scores_array(const Shape& shape, const Split::Tile& tile) {
+    return array<float>(tile.rows() * shape.score_width());
   }
-  struct Scores {
-    Scores(Scratch& scratch, const Shape& shape, int rows)
-        : scores(scratch.take<float>(rows * shape.score_width())),
-          probabilities(scratch.take<E>(row_room(rows) * shape.score_width())) {}
-    float* scores;
-    E* probabilities;
-  };
+  static Array<E> probabilities_array(const Shape& shape, const Split::Tile& tile) {
+    return array<E>(row_room(tile.rows()) * shape.score_width());
+  }
 
   // softmax(q k^T) v of one head for a tile of queries; rows of `queries` and `values` hold all heads.
-  void attend_head(const Wave& wave, const Split::Tile& tile, int head, const E* queries, const Scores& to,
-                   E* values) const {
+  void attend_head(const Wave& wave, const Split::Tile& tile, int head, const E* queries, float* scores,
+                   E* probabilities, E* values) const {
     const Shape& shape = wave.shape;
     const std::size_t width = shape.score_width();
     const std::int64_t matrix = tile.image * heads_ + head;
     for (int p = 0; p < shape.k.panels(); ++p)
       gemm_panel(rows_of(queries + head * head_width_, 0, inner()), tile.rows(),
-                 shape.k.panel(wave.k + matrix * shape.k.size(), p), p * kPanel,
-                 store_rows(to.scores, width, wave.zeros));
-    softmax_rows(to.scores, tile.rows(), shape.keys, int(width), to.probabilities);
+                 shape.k.panel(wave.k + matrix * shape.k.size(), p), p * kPanel, store_rows(scores, width, wave.zeros));
+    softmax_rows(scores, tile.rows(), shape.keys, int(width), probabilities);
     Epilogue<E> to_values = store_rows(values + head * head_width_, inner(), wave.zeros);
     to_values.columns = head_width_;
     for (int p = 0; p < shape.v.panels(); ++p)
-      gemm_panel(rows_of(to.probabilities, 0, width), tile.rows(), shape.v.panel(wave.v + matrix * shape.v.size(), p),
+      gemm_panel(rows_of(probabilities, 0, width), tile.rows(), shape.v.panel(wave.v + matrix * shape.v.size(), p),
                  p * kPanel, to_values);
   }
 

@@ -33,10 +33,12 @@ class PatchEmbedOp final : public PatchEmbed {
     const bool large_weights = weights > l2_bytes() / 4;
     const bool by_panels =
         large_weights && image.batch < max_threads() && patches_size * sizeof(E) <= max_threads() * l2_bytes() / 2;
-    Scratch& shared = shared_scratch();
-    shared.reset(Scratch::bytes_for<std::ptrdiff_t>(pieces()) + Scratch::bytes_for<E>(by_panels ? patches_size : 0) +
-                 Scratch::bytes_for<float>(by_panels ? tokens * norm_wide : 0));
-    std::ptrdiff_t* offsets = shared.take<std::ptrdiff_t>(pieces());
+    std::ptrdiff_t* offsets;
+    E* all_patches;
+    float* all_projected;
+    std::tie(offsets, all_patches, all_projected) =
+        shared_scratch().take(array<std::ptrdiff_t>(pieces()), array<E>(by_panels ? patches_size : 0),
+                              array<float>(by_panels ? tokens * norm_wide : 0));
     piece_offsets(image, offsets);
     auto gather_rows = [&](std::int64_t index, int begin, int end, E* patches) {
       for (std::int64_t token = begin; token < end; ++token, patches += wide)
@@ -48,21 +50,19 @@ class PatchEmbedOp final : public PatchEmbed {
       for (int r = 0; r < end - begin; ++r) rows.add(projected + r * norm_wide, to + std::ptrdiff_t(r) * channels_);
     };
     if (by_panels) {  // so that every weight is read once
-      E* patches = shared.take<E>(patches_size);
-      float* projected = shared.take<float>(tokens * norm_wide);
       const Split rows = split_rows(1, tokens, 8, 16);
       for (std::int64_t index = 0; index < image.batch; ++index) {
         parallel_for(rows.tiles, [&](std::int64_t item) {
           const auto tile = rows.tile(item);
-          gather_rows(index, tile.begin, tile.end, patches + tile.begin * wide);
+          gather_rows(index, tile.begin, tile.end, all_patches + tile.begin * wide);
         });
         for_panels(1, proj_, int(tokens), 1, [&](int p, std::int64_t, Split::Tile cut, int) {
-          gemm_panel(rows_of(patches, cut.begin, wide), cut.rows(), proj_.panel(p), p * kPanel,
-                     store_rows(projected + cut.begin * norm_wide, norm_wide, proj_.bias.data()));
+          gemm_panel(rows_of(all_patches, cut.begin, wide), cut.rows(), proj_.panel(p), p * kPanel,
+                     store_rows(all_projected + cut.begin * norm_wide, norm_wide, proj_.bias.data()));
         });
         parallel_for(rows.tiles, [&](std::int64_t item) {
           const auto tile = rows.tile(item);
-          finish_rows(index, tile.begin, tile.end, projected + tile.begin * norm_wide);
+          finish_rows(index, tile.begin, tile.end, all_projected + tile.begin * norm_wide);
         });
       }
       return;
@@ -73,11 +73,8 @@ class PatchEmbedOp final : public PatchEmbed {
     parallel_for(image.batch * split.tiles, [&](std::int64_t item) {
       const MatrixUnit unit;
       const auto tile = split.tile(item);
-      Scratch& scratch = thread_scratch();
-      scratch.reset(Scratch::bytes_for<E>(row_room(tile.rows()) * wide) +
-                    Scratch::bytes_for<float>(tile.rows() * norm_wide));
-      E* patches = scratch.take<E>(row_room(tile.rows()) * wide);
-      float* projected = scratch.take<float>(tile.rows() * norm_wide);
+      const auto [patches, projected] =
+          thread_scratch().take(array<E>(row_room(tile.rows()) * wide), array<float>(tile.rows() * norm_wide));
       gather_rows(tile.image, tile.begin, tile.end, patches);
       gemm(rows_of(patches, 0, wide), tile.rows(), proj_, store_rows(projected, norm_wide, proj_.bias.data()));
       finish_rows(tile.image, tile.begin, tile.end, projected);
