@@ -15,8 +15,11 @@
 
 namespace pvt {
 
+// Element types, and the bytes that an element of each takes.
 enum class DType { f32, bf16 };
-constexpr int kDTypes = 2;
+constexpr std::size_t kElementSizes[] = {4, 2};
+constexpr int kDTypes = sizeof kElementSizes / sizeof *kElementSizes;
+constexpr std::size_t element_size(DType dtype) { return kElementSizes[int(dtype)]; }
 
 struct Norm {
   const void* weight;  // (channels)
