@@ -7,7 +7,11 @@
 #include "gemm/pack-inl.h"
 #include "ops/rows-inl.h"
 #include "ops/mlp-inl.h"
+#include "ops/heads-inl.h"
+#include "ops/keys_values-inl.h"
+#include "ops/spatial_reduction-inl.h"
 #include "ops/attention-inl.h"
+#include "ops/patches-inl.h"
 #include "ops/patch_embed-inl.h"
 #include "ops/head-inl.h"
 
