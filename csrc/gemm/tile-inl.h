@@ -1,6 +1,6 @@
-// Matrix multiplication in registers: rows in place times packed weights, with the epilogue applied to the
-// accumulators. Compiled once per ISA: included by isa/<isa>.cpp after its vectors; an ISA with a matrix unit includes
-// gemm/amx-inl.h instead.
+// Matrix multiplication in registers: rows in place times packed weights, with the epilogue applied to the sums.
+// Compiled once per ISA: included by isa/<isa>.cpp after its vectors. An ISA with a matrix unit includes gemm/amx-inl.h
+// instead.
 //
 // The element type E of rows and weights is float, or what the ISA adds a `multiply_tile` for (gemm/dot-inl.h; bf16
 // weights are otherwise widened when packed). Accumulation is in float, over k in order: a row's result does not depend

@@ -1,8 +1,8 @@
 // Keys and values of some images, and what queries make of them.
 // Compiled once per ISA: included by isa/kernels-inl.h, which says how.
 
-// They are packed as the right-hand sides of the products to come: of each image and head the keys (width x keys), then
-// the values (keys x width).
+// Each head of each image has its keys (width x keys) and values (keys x width) packed as right-hand sides of the
+// products to come.
 template <class E>
 struct KeysValues {
   KeysValues(const Heads& heads, int keys) : heads(heads), keys(keys), k(heads.width, keys), v(keys, heads.width) {}
