@@ -1,6 +1,6 @@
 // The smaller map that keys and values come from. A convolution makes one token of each patch of sr_ratio x sr_ratio,
-// and LayerNorm follows. In the linear form average pooling to 7 x 7 comes first, and GELU last. Compiled once per ISA:
-// included by isa/kernels-inl.h, which says how.
+// and LayerNorm follows. In the linear form average pooling to 7 x 7 comes first, and GELU last.
+// Compiled once per ISA: included by isa/kernels-inl.h, which says how.
 
 // An order of a map's tokens in which those of a patch lie together, [patch][dy][dx], before those that fall into no
 // patch: the convolution is then a product over rows of whole patches.
