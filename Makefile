@@ -8,7 +8,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # what the editable install is built from
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test test-all test-peers lint style wheel cpp-test sanitize fuzz soak amx-test neon-test cross-tools \
+.PHONY: setup demo test test-all test-peers lint style wheel cpp-test sanitize fuzz soak amx-test neon-test cross-tools baseline-test \
 	bench-cpu bench-busy gpu gpu-gates gpu-gates-update gpu-gates-all instructions instructions-update clean
 
 setup: $(VENV)/.demo
@@ -62,6 +62,8 @@ SANITIZED_KERNELS := $(foreach source,$(KERNELS),$(if $(call is_idle,$(source)),
 EMULATED_AMX := -O3 -DPVT_EMULATED_AMX -include csrc/tests/emulated_amx.h
 CROSS_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64-static -L /usr/aarch64-linux-gnu
+# an x86-64 CPU without AVX
+BASELINE_QEMU ?= qemu-x86_64-static -cpu Nehalem
 
 compile = mkdir -p $(@D) && $(1) $(CXXFLAGS) $(2) -MMD -MP -c $< -o $@
 objects = $(patsubst %.cpp,build/$(1)/%.o,$(2))
@@ -151,6 +153,14 @@ neon-test:
 	$(BUILD) build/test_kernels_aarch64
 	$(QEMU) -cpu max build/test_kernels_aarch64 neon_bf16 neon
 	$(QEMU) -cpu cortex-a57 build/test_kernels_aarch64
+
+# the kernels on an emulated x86-64 CPU without AVX: nothing that is compiled for another instruction set may run there,
+# least of all while the library is loaded
+baseline-test:
+	@command -v $(firstword $(BASELINE_QEMU)) >/dev/null || { echo \
+		"baseline-test: $(firstword $(BASELINE_QEMU)) must be installed (Debian: apt-get install qemu-user-static)"; exit 1; }
+	$(BUILD) build/test_kernels
+	$(BASELINE_QEMU) build/test_kernels
 
 cross-tools:
 	@for tool in $(CROSS_CXX) $(firstword $(QEMU)); do command -v $$tool >/dev/null || { echo \

@@ -30,55 +30,57 @@ std::int64_t elements(std::initializer_list<std::int64_t> sizes) {
   return product;
 }
 
-void* memory(const Span& span, std::int64_t count, std::size_t element_size, const char* what) {
-  const std::uint64_t bytes = std::uint64_t(elements({count, std::int64_t(element_size)}));
-  require(bytes <= span.second && (bytes == 0 || span.first != 0),
+void* memory(const Span& span, std::int64_t bytes, const char* what) {
+  require(std::uint64_t(bytes) <= span.second && (bytes == 0 || span.first != 0),
           std::string(what) + " must have " + std::to_string(bytes) + " bytes of memory, got " +
               std::to_string(span.first ? span.second : 0));
   return reinterpret_cast<void*>(span.first);
 }
 
+void* memory(const Span& span, std::int64_t count, pvt::DType dtype, const char* what) {
+  return memory(span, elements({count, std::int64_t(pvt::element_size(dtype))}), what);
+}
+
 // Reads weights of one element type.
 class Weights {
  public:
-  explicit Weights(bool bf16) : dtype_(bf16 ? pvt::DType::bf16 : pvt::DType::f32), size_(bf16 ? 2 : 4) {}
+  explicit Weights(pvt::DType dtype) : dtype_(dtype) {}
 
   const pvt::Factories& factories(const std::string& isa) const { return pvt::factories(isa, dtype_); }
-  std::size_t element_size() const { return size_; }
+  pvt::DType dtype() const { return dtype_; }
 
   pvt::Norm norm(const py::tuple& t, std::int64_t channels) const {
-    return {memory(t[0].cast<Span>(), channels, size_, "norm weight"),
-            memory(t[1].cast<Span>(), channels, size_, "norm bias"), t[2].cast<float>()};
+    return {memory(t[0].cast<Span>(), channels, dtype_, "norm weight"),
+            memory(t[1].cast<Span>(), channels, dtype_, "norm bias"), t[2].cast<float>()};
   }
   pvt::Linear linear(const py::tuple& t, std::int64_t out, std::int64_t in) const {
     const auto bias = t[1].cast<std::optional<Span>>();
-    return {memory(t[0].cast<Span>(), elements({out, in}), size_, "weight"),
-            bias ? memory(*bias, out, size_, "bias") : nullptr};
+    return {memory(t[0].cast<Span>(), elements({out, in}), dtype_, "weight"),
+            bias ? memory(*bias, out, dtype_, "bias") : nullptr};
   }
 
  private:
   pvt::DType dtype_;
-  std::size_t size_;
 };
 
-// An op and the size of its activations' elements.
+// An op and the element type of its activations.
 template <class Op>
 struct Packed {
   std::shared_ptr<const Op> op;
-  std::size_t element_size;
+  pvt::DType dtype;
 
-  Packed(std::unique_ptr<Op> made, const Weights& from) : op(std::move(made)), element_size(from.element_size()) {}
+  Packed(std::unique_ptr<Op> made, const Weights& from) : op(std::move(made)), dtype(from.dtype()) {}
 };
 
 void require_positive(std::initializer_list<int> sizes) {
   for (const int size : sizes) require(size >= 1, "sizes must be at least 1");
 }
 
-Packed<pvt::PatchEmbed> patch_embed(const std::string& isa, bool bf16, const py::tuple& proj, const py::tuple& norm,
-                                    std::tuple<int, int, int, int> sizes, bool channels_last) {
+Packed<pvt::PatchEmbed> patch_embed(const std::string& isa, pvt::DType dtype, const py::tuple& proj,
+                                    const py::tuple& norm, std::tuple<int, int, int, int> sizes, bool channels_last) {
   const auto [in_channels, channels, kernel, stride] = sizes;
   require_positive({in_channels, channels, kernel, stride});
-  const Weights from(bf16);
+  const Weights from(dtype);
   const pvt::PatchEmbedWeights w{from.linear(proj, channels, elements({in_channels, kernel, kernel})),
                                  from.norm(norm, channels),
                                  in_channels,
@@ -88,8 +90,8 @@ Packed<pvt::PatchEmbed> patch_embed(const std::string& isa, bool bf16, const py:
   return {from.factories(isa).patch_embed(w, channels_last), from};
 }
 
-Packed<pvt::ResidualOp> attention(const std::string& isa, bool bf16, const py::dict& w) {
-  const Weights from(bf16);
+Packed<pvt::ResidualOp> attention(const std::string& isa, pvt::DType dtype, const py::dict& w) {
+  const Weights from(dtype);
   pvt::AttentionWeights weights{};
   const int channels = weights.channels = w["channels"].cast<int>();
   weights.heads = w["heads"].cast<int>();
@@ -111,8 +113,8 @@ Packed<pvt::ResidualOp> attention(const std::string& isa, bool bf16, const py::d
   return {from.factories(isa).attention(weights), from};
 }
 
-Packed<pvt::ResidualOp> mlp(const std::string& isa, bool bf16, const py::dict& w) {
-  const Weights from(bf16);
+Packed<pvt::ResidualOp> mlp(const std::string& isa, pvt::DType dtype, const py::dict& w) {
+  const Weights from(dtype);
   const int channels = w["channels"].cast<int>(), hidden = w["hidden"].cast<int>();
   require_positive({channels, hidden});
   const pvt::MlpWeights weights{from.norm(w["norm"], channels),
@@ -125,16 +127,16 @@ Packed<pvt::ResidualOp> mlp(const std::string& isa, bool bf16, const py::dict& w
   return {from.factories(isa).mlp(weights), from};
 }
 
-Packed<pvt::LayerNorm> layer_norm(const std::string& isa, bool bf16, const py::tuple& norm, int channels) {
+Packed<pvt::LayerNorm> layer_norm(const std::string& isa, pvt::DType dtype, const py::tuple& norm, int channels) {
   require_positive({channels});
-  const Weights from(bf16);
+  const Weights from(dtype);
   return {from.factories(isa).layer_norm(from.norm(norm, channels), channels), from};
 }
 
-Packed<pvt::Head> head(const std::string& isa, bool bf16, const std::optional<py::tuple>& classifier, int channels,
-                       int classes) {
+Packed<pvt::Head> head(const std::string& isa, pvt::DType dtype, const std::optional<py::tuple>& classifier,
+                       int channels, int classes) {
   require_positive({channels, classes});
-  const Weights from(bf16);
+  const Weights from(dtype);
   const pvt::Linear linear = classifier ? from.linear(*classifier, classes, channels) : pvt::Linear{};
   return {from.factories(isa).head(linear, channels, classes), from};
 }
@@ -149,7 +151,7 @@ using Size = std::tuple<std::int64_t, std::int64_t, std::int64_t>;              
 using Strides = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;  // of batch, channel, row, column
 
 pvt::Image view(const char* op, const Span& image, const Size& size, const Strides& strides, std::int64_t channels,
-                std::size_t element_size) {
+                pvt::DType dtype) {
   const auto [batch, height, width] = size;
   const auto [stride_batch, stride_channel, stride_row, stride_column] = strides;
   require(std::min(height, width) >= 1 && std::max(height, width) <= pvt::kMostSide,
@@ -158,7 +160,7 @@ pvt::Image view(const char* op, const Span& image, const Size& size, const Strid
   if (batch > 0)
     needed = 1 + elements({batch - 1, stride_batch}) + elements({channels - 1, stride_channel}) +
              elements({height - 1, stride_row}) + elements({width - 1, stride_column});
-  return {memory(image, needed, element_size, (std::string(op) + ": image").c_str()),
+  return {memory(image, needed, dtype, (std::string(op) + ": image").c_str()),
           batch,
           height,
           width,
@@ -171,11 +173,11 @@ pvt::Image view(const char* op, const Span& image, const Size& size, const Strid
 void run_patch_embed(const Packed<pvt::PatchEmbed>& packed, const Span& image, const Size& size, const Strides& strides,
                      const Span& out) {
   const pvt::PatchEmbed& op = *packed.op;
-  const pvt::Image from = view("PatchEmbed", image, size, strides, op.in_channels(), packed.element_size);
+  const pvt::Image from = view("PatchEmbed", image, size, strides, op.in_channels(), packed.dtype);
   require(op.accepts(from), "PatchEmbed: image strides must fit the packed layout");
   const pvt::Map map = op.map(from);
   require(pvt::fits(map, op.channels()), "PatchEmbed: map must have fewer than 2^31 elements");
-  void* to = memory(out, elements({map.batch, map.height, map.width, op.channels()}), packed.element_size, "out");
+  void* to = memory(out, elements({map.batch, map.height, map.width, op.channels()}), packed.dtype, "out");
   const Running running;
   op.run(from, to);
 }
@@ -186,9 +188,9 @@ void run_residual(const Packed<pvt::ResidualOp>& packed, const Span& x, std::int
   require(std::min(height, width) >= op.least_side(), "ResidualOp: map must be at least sr_ratio each way");
   require(pvt::fits({batch, height, width}, op.channels()), "ResidualOp: map must have fewer than 2^31 elements");
   const std::int64_t count = elements({batch, height, width, op.channels()});
-  const void* from = memory(x, count, packed.element_size, "x");
-  void* to = memory(out, count, packed.element_size, "out");
-  const void* scale = residual_scale ? memory(*residual_scale, batch, packed.element_size, "residual_scale") : nullptr;
+  const void* from = memory(x, count, packed.dtype, "x");
+  void* to = memory(out, count, packed.dtype, "out");
+  const void* scale = residual_scale ? memory(*residual_scale, batch, packed.dtype, "residual_scale") : nullptr;
   const Running running;
   pvt::with_team([&] { op.run(from, {batch, height, width}, scale, to); });
 }
@@ -196,16 +198,16 @@ void run_residual(const Packed<pvt::ResidualOp>& packed, const Span& x, std::int
 void run_layer_norm(const Packed<pvt::LayerNorm>& packed, const Span& x, std::int64_t rows, const Span& out) {
   require(rows < pvt::kMostElements, "LayerNorm: x must have fewer than 2^31 rows");
   const std::int64_t count = elements({rows, packed.op->channels()});
-  const void* from = memory(x, count, packed.element_size, "x");
-  void* to = memory(out, count, packed.element_size, "out");
+  const void* from = memory(x, count, packed.dtype, "x");
+  void* to = memory(out, count, packed.dtype, "out");
   const Running running;
   packed.op->run(from, rows, to);
 }
 
 void run_head(const Packed<pvt::Head>& packed, const Span& x, std::int64_t batch, std::int64_t tokens,
               const Span& out) {
-  const void* from = memory(x, elements({batch, tokens, packed.op->channels()}), packed.element_size, "x");
-  void* to = memory(out, elements({batch, packed.op->classes()}), packed.element_size, "out");
+  const void* from = memory(x, elements({batch, tokens, packed.op->channels()}), packed.dtype, "x");
+  void* to = memory(out, elements({batch, packed.op->classes()}), packed.dtype, "out");
   const Running running;
   packed.op->run(from, batch, tokens, to);
 }
@@ -216,14 +218,14 @@ class Forward {
   explicit Forward(const py::iterable& ops) {
     std::vector<pvt::Op> all;
     for (const py::handle op : ops) all.push_back(add(op));
-    forward_ = std::make_unique<pvt::Forward>(all, element_size_);
+    forward_ = std::make_unique<pvt::Forward>(all, dtype_ ? pvt::element_size(*dtype_) : 0);
   }
   int in_channels() const { return forward_->in_channels(); }
   int classes() const { return forward_->classes(); }
 
   void run(const Span& image, const Size& size, const Strides& strides, const Span& out) const {
-    const pvt::Image from = view("Forward", image, size, strides, in_channels(), element_size_);
-    void* to = memory(out, elements({from.batch, classes()}), element_size_, "out");
+    const pvt::Image from = view("Forward", image, size, strides, in_channels(), *dtype_);
+    void* to = memory(out, elements({from.batch, classes()}), *dtype_, "out");
     const Running running;
     forward_->run(from, to);
   }
@@ -238,14 +240,14 @@ class Forward {
 
   template <class Op>
   const Op* hold(const Packed<Op>& packed) {
-    require(element_size_ == 0 || element_size_ == packed.element_size, "Forward: ops must be of one element type");
-    element_size_ = packed.element_size;
+    require(!dtype_ || *dtype_ == packed.dtype, "Forward: ops must be of one element type");
+    dtype_ = packed.dtype;
     held_.push_back(packed.op);
     return packed.op.get();
   }
 
   std::vector<std::shared_ptr<const void>> held_;
-  std::size_t element_size_ = 0;
+  std::optional<pvt::DType> dtype_;
   std::unique_ptr<pvt::Forward> forward_;
 };
 
@@ -319,8 +321,8 @@ class Facts {
 std::unique_ptr<pvt::Watch> watch(const std::vector<Span>& regions) {
   std::vector<pvt::Watch::Region> all;
   for (const Span& region : regions)
-    all.push_back(
-        {static_cast<const unsigned char*>(memory(region, std::int64_t(region.second), 1, "region")), region.second});
+    all.push_back({static_cast<const unsigned char*>(memory(region, elements({std::int64_t(region.second)}), "region")),
+                   region.second});
   return std::make_unique<pvt::Watch>(all);
 }
 
@@ -332,6 +334,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("runnable_isas", &pvt::runnable_isas, "Those that this CPU runs, best first.");
   m.def("threads", &pvt::max_threads, "Threads that the next op uses.");
 
+  py::enum_<pvt::DType>(m, "DType").value("f32", pvt::DType::f32).value("bf16", pvt::DType::bf16);
   py::class_<Packed<pvt::PatchEmbed>>(m, "PatchEmbed").def(py::init(&patch_embed)).def("run", &run_patch_embed);
   py::class_<Packed<pvt::ResidualOp>>(m, "ResidualOp").def("run", &run_residual);
   py::class_<Packed<pvt::LayerNorm>>(m, "LayerNorm").def(py::init(&layer_norm)).def("run", &run_layer_norm);

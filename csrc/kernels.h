@@ -15,7 +15,11 @@
 
 namespace pvt {
 
+// Element types, and the bytes that an element of each takes.
 enum class DType { f32, bf16 };
+constexpr std::size_t kElementSizes[] = {4, 2};
+constexpr int kDTypes = sizeof kElementSizes / sizeof *kElementSizes;
+constexpr std::size_t element_size(DType dtype) { return kElementSizes[int(dtype)]; }
 
 struct Norm {
   const void* weight;  // (channels)
@@ -108,20 +112,21 @@ struct Head {
 
 // One instruction set's factories for one element type.
 struct Factories {
-  std::unique_ptr<PatchEmbed> (*patch_embed)(const PatchEmbedWeights&, bool channels_last) = nullptr;
-  std::unique_ptr<ResidualOp> (*attention)(const AttentionWeights&) = nullptr;
-  std::unique_ptr<ResidualOp> (*mlp)(const MlpWeights&) = nullptr;
-  std::unique_ptr<LayerNorm> (*layer_norm)(const Norm&, int channels) = nullptr;
-  std::unique_ptr<Head> (*head)(const Linear& classifier, int channels, int classes) = nullptr;
+  std::unique_ptr<PatchEmbed> (*patch_embed)(const PatchEmbedWeights&, bool channels_last);
+  std::unique_ptr<ResidualOp> (*attention)(const AttentionWeights&);
+  std::unique_ptr<ResidualOp> (*mlp)(const MlpWeights&);
+  std::unique_ptr<LayerNorm> (*layer_norm)(const Norm&, int channels);
+  std::unique_ptr<Head> (*head)(const Linear& classifier, int channels, int classes);
 };
 
 // An instruction set: each file of isa/ registers one. `rank` orders them; an ISA without factories for an element type
-// uses those of the next lower rank that has them.
+// uses those of the next lower rank that has them. They are constants: no code of an ISA runs before `runnable` has
+// said that this CPU can.
 struct Isa {
   const char* name;
   int rank;
-  bool (*runnable)();  // does this CPU (and its kernel) run it?
-  Factories f32, bf16;
+  bool (*runnable)();            // does this CPU (and its kernel) run it?
+  const Factories* of[kDTypes];  // in the order of DType; null for none
 };
 
 struct RegisterIsa {

@@ -1,5 +1,11 @@
-// The AMX matrix unit: 16 x 16 float tiles += (16 x 32) x (32 x 16) bf16. Replaces the register tile for bf16 rows.
-// Compiled once per ISA: included by isa/kernels-inl.h, which says how.
+// The AMX matrix unit: 16 x 16 float tiles += (16 x 32) x (32 x 16) bf16.
+// Compiled once per ISA: included by isa/amx.cpp after its vectors, in place of gemm/tile-inl.h.
+
+#include "gemm/layout-inl.h"
+#include "gemm/epilogue-inl.h"
+
+template <>
+inline constexpr int kDepthStep<bf16> = 32;  // one tile: 16 rows of 2 x 16
 
 // Eight tiles of 16 rows of 64 bytes, as the CPU reads it.
 struct alignas(64) TileConfig {
@@ -82,6 +88,7 @@ void multiply_amx(const bf16* a, std::ptrdiff_t lda, std::ptrdiff_t a_step, cons
   }
 }
 
+// One panel's columns of the product, for all rows. Call within a MatrixUnit's life.
 template <class Out>
 void gemm_panel(const Rows<bf16>& a, int rows, const Panel<bf16>& panel, int column, const Epilogue<Out>& epilogue) {
   alignas(64) float result[32 * kPanel];

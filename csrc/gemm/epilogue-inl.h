@@ -1,5 +1,5 @@
 // What becomes of a product's sums before they are stored.
-// Compiled once per ISA: included by isa/kernels-inl.h, which says how.
+// Compiled once per ISA: included by gemm/tile-inl.h or gemm/amx-inl.h.
 
 PVT_INLINE void assign(float& to, float value) { to = value; }
 PVT_INLINE void assign(bf16& to, float value) { store_first(&to, splat(value), 1); }

@@ -1,33 +1,19 @@
 // How the operands of matrix multiplication lie in memory: rows in place, weights in packed panels.
-// Compiled once per ISA: included by isa/kernels-inl.h, which says how.
+// Compiled once per ISA: included by gemm/tile-inl.h or gemm/amx-inl.h.
 
 // Columns of a packed panel, and of a narrow one, which the last may be.
-#if PVT_LANES == 16 && !defined(PVT_AMX)
-constexpr int kPanelVectors = 4;
-#else
-constexpr int kPanelVectors = 2;
-#endif
+constexpr int kPanelVectors = Target::kPanelVectors;
 constexpr int kPanel = kPanelVectors * kLanes, kNarrow = 2 * kLanes;
 
-// k is padded with zero weights to a multiple of this, and rows must be readable (and finite) that far.
+// k is padded with zero weights to a multiple of this, and rows must be readable (and finite) that far. More than 1 for
+// an element type whose products are summed by one instruction: the header with that product says how many.
 template <class E>
 constexpr int kDepthStep = 1;
-#ifdef PVT_AMX
-template <>
-inline constexpr int kDepthStep<bf16> = 32;  // one tile: 16 rows of 2 x 16
-#elif defined(PVT_HAS_DOT_BF16)
-template <>
-inline constexpr int kDepthStep<bf16> = 2;
-#endif
 
 // Work items have at least this many rows,
 constexpr int kLeastRows = 12;
 // and begin at multiples of this many of an image's rows, so that none ends with a tile that is mostly empty.
-#ifdef PVT_AMX
-constexpr int kRowStep = 16;
-#else
-constexpr int kRowStep = 1;
-#endif
+constexpr int kRowStep = Target::kMatrixUnit ? 16 : 1;
 
 // Row scratch is laid out with this width for k columns, so that a GEMM's output can be the next one's input with its
 // zero columns as the padding of k,

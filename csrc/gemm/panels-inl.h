@@ -1,5 +1,11 @@
-// Products shared out by panels of the weights and by rows.
+// Whole products, and products shared out by panels of the weights and by rows.
 // Compiled once per ISA: included by isa/kernels-inl.h, which says how.
+
+// out = epilogue(a * b), a (rows, >= depth).
+template <class E, class Out>
+void gemm(const Rows<E>& a, int rows, const PackedMatrix<E>& b, const Epilogue<Out>& epilogue) {
+  for (int p = 0; p < b.panels(); ++p) gemm_panel(a, rows, b.panel(p), p * kPanel, epilogue);
+}
 
 // Rows of a thread's own that make it worth reading all weights for them: below, every weight had better be read once.
 // What a thread reads is best what it wrote before: between cores that share no cache it takes far longer.

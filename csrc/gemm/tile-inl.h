@@ -1,24 +1,24 @@
-// Matrix multiplication: rows in place times packed weights, with the epilogue applied to the accumulators.
-// Compiled once per ISA: included by isa/kernels-inl.h, which says how.
+// Matrix multiplication in registers: rows in place times packed weights, with the epilogue applied to the sums.
+// Compiled once per ISA: included by isa/<isa>.cpp after its vectors. An ISA with a matrix unit includes gemm/amx-inl.h
+// instead.
 //
-// The element type E of rows and weights is float, or bf16 where the ISA multiplies bf16 pairs (bf16 weights are
-// otherwise widened when packed). Accumulation is in float, over k in order: a row's result does not depend on the
-// tile or the thread that computes it.
+// The element type E of rows and weights is float, or what the ISA adds a `multiply_tile` for (gemm/dot-inl.h; bf16
+// weights are otherwise widened when packed). Accumulation is in float, over k in order: a row's result does not depend
+// on the tile or the thread that computes it.
+
+#include "gemm/layout-inl.h"
+#include "gemm/epilogue-inl.h"
+
+// Holds what a work item needs to multiply: nothing, as registers are always there.
+struct MatrixUnit {
+  MatrixUnit() {}
+};
 
 // A register tile is kRows x kVectors vectors of accumulators, fed per k by kVectors loads of the panel and kRows
 // broadcasts. It must fit the registers and, as cores that share their front end with a second hardware thread decode
-// about three instructions a cycle, have few instructions per multiply-add. Rows of the largest tile:
-//   32 registers, 4 vectors:  6 x 4 accumulators + 4 of the panel + 1 broadcast = 29; 34 instructions for 24
-//   32 registers, 2 vectors: 14 x 2 + 2 + 1 = 31; 44 for 28: for the last panel of a matrix, where 4 are too wide
-//   16 registers, 2 vectors:  6 x 2 + 2 + 1 = 15; 20 for 12
-//   scalar, 16 registers of 4 lanes, one more for the product:  4 x 2 + 2 + 1 + 1 = 12
-//   NEON, 32 registers, a row's value in a register of its own, of which fmla takes one lane:  10 x 2 + 2 + 10; at
-//   12 x 2 GCC 12 spills accumulators inside the loop, as it loads the rows' values ahead
-#ifdef PVT_NEON
-constexpr int tile_rows(int) { return 10; }
-#else
-constexpr int tile_rows(int vectors) { return vectors == 4 ? 6 : kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4; }
-#endif
+// about three instructions a cycle, have few instructions per multiply-add. Each ISA's `Target` says how many rows the
+// largest tile has, for a whole panel and for a narrow one.
+constexpr int tile_rows(int vectors) { return vectors == kPanelVectors ? Target::kTileRows : Target::kNarrowTileRows; }
 
 // Lines of the panel ahead, one per step of k: memory is slow enough that a core waits for weights it did not ask for
 // in time, and the hardware follows a single long stream only.
@@ -47,23 +47,6 @@ PVT_INLINE void multiply_tile(const float* a, std::ptrdiff_t lda, const float* b
     });
   }
 }
-
-#if defined(PVT_HAS_DOT_BF16) && !defined(PVT_AMX)
-template <int kRows, int kVectors, class Fetch>
-PVT_INLINE void multiply_tile(const bf16* a, std::ptrdiff_t lda, const bf16* b, int depth, Fetch& ahead,
-                              Vec (&acc)[kRows][kVectors]) {
-#pragma GCC unroll 2
-  for (int k = 0; k < depth; k += 2, b += 2 * kVectors * kLanes) {
-    VecPairs panel[kVectors];
-    unrolled<kVectors>([&](auto i) PVT_LAMBDA { panel[i] = load_pairs(b + 2 * i * kLanes); });
-    ahead.fetch();
-    unrolled<kRows>([&](auto r) PVT_LAMBDA {
-      const VecPairs pair = splat_pair(a + r * lda + k);
-      unrolled<kVectors>([&](auto i) PVT_LAMBDA { acc[r][i] = dot(acc[r][i], pair, panel[i]); });
-    });
-  }
-}
-#endif
 
 // Depth that is summed in registers before it is added to the rest: a sum of n terms in a row errs by about sqrt(n)
 // roundings of its size, a sum of short sums by far less, and the long products here (k up to 4096) would otherwise err
@@ -133,11 +116,6 @@ void gemm_panel_tiles(const Rows<E>& a, int rows, const Panel<E>& panel, int col
   }
 }
 
-#ifdef PVT_AMX
-template <class Out>
-void gemm_panel(const Rows<bf16>& a, int rows, const Panel<bf16>& panel, int column, const Epilogue<Out>& epilogue);
-#endif
-
 // One panel's columns of the product, for all rows. Call within a MatrixUnit's life.
 template <class E, class Out>
 void gemm_panel(const Rows<E>& a, int rows, const Panel<E>& panel, int column, const Epilogue<Out>& epilogue) {
@@ -145,10 +123,4 @@ void gemm_panel(const Rows<E>& a, int rows, const Panel<E>& panel, int column, c
     gemm_panel_tiles<kPanelVectors>(a, rows, panel, column, epilogue);
   else
     gemm_panel_tiles<2>(a, rows, panel, column, epilogue);
-}
-
-// out = epilogue(a * b), a (rows, >= depth).
-template <class E, class Out>
-void gemm(const Rows<E>& a, int rows, const PackedMatrix<E>& b, const Epilogue<Out>& epilogue) {
-  for (int p = 0; p < b.panels(); ++p) gemm_panel(a, rows, b.panel(p), p * kPanel, epilogue);
 }

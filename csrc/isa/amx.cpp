@@ -11,20 +11,16 @@
 #pragma GCC target( \
     "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,avx2,fma,bmi2,prefer-vector-width=512")
 namespace pvt::amx {
-#define PVT_LANES 16
-#define PVT_HAS_MIN_MAX
-#define PVT_HAS_WIDEN
-#define PVT_HAS_ROUND_TO_BF16
-#define PVT_AMX
+struct Target {
+  static constexpr int kLanes = 16, kPanelVectors = 2;  // a panel is two tiles wide
+  static constexpr bool kMatrixUnit = true;
+};
 #include "simd/vec-inl.h"
+#include "simd/avx512-inl.h"
 
-PVT_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
-PVT_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-PVT_INLINE VecBits widen(VecHalf h) {  // GCC 12 does it in halves
-  return reinterpret_cast<VecBits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)));
-}
 PVT_INLINE VecHalf round_to_bf16(Vec v) { return reinterpret_cast<VecHalf>(_mm512_cvtneps_pbh(v)); }
 
+#include "gemm/amx-inl.h"
 #include "isa/kernels-inl.h"
 }  // namespace pvt::amx
 #pragma GCC pop_options
@@ -50,6 +46,6 @@ static bool runs_amx() {
   }();
   return runs;
 }
-static const RegisterIsa kAmx({"amx", 40, runs_amx, {}, amx::make_factories<amx::bf16, amx::bf16>()});
+static const RegisterIsa kAmx({"amx", 40, runs_amx, {nullptr, &amx::kFactories<amx::bf16, amx::bf16>}});
 }  // namespace pvt
 #endif

@@ -7,10 +7,14 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,bmi2")
 namespace pvt::avx2 {
-#define PVT_LANES 8
-#define PVT_HAS_MIN_MAX
-#define PVT_HAS_WIDEN
+struct Target {
+  static constexpr int kLanes = 8, kPanelVectors = 2;
+  static constexpr bool kMatrixUnit = false;
+  // 16 registers: 6 x 2 accumulators + 2 of the panel + 1 broadcast = 15; 20 instructions for 12 multiply-adds
+  static constexpr int kTileRows = 6, kNarrowTileRows = kTileRows;
+};
 #include "simd/vec-inl.h"
+#include "simd/round_to_bf16-inl.h"
 
 PVT_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 PVT_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
@@ -18,13 +22,14 @@ PVT_INLINE VecBits widen(VecHalf h) {  // GCC 12 does it in halves
   return reinterpret_cast<VecBits>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(h)));
 }
 
+#include "gemm/tile-inl.h"
 #include "isa/kernels-inl.h"
 }  // namespace pvt::avx2
 #pragma GCC pop_options
 
 namespace pvt {
 static bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-static const RegisterIsa kAvx2({"avx2", 10, runs_avx2, avx2::make_factories<float, float>(),
-                                avx2::make_factories<avx2::bf16, float>()});
+static const RegisterIsa kAvx2(
+    {"avx2", 10, runs_avx2, {&avx2::kFactories<float, float>, &avx2::kFactories<avx2::bf16, float>}});
 }  // namespace pvt
 #endif

@@ -7,17 +7,18 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,bmi2,prefer-vector-width=512")
 namespace pvt::avx512 {
-#define PVT_LANES 16
-#define PVT_HAS_MIN_MAX
-#define PVT_HAS_WIDEN
+struct Target {
+  static constexpr int kLanes = 16, kPanelVectors = 4;
+  static constexpr bool kMatrixUnit = false;
+  // 32 registers: 6 x 4 accumulators + 4 of the panel + 1 broadcast = 29; 34 instructions for 24 multiply-adds
+  static constexpr int kTileRows = 6;
+  // for the last panel of a matrix, where 4 vectors are too wide: 14 x 2 + 2 + 1 = 31; 44 for 28
+  static constexpr int kNarrowTileRows = 14;
+};
 #include "simd/vec-inl.h"
-
-PVT_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
-PVT_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-PVT_INLINE VecBits widen(VecHalf h) {  // GCC 12 does it in halves
-  return reinterpret_cast<VecBits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)));
-}
-
+#include "simd/avx512-inl.h"
+#include "simd/round_to_bf16-inl.h"
+#include "gemm/tile-inl.h"
 #include "isa/kernels-inl.h"
 }  // namespace pvt::avx512
 #pragma GCC pop_options
@@ -27,7 +28,7 @@ static bool runs_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-static const RegisterIsa kAvx512({"avx512", 20, runs_avx512, avx512::make_factories<float, float>(),
-                                  avx512::make_factories<avx512::bf16, float>()});
+static const RegisterIsa kAvx512(
+    {"avx512", 20, runs_avx512, {&avx512::kFactories<float, float>, &avx512::kFactories<avx512::bf16, float>}});
 }  // namespace pvt
 #endif

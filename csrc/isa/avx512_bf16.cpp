@@ -7,18 +7,14 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,bmi2,prefer-vector-width=512")
 namespace pvt::avx512_bf16 {
-#define PVT_LANES 16
-#define PVT_HAS_MIN_MAX
-#define PVT_HAS_WIDEN
-#define PVT_HAS_ROUND_TO_BF16
-#define PVT_HAS_DOT_BF16
+struct Target {
+  static constexpr int kLanes = 16, kPanelVectors = 4;
+  static constexpr bool kMatrixUnit = false;
+  static constexpr int kTileRows = 6, kNarrowTileRows = 14;  // as avx512.cpp's
+};
 #include "simd/vec-inl.h"
+#include "simd/avx512-inl.h"
 
-PVT_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
-PVT_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-PVT_INLINE VecBits widen(VecHalf h) {  // GCC 12 does it in halves
-  return reinterpret_cast<VecBits>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)));
-}
 PVT_INLINE VecHalf round_to_bf16(Vec v) { return reinterpret_cast<VecHalf>(_mm512_cvtneps_pbh(v)); }
 
 // 16 pairs of bf16
@@ -31,6 +27,8 @@ PVT_INLINE VecPairs splat_pair(const bf16* p) {
 }
 PVT_INLINE Vec dot(Vec acc, VecPairs a, VecPairs b) { return _mm512_dpbf16_ps(acc, a, b); }
 
+#include "gemm/tile-inl.h"
+#include "gemm/dot-inl.h"
 #include "isa/kernels-inl.h"
 }  // namespace pvt::avx512_bf16
 #pragma GCC pop_options
@@ -41,6 +39,6 @@ static bool runs_avx512_bf16() {
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 static const RegisterIsa kAvx512Bf16(
-    {"avx512_bf16", 30, runs_avx512_bf16, {}, avx512_bf16::make_factories<avx512_bf16::bf16, avx512_bf16::bf16>()});
+    {"avx512_bf16", 30, runs_avx512_bf16, {nullptr, &avx512_bf16::kFactories<avx512_bf16::bf16, avx512_bf16::bf16>}});
 }  // namespace pvt
 #endif

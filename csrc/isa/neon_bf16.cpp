@@ -8,11 +8,13 @@
 #pragma GCC push_options
 #pragma GCC target("arch=armv8.2-a+bf16")
 namespace pvt::neon_bf16 {
-#define PVT_LANES 4
-#define PVT_NEON
-#define PVT_HAS_ROUND_TO_BF16
-#define PVT_HAS_DOT_BF16
+struct Target {
+  static constexpr int kLanes = 4, kPanelVectors = 2;
+  static constexpr bool kMatrixUnit = false;
+  static constexpr int kTileRows = 10, kNarrowTileRows = kTileRows;  // as neon.cpp's
+};
 #include "simd/vec-inl.h"
+#include "simd/portable-inl.h"
 
 PVT_INLINE VecHalf round_to_bf16(Vec v) { return reinterpret_cast<VecHalf>(vcvt_bf16_f32(v)); }
 
@@ -26,6 +28,8 @@ PVT_INLINE VecPairs splat_pair(const bf16* p) {
 }
 PVT_INLINE Vec dot(Vec acc, VecPairs a, VecPairs b) { return vbfdotq_f32(acc, a, b); }
 
+#include "gemm/tile-inl.h"
+#include "gemm/dot-inl.h"
 #include "isa/kernels-inl.h"
 }  // namespace pvt::neon_bf16
 #pragma GCC pop_options
@@ -36,6 +40,6 @@ static bool runs_neon_bf16() {
   return (getauxval(AT_HWCAP2) & kHasBf16) != 0;
 }
 static const RegisterIsa kNeonBf16(
-    {"neon_bf16", 20, runs_neon_bf16, {}, neon_bf16::make_factories<neon_bf16::bf16, neon_bf16::bf16>()});
+    {"neon_bf16", 20, runs_neon_bf16, {nullptr, &neon_bf16::kFactories<neon_bf16::bf16, neon_bf16::bf16>}});
 }  // namespace pvt
 #endif

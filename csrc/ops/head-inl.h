@@ -14,9 +14,7 @@ class HeadOp final : public Head {
 
   void run(const void* x, std::int64_t batch, std::int64_t tokens, void* out) const override {
     const std::size_t wide = row_width(channels_);
-    Scratch& shared = shared_scratch();
-    shared.reset(Scratch::bytes_for<E>(row_room(batch) * wide));
-    E* means = shared.take<E>(row_room(batch) * wide);
+    E* means = std::get<0>(shared_scratch().take(array<E>(row_room(batch) * wide)));
     parallel_for(batch, [&](std::int64_t b) {
       const T* from = static_cast<const T*>(x) + b * tokens * channels_;
       T* to = static_cast<T*>(out) + b * channels_;

@@ -54,11 +54,7 @@ class MlpOp final : public ResidualOp {
 
   // Hidden rows of one panel have a zero column at either end: the convolution's padding. The matrix unit stores whole
   // tiles at a time: there, normalised rows have the same gaps, so that fc1's rows are the hidden rows' as they stand.
-#ifdef PVT_AMX
-  static constexpr int kGap = 1;
-#else
-  static constexpr int kGap = 0;
-#endif
+  static constexpr int kGap = Target::kMatrixUnit ? 1 : 0;
 
   struct Call {
     const T* x;
@@ -107,17 +103,9 @@ class MlpOp final : public ResidualOp {
       const int panels = op.fc1_.panels();
       const std::size_t hidden_size = (most + 2 + 2 * (panels + 1)) * row_;
       tokens_ = std::size_t(most) * width_;
-      Scratch& scratch = thread_scratch();
-      scratch.reset(Scratch::bytes_for<E>(row_room(new_tokens) * op.normed_width()) +
-                    Scratch::bytes_for<E>(op.activated_size(tokens_)) + Scratch::bytes_for<float>(hidden_size) +
-                    Scratch::bytes_for<int>(new_tokens) + Scratch::bytes_for<const float*>(most + 2) +
-                    Scratch::bytes_for<float*>(panels + 1));
-      normed_ = scratch.take<E>(row_room(new_tokens) * op.normed_width());
-      activated_ = scratch.take<E>(op.activated_size(tokens_));
-      hidden_ = scratch.take<float>(hidden_size);
-      places_ = scratch.take<int>(new_tokens);
-      rows_ = scratch.take<const float*>(most + 2);
-      pairs_ = scratch.take<float*>(panels + 1);
+      std::tie(normed_, activated_, hidden_, places_, rows_, pairs_) = thread_scratch().take(
+          array<E>(row_room(new_tokens) * op.normed_width()), array<E>(op.activated_size(tokens_)),
+          array<float>(hidden_size), array<int>(new_tokens), array<const float*>(most + 2), array<float*>(panels + 1));
       for (int i = 0; i <= panels; ++i) pairs_[i] = hidden_ + (most + 2 + 2 * i) * row_;
       std::memset(hidden_, 0, hidden_size * sizeof(float));
       hidden_places(width_, most + 2, places_);
@@ -171,13 +159,11 @@ class MlpOp final : public ResidualOp {
     const Map& map = call.map;
     const int width = map.width, tokens = int(map.tokens());
     const std::int64_t all = map.batch * tokens;
-    const std::size_t normed_size = row_room(map.batch * map.height * normed_tokens(width)) * normed_width();
-    Scratch& shared = shared_scratch();
-    shared.reset(Scratch::bytes_for<E>(normed_size) + Scratch::bytes_for<E>(activated_size(all)) +
-                 Scratch::bytes_for<int>(map.height * normed_tokens(width)));
-    E* normed = shared.take<E>(normed_size);
-    E* activated = shared.take<E>(activated_size(all));
-    int* places = shared.take<int>(map.height * normed_tokens(width));
+    E *normed, *activated;
+    int* places;
+    std::tie(normed, activated, places) =
+        shared_scratch().take(array<E>(row_room(map.batch * map.height * normed_tokens(width)) * normed_width()),
+                              array<E>(activated_size(all)), array<int>(map.height * normed_tokens(width)));
     hidden_places(width, map.height, places);
     const Split rows = split_light(1, map.batch * map.height, width * channels_);
     parallel_for(rows.tiles, [&](std::int64_t item) {
@@ -205,11 +191,8 @@ class MlpOp final : public ResidualOp {
     const MatrixUnit unit;
     const int width = map.width, first = std::max(band.begin - 1, 0), last = std::min(band.end + 1, map.height);
     const std::size_t row = hidden_row(width);
-    Scratch& scratch = thread_scratch();
-    scratch.reset(Scratch::bytes_for<float>((band.rows() + 2) * row) +
-                  Scratch::bytes_for<const float*>(band.rows() + 2));
-    float* hidden = scratch.take<float>((band.rows() + 2) * row);
-    const float** rows = scratch.take<const float*>(band.rows() + 2);
+    const auto [hidden, rows] =
+        thread_scratch().take(array<float>((band.rows() + 2) * row), array<const float*>(band.rows() + 2));
     std::memset(hidden, 0, (band.rows() + 2) * row * sizeof(float));
     for (int j = 0; j < band.rows() + 2; ++j) rows[j] = hidden + j * row;
     fc1_panel(p, normed, top + first, last - first, width, hidden + (first - (band.begin - 1)) * row, places);

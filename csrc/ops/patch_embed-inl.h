@@ -7,136 +7,81 @@ class PatchEmbedOp final : public PatchEmbed {
   PatchEmbedOp(const PatchEmbedWeights& w, bool channels_last)
       : in_channels_(w.in_channels),
         channels_(w.channels),
-        kernel_(w.kernel),
-        stride_(w.stride),
-        channels_last_(channels_last),
+        patches_(w.in_channels, w.kernel, w.stride, channels_last),
         proj_(pack_conv<E, T>(w.proj, w.channels, w.in_channels, w.kernel, channels_last, w.in_channels)),
         norm_(w.norm, w.channels, static_cast<const T*>(nullptr)) {}
 
   int in_channels() const override { return in_channels_; }
   int channels() const override { return channels_; }
-  Map map(const Image& image) const override {
-    auto size = [this](std::int64_t n) { return int((n + kernel_ / 2 * 2 - kernel_) / stride_ + 1); };
-    return {image.batch, size(image.height), size(image.width)};
-  }
-
-  bool accepts(const Image& image) const override {
-    return channels_last_ ? image.stride_channel == 1 && image.stride_column == in_channels_ : image.stride_column == 1;
-  }
+  Map map(const Image& image) const override { return patches_.map(image); }
+  bool accepts(const Image& image) const override { return patches_.accepts(image); }
 
   void run(const Image& image, void* out) const override {
-    const int pad = kernel_ / 2;
-    const std::int64_t width = map(image).width, tokens = map(image).tokens();
-    const std::size_t wide = patch_width(), norm_wide = row_width(channels_);
-    const std::size_t patches_size = row_room(tokens) * wide;
-    const std::size_t weights = proj_.data.size() * sizeof(E);
-    const bool large_weights = weights > l2_bytes() / 4;
-    const bool by_panels =
-        large_weights && image.batch < max_threads() && patches_size * sizeof(E) <= max_threads() * l2_bytes() / 2;
-    Scratch& shared = shared_scratch();
-    shared.reset(Scratch::bytes_for<std::ptrdiff_t>(pieces()) + Scratch::bytes_for<E>(by_panels ? patches_size : 0) +
-                 Scratch::bytes_for<float>(by_panels ? tokens * norm_wide : 0));
-    std::ptrdiff_t* offsets = shared.take<std::ptrdiff_t>(pieces());
-    piece_offsets(image, offsets);
-    auto gather_rows = [&](std::int64_t index, int begin, int end, E* patches) {
-      for (std::int64_t token = begin; token < end; ++token, patches += wide)
-        gather(image, index, token / width * stride_ - pad, token % width * stride_ - pad, offsets, patches);
-    };
-    auto finish_rows = [&](std::int64_t index, int begin, int end, const float* projected) {
-      T* to = static_cast<T*>(out) + (index * tokens + begin) * channels_;
-      NormRows<float, T> rows(norm_, channels_);
-      for (int r = 0; r < end - begin; ++r) rows.add(projected + r * norm_wide, to + std::ptrdiff_t(r) * channels_);
-    };
-    if (by_panels) {  // so that every weight is read once
-      E* patches = shared.take<E>(patches_size);
-      float* projected = shared.take<float>(tokens * norm_wide);
-      const Split rows = split_rows(1, tokens, 8, 16);
-      for (std::int64_t index = 0; index < image.batch; ++index) {
-        parallel_for(rows.tiles, [&](std::int64_t item) {
-          const auto tile = rows.tile(item);
-          gather_rows(index, tile.begin, tile.end, patches + tile.begin * wide);
-        });
-        for_panels(1, proj_, int(tokens), 1, [&](int p, std::int64_t, Split::Tile cut, int) {
-          gemm_panel(rows_of(patches, cut.begin, wide), cut.rows(), proj_.panel(p), p * kPanel,
-                     store_rows(projected + cut.begin * norm_wide, norm_wide, proj_.bias.data()));
-        });
-        parallel_for(rows.tiles, [&](std::int64_t item) {
-          const auto tile = rows.tile(item);
-          finish_rows(index, tile.begin, tile.end, projected + tile.begin * norm_wide);
-        });
-      }
-      return;
-    }
-    const std::size_t row_bytes = wide * sizeof(E) + norm_wide * sizeof(float);
-    const std::int64_t most = std::clamp<std::int64_t>(l2_bytes() / 4 / row_bytes, large_weights ? 64 : 24, 96);
+    const std::int64_t tokens = map(image).tokens();
+    const bool fits = row_room(tokens) * patches_.width() * sizeof(E) <= max_threads() * l2_bytes() / 2;
+    if (large_weights() && image.batch < max_threads() && fits)
+      run_panels(image, tokens, static_cast<T*>(out));
+    else
+      run_tiles(image, tokens, static_cast<T*>(out));
+  }
+
+ private:
+  bool large_weights() const { return proj_.data.size() * sizeof(E) > l2_bytes() / 4; }
+  std::size_t projected_width() const { return row_width(channels_); }
+
+  // Tiles of tokens, from patches to the output.
+  void run_tiles(const Image& image, std::int64_t tokens, T* out) const {
+    std::ptrdiff_t* offsets = std::get<0>(shared_scratch().take(array<std::ptrdiff_t>(patches_.pieces())));
+    patches_.piece_offsets(image, offsets);
+    const std::size_t row_bytes = patches_.width() * sizeof(E) + projected_width() * sizeof(float);
+    const std::int64_t most = std::clamp<std::int64_t>(l2_bytes() / 4 / row_bytes, large_weights() ? 64 : 24, 96);
     const Split split = split_rows(image.batch, tokens, kLeastRows, most, kRowStep);
     parallel_for(image.batch * split.tiles, [&](std::int64_t item) {
       const MatrixUnit unit;
       const auto tile = split.tile(item);
-      Scratch& scratch = thread_scratch();
-      scratch.reset(Scratch::bytes_for<E>(row_room(tile.rows()) * wide) +
-                    Scratch::bytes_for<float>(tile.rows() * norm_wide));
-      E* patches = scratch.take<E>(row_room(tile.rows()) * wide);
-      float* projected = scratch.take<float>(tile.rows() * norm_wide);
-      gather_rows(tile.image, tile.begin, tile.end, patches);
-      gemm(rows_of(patches, 0, wide), tile.rows(), proj_, store_rows(projected, norm_wide, proj_.bias.data()));
-      finish_rows(tile.image, tile.begin, tile.end, projected);
+      const auto [patches, projected] = thread_scratch().take(array<E>(row_room(tile.rows()) * patches_.width()),
+                                                              array<float>(tile.rows() * projected_width()));
+      patches_.gather(image, offsets, tile, patches);
+      gemm(rows_of(patches, 0, patches_.width()), tile.rows(), proj_, to_projected(projected));
+      norm_rows<Activation::none>(norm_, projected, projected_width(), tile.rows(),
+                                  out + (tile.image * tokens + tile.begin) * channels_, channels_);
     });
   }
 
- private:
-  std::size_t patch_width() const { return row_width(kernel_ * kernel_ * in_channels_); }
-
-  // A patch is copied in pieces that are dense in the image: a patch row of all channels (channels last), or of one
-  // channel.
-  int pieces() const { return kernel_ * (channels_last_ ? 1 : in_channels_); }
-  int piece_length() const { return kernel_ * (channels_last_ ? in_channels_ : 1); }
-
-  // Where they begin in the image, from the patch's upper left corner.
-  void piece_offsets(const Image& image, std::ptrdiff_t* offsets) const {
-    const int channels = pieces() / kernel_;
-    for (int i = 0; i < pieces(); ++i)
-      offsets[i] = i / channels * image.stride_row + i % channels * image.stride_channel;
-  }
-
-  // The patch whose upper left corner is (y0, x0), zero outside the image.
-  void gather(const Image& image, std::int64_t index, std::int64_t y0, std::int64_t x0, const std::ptrdiff_t* offsets,
-              E* row) const {
-    const std::ptrdiff_t corner = index * image.stride_batch + y0 * image.stride_row + x0 * image.stride_column;
-    const T* from = static_cast<const T*>(image.data) + corner;
-    const int count = pieces(), length = piece_length();
-    E* to = row;
-    if (y0 >= 0 && x0 >= 0 && y0 + kernel_ <= image.height && x0 + kernel_ < image.width) {
-      if (length == 7) {  // one element more is there, and the next piece takes its place: one vector
-        for (int i = 0; i < count - 1; ++i, to += 7) copy(from + offsets[i], to, 8);
-        copy(from + offsets[count - 1], to, 7);  // the next row may be another thread's
-        to += 7;
-      } else {
-        for (int i = 0; i < count; ++i, to += length) copy(from + offsets[i], to, length);
-      }
-    } else {
-      const int unit = length / kernel_, channels = count / kernel_;
-      const int left = int(std::clamp<std::int64_t>(-x0, 0, kernel_)) * unit;
-      const int right = int(std::clamp<std::int64_t>(image.width - x0, 0, kernel_)) * unit;
-      for (int i = 0; i < count; ++i, to += length) {
-        const std::int64_t y = y0 + i / channels;
-        std::fill(to, to + length, E{});
-        if (y >= 0 && y < image.height && left < right) copy(from + offsets[i] + left, to + left, right - left);
-      }
-    }
-    std::fill(to, row + patch_width(), E{});
-  }
-
-  static PVT_INLINE void copy(const T* from, E* to, int count) {
-    if constexpr (std::is_same_v<T, E>) {
-      std::memcpy(to, from, count * sizeof(T));
-    } else {
-      for (int i = 0; i < count; ++i) assign(to[i], to_float(from[i]));
+  // Panels of the weights, an image at a time, so that every weight is read once for it.
+  void run_panels(const Image& image, std::int64_t tokens, T* out) const {
+    std::ptrdiff_t* offsets;
+    E* patches;
+    float* projected;
+    std::tie(offsets, patches, projected) =
+        shared_scratch().take(array<std::ptrdiff_t>(patches_.pieces()), array<E>(row_room(tokens) * patches_.width()),
+                              array<float>(tokens * projected_width()));
+    patches_.piece_offsets(image, offsets);
+    const Split rows = split_rows(1, tokens, 8, 16);
+    for (std::int64_t index = 0; index < image.batch; ++index) {
+      parallel_for(rows.tiles, [&](std::int64_t item) {
+        auto tile = rows.tile(item);
+        tile.image = index;
+        patches_.gather(image, offsets, tile, patches + tile.begin * patches_.width());
+      });
+      for_panels(1, proj_, int(tokens), 1, [&](int p, std::int64_t, Split::Tile cut, int) {
+        gemm_panel(rows_of(patches, cut.begin, patches_.width()), cut.rows(), proj_.panel(p), p * kPanel,
+                   to_projected(projected + cut.begin * projected_width()));
+      });
+      parallel_for(rows.tiles, [&](std::int64_t item) {
+        const auto tile = rows.tile(item);
+        norm_rows<Activation::none>(norm_, projected + tile.begin * projected_width(), projected_width(), tile.rows(),
+                                    out + (index * tokens + tile.begin) * channels_, channels_);
+      });
     }
   }
 
-  int in_channels_, channels_, kernel_, stride_;
-  bool channels_last_;
+  Epilogue<float> to_projected(float* projected) const {
+    return store_rows(projected, projected_width(), proj_.bias.data());
+  }
+
+  int in_channels_, channels_;
+  Patches<T, E> patches_;
   PackedMatrix<E> proj_;
   PackedNorm norm_;
 };

@@ -135,6 +135,13 @@ class NormRows {
   Out* out_[kRowGroup];
 };
 
+// The same for `count` rows, `ld` apart, into dense rows of `columns`.
+template <Activation kActivation, class In, class Out>
+void norm_rows(const PackedNorm& norm, const In* x, std::size_t ld, int count, Out* out, int columns) {
+  NormRows<In, Out, kActivation> rows(norm, columns);
+  for (std::ptrdiff_t r = 0; r < count; ++r) rows.add(x + r * ld, out + r * columns);
+}
+
 // probabilities = 2^(scores - max) / sum over the first `count` scores of each of kRows rows, zero from there to
 // `width`, which is the distance of rows; `scores` are used up and may be `probabilities` themselves.
 template <int kRows, class Out>
@@ -200,9 +207,9 @@ class LayerNormOp final : public LayerNorm {
     const Split split = split_light(1, rows, norm_.channels);
     parallel_for(split.tiles, [&](std::int64_t item) {
       const auto tile = split.tile(item);
-      NormRows<T, T> group(norm_, norm_.channels);
-      for (std::int64_t r = tile.begin; r < tile.end; ++r)
-        group.add(static_cast<const T*>(x) + r * norm_.channels, static_cast<T*>(out) + r * norm_.channels);
+      const std::ptrdiff_t at = std::ptrdiff_t(tile.begin) * norm_.channels;
+      norm_rows<Activation::none>(norm_, static_cast<const T*>(x) + at, norm_.channels, tile.rows(),
+                                  static_cast<T*>(out) + at, norm_.channels);
     });
   }
 

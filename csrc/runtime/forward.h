@@ -82,9 +82,7 @@ class Forward {
   // largest: bytes of the largest map.
   void run_in_team(Image image, std::size_t largest, void* out) const {
     thread_local Scratch scratch;
-    scratch.reset(2 * Scratch::bytes_for<char>(largest));
-    char* x = scratch.take<char>(largest);
-    char* y = scratch.take<char>(largest);
+    auto [x, y] = scratch.take(array<char>(largest), array<char>(largest));
     for (const Stage& stage : stages_) {
       const Map map = stage.embed->map(image);
       stage.embed->run(image, x);

@@ -1,11 +1,11 @@
 // Aligned buffers, and the scratch memory of a thread.
 #pragma once
 
-#include <cassert>
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <tuple>
 #include <utility>
 
 #ifdef __SANITIZE_ADDRESS__
@@ -53,8 +53,18 @@ class Buffer {
   std::size_t size_ = 0;
 };
 
-// Scratch memory handed out in order and given back all at once. It grows to the largest need seen and stays, up to
-// kKept: an op's need is bounded by its tile sizes, but for maps of huge images.
+// `count` elements of T, to be taken from a scratch.
+template <class T>
+struct Array {
+  std::size_t count;
+};
+template <class T>
+constexpr Array<T> array(std::size_t count) {
+  return {count};
+}
+
+// Scratch memory, taken all at once: one statement says what arrays there are and how large the memory is. It grows to
+// the largest need seen and stays, up to kKept: an op's need is bounded by its tile sizes, but for maps of huge images.
 class Scratch {
  public:
   static constexpr std::size_t kKept = std::size_t{64} << 20;
@@ -63,35 +73,38 @@ class Scratch {
   void trim() {
     if (buffer_.size() > kKept) buffer_ = Buffer<char>();
   }
-  // Makes room for `bytes` and forgets what was handed out before.
-  void reset(std::size_t bytes) {
+
+  // The arrays, aligned and uninitialised. Those of an earlier call are gone.
+  template <class... T>
+  std::tuple<T*...> take(Array<T>... arrays) {
+    const std::size_t bytes = (room<T>(arrays.count) + ...);
     if (bytes > buffer_.size()) buffer_ = Buffer<char>(bytes);
-    used_ = 0;
 #ifdef __SANITIZE_ADDRESS__
     ASAN_UNPOISON_MEMORY_REGION(buffer_.data(), buffer_.size());
 #endif
-  }
-  // `count` uninitialised elements, aligned; within what `reset` made room for.
-  template <class T>
-  T* take(std::size_t count) {
-    T* result = reinterpret_cast<T*>(buffer_.data() + used_);
-    used_ += bytes_for<T>(count);
-    assert(used_ <= buffer_.size());
-#ifdef __SANITIZE_ADDRESS__  // what lies between the arrays is nobody's
-    ASAN_POISON_MEMORY_REGION(result + count, bytes_for<T>(count) - count * sizeof(T));
-#endif
-    return result;
-  }
-  // What `take<T>(count)` uses.
-  template <class T>
-  static constexpr std::size_t bytes_for(std::size_t count) {
-    // one more line than needed, so that arrays of a power-of-two size do not fall on the same cache sets
-    return round_up(count * sizeof(T), kAlignment) + kAlignment;
+    char* at = buffer_.data();
+    return {place<T>(at, arrays.count)...};  // in this order
   }
 
  private:
+  // One more line than needed, so that arrays of a power-of-two size do not fall on the same cache sets.
+  template <class T>
+  static constexpr std::size_t room(std::size_t count) {
+    return round_up(count * sizeof(T), kAlignment) + kAlignment;
+  }
+
+  // `count` elements at `at`, which moves past them.
+  template <class T>
+  static T* place(char*& at, std::size_t count) {
+    T* elements = reinterpret_cast<T*>(at);
+    at += room<T>(count);
+#ifdef __SANITIZE_ADDRESS__  // what lies between the arrays is nobody's
+    ASAN_POISON_MEMORY_REGION(elements + count, room<T>(count) - count * sizeof(T));
+#endif
+    return elements;
+  }
+
   Buffer<char> buffer_;
-  std::size_t used_ = 0;
 };
 
 // The calling thread's scratch for one work item, and for what all threads of one op share (owned by its caller).

@@ -32,10 +32,8 @@ std::vector<std::string> runnable_isas() { return names(true); }
 const Factories& factories(const std::string& name, DType dtype) {
   const auto& isas = registry();
   auto isa = std::find_if(isas.begin(), isas.end(), [&](const Isa& i) { return name == i.name && i.runnable(); });
-  for (; isa != isas.end(); ++isa) {  // best first: those that follow have lower ranks
-    const Factories& found = dtype == DType::f32 ? isa->f32 : isa->bf16;
-    if (found.mlp != nullptr) return found;
-  }
+  for (; isa != isas.end(); ++isa)  // best first: those that follow have lower ranks
+    if (const Factories* found = isa->of[int(dtype)]) return *found;
   throw std::invalid_argument("isa must be one this CPU runs, got " + name);
 }
 

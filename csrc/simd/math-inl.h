@@ -12,11 +12,10 @@ PVT_INLINE Vec polynomial(const float (&coefficients)[N], Vec x) {
   return y;
 }
 
-#if PVT_LANES == 16
 // GELU(x) = x / 2 + h(|x|), by the polynomial of the nearest node in a table that registers hold: a third of the
 // multiply-adds that one polynomial for all x takes. kPrecise: for float; else for bfloat16.
 template <bool kPrecise>
-PVT_INLINE Vec gelu(Vec x) {
+PVT_INLINE Vec gelu_by_table(Vec x) {
   using Table = std::conditional_t<kPrecise, GeluTable<4>, GeluTable<2>>;
   const Table* table;
   if constexpr (kPrecise)
@@ -38,13 +37,13 @@ PVT_INLINE Vec gelu(Vec x) {
   h = h * u + __builtin_shuffle(load(table->coefficients[0]), node);
   return x * 0.5f + h;
 }
-#else
+
 // GELU(x) = x Phi(x), with Phi(x) - 1/2 an odd polynomial of z = x / clip on [-1, 1], in t = 2 z^2 - 1 (a minimax fit,
 // weighted for the error of x Phi). kPrecise: 8e-7 at most on [-9, 9], as torch's erf in float (1.2e-6); else 3e-5,
 // a hundredth of bfloat16's rounding at 1. At z = +-1 the rounded sums are +-1/2 exactly: beyond, however far, GELU is
 // 0 or x; of minus infinity it is NaN, as torch's.
 template <bool kPrecise>
-PVT_INLINE Vec gelu(Vec x) {
+PVT_INLINE Vec gelu_by_polynomial(Vec x) {
   constexpr float kClip = kPrecise ? 5.4f : 4.4f;
   const Vec z = max(min(x * (1 / kClip), splat(1)), splat(-1));
   const Vec t = z * z * 2.0f - 1.0f;
@@ -63,7 +62,15 @@ PVT_INLINE Vec gelu(Vec x) {
   }
   return x * (z * p + 0.5f);
 }
-#endif
+
+// kPrecise: for float; else for bfloat16.
+template <bool kPrecise>
+PVT_INLINE Vec gelu(Vec x) {
+  if constexpr (kLanes == GeluTable < kPrecise ? 4 : 2 > ::kNodes)
+    return gelu_by_table<kPrecise>(x);
+  else
+    return gelu_by_polynomial<kPrecise>(x);
+}
 
 // 2^x for x <= 0; exact 1 at 0, 0 from -127 on and not exact below -126; NaN stays NaN (hence the order inside max).
 // kPrecise: relative error 2e-7; else 1e-4, a twentieth of bfloat16's rounding.

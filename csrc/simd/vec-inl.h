@@ -1,8 +1,9 @@
-// The vector vocabulary: kLanes floats, in GCC's vector extensions. Included once inside each ISA's namespace, with
-// PVT_LANES set and the ISA's target region open; what an ISA does better than the compiler is in its own file, under
-// the PVT_HAS_* macros named here.
+// The vector vocabulary: kLanes floats, in GCC's vector extensions.
+// Compiled once per ISA: included by isa/<isa>.cpp inside its namespace and target region, after its `Target`. The same
+// file then defines `widen`, `round_to_bf16`, `min` and `max`, which are declared here, by its own instructions or by
+// including simd/portable-inl.h and simd/round_to_bf16-inl.h.
 
-constexpr int kLanes = PVT_LANES;
+constexpr int kLanes = Target::kLanes;
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef std::int32_t VecInt __attribute__((vector_size(kLanes * 4)));
@@ -43,11 +44,7 @@ PVT_INLINE Vec load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-#ifdef PVT_HAS_WIDEN
 PVT_INLINE VecBits widen(VecHalf h);
-#else
-PVT_INLINE VecBits widen(VecHalf h) { return __builtin_convertvector(h, VecBits); }
-#endif
 PVT_INLINE Vec load(const bf16* p) {
   VecHalf h;
   std::memcpy(&h, p, sizeof h);
@@ -56,17 +53,8 @@ PVT_INLINE Vec load(const bf16* p) {
 
 PVT_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-#ifdef PVT_HAS_ROUND_TO_BF16
-PVT_INLINE VecHalf round_to_bf16(Vec v);
-#else
 // Round to nearest even, NaN stays NaN.
-PVT_INLINE VecHalf round_to_bf16(Vec v) {
-  const VecBits bits = reinterpret_cast<VecBits>(v);
-  const VecBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const VecBits quiet = (bits >> 16) | 0x40;
-  return __builtin_convertvector(v == v ? rounded : quiet, VecHalf);
-}
-#endif
+PVT_INLINE VecHalf round_to_bf16(Vec v);
 PVT_INLINE void store(bf16* p, Vec v) {
   const VecHalf h = round_to_bf16(v);
   std::memcpy(p, &h, sizeof h);
@@ -87,13 +75,8 @@ PVT_INLINE void store_first(T* p, Vec v, int n) {
 }
 
 // Where an argument is NaN, the second one.
-#ifdef PVT_HAS_MIN_MAX
 PVT_INLINE Vec min(Vec a, Vec b);
 PVT_INLINE Vec max(Vec a, Vec b);
-#else
-PVT_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
-PVT_INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
-#endif
 
 template <int kDistance, int... kLane>
 PVT_INLINE Vec exchange(Vec v, std::integer_sequence<int, kLane...>) {

@@ -34,10 +34,7 @@ class SharedScratch {
 
  private:
   static constexpr std::size_t kBytes = std::size_t{8} << 20;
-  static unsigned char* room() {
-    pvt::shared_scratch().reset(kBytes);
-    return pvt::shared_scratch().take<unsigned char>(0);
-  }
+  static unsigned char* room() { return std::get<0>(pvt::shared_scratch().take(pvt::array<unsigned char>(kBytes))); }
   unsigned char* data_;
 };
 

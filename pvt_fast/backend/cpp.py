@@ -45,6 +45,7 @@ from ..ops.packing import Alias, Tensors, key_of, packed, span
 logger = logging.getLogger("pvt_fast")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KERNEL_DTYPES = {torch.float32: _C.DType.f32, torch.bfloat16: _C.DType.bf16}
 _SUPPORT = Support("cpp", _DTYPES, lambda device: None if device == "cpu" else f"it runs on CPU tensors, got {device}")
 
 # Every instruction set that is built in, best first; `isas` tells which of them this CPU runs.
@@ -103,7 +104,7 @@ def patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tenso
 
     def build(held: Any) -> Any:
         sizes = (in_channels, channels, kernel, stride)
-        return _C.PatchEmbed(isa, _is_bf16(image), _linear(held.proj), _norm(held.norm), sizes, channels_last)
+        return _C.PatchEmbed(isa, _dtype(image), _linear(held.proj), _norm(held.norm), sizes, channels_last)
 
     tensors = (*w.proj[:2], *w.norm[:2])
     kind = "patch_embed channels_last" if channels_last else "patch_embed"
@@ -134,7 +135,7 @@ def attention(
             "linear": spec.linear,
             "scale": spec.scale,
         }
-        return _C.attention(isa, _is_bf16(x), weights)
+        return _C.attention(isa, _dtype(x), weights)
 
     sr = () if w.sr is None or w.sr_norm is None else (*w.sr[:2], *w.sr_norm[:2])
     tensors = (*w.norm[:2], *w.q[:2], *w.kv[:2], *w.proj[:2], *sr)
@@ -159,7 +160,7 @@ def mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor 
             "hidden": held.fc1.weight.shape[0],
             "relu": spec.relu,
         }
-        return _C.mlp(isa, _is_bf16(x), weights)
+        return _C.mlp(isa, _dtype(x), weights)
 
     tensors = (*w.norm[:2], *w.fc1[:2], *w.dwconv[:2], *w.fc2[:2])
     op = _packed("mlp", key_of(isa, w, spec), w, tensors, check, build)
@@ -177,7 +178,7 @@ def layer_norm(x: Tensor, w: Norm) -> Tensor:
         check_layer_norm(given, weights, plain=True)
 
     def build(held: Norm) -> Any:
-        return _C.LayerNorm(isa, _is_bf16(x), _norm(held), x.shape[-1])
+        return _C.LayerNorm(isa, _dtype(x), _norm(held), x.shape[-1])
 
     op = _packed("layer_norm", key_of(isa, w), w, w[:2], check, build)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -198,10 +199,10 @@ def head(x: Tensor, w: Linear | None) -> Tensor:
         check_head(given, weights, plain=True)
 
     def build(held: Linear) -> Any:
-        return _C.Head(isa, _is_bf16(x), _linear(held), channels, classes)
+        return _C.Head(isa, _dtype(x), _linear(held), channels, classes)
 
     if w is None:
-        op = _C.Head(isa, _is_bf16(x), None, channels, classes)
+        op = _C.Head(isa, _dtype(x), None, channels, classes)
     else:
         op = _packed("head", key_of(isa, w), w, w[:2], check, build)
     out = torch.empty((batch, classes), dtype=x.dtype, device=x.device)
@@ -253,8 +254,9 @@ def log_float16() -> None:
     logger.info("backend 'cpp' computes float16 in float32, by conversion")
 
 
-def _is_bf16(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16
+def _dtype(x: Tensor) -> _C.DType:
+    """What the kernels call the element type of x, which is `_readable`."""
+    return _KERNEL_DTYPES[x.dtype]
 
 
 def _parts(w: AttentionWeights | MlpWeights) -> dict[str, tuple | None]:

@@ -483,13 +483,13 @@ def packed_ops() -> dict[str, tuple[Callable[..., Any], tuple, tuple]]:
     return {
         "PatchEmbed": (
             _C.PatchEmbed,
-            (isa, False, linear(16, 3 * 49), norm, (3, 16, 7, 4), False),
+            (isa, _C.DType.f32, linear(16, 3 * 49), norm, (3, 16, 7, 4), False),
             (at(2 * 3 * 9 * 10), (2, 9, 10), (270, 90, 10, 1), (out.data_ptr(), 4 * 2 * 9 * 16)),
         ),
-        "attention": (_C.attention, (isa, False, attention), residual),
-        "mlp": (_C.mlp, (isa, False, mlp), residual),
-        "LayerNorm": (_C.LayerNorm, (isa, False, norm, 16), (at(60 * 16), 60, span(out))),
-        "Head": (_C.Head, (isa, False, linear(7, 16), 16, 7), (at(960), 2, 30, (out.data_ptr(), 4 * 14))),
+        "attention": (_C.attention, (isa, _C.DType.f32, attention), residual),
+        "mlp": (_C.mlp, (isa, _C.DType.f32, mlp), residual),
+        "LayerNorm": (_C.LayerNorm, (isa, _C.DType.f32, norm, 16), (at(60 * 16), 60, span(out))),
+        "Head": (_C.Head, (isa, _C.DType.f32, linear(7, 16), 16, 7), (at(960), 2, 30, (out.data_ptr(), 4 * 14))),
     }
 
 
@@ -517,8 +517,10 @@ def forwards() -> Iterator[Case]:
     _alive.append(out)
     image = packed_ops()["PatchEmbed"][2][:3]
     _C.Forward(right).run(*image, span(out))
-    bf16 = {name: make(arguments[0], True, *arguments[2:]) for name, (make, arguments) in made.items()}
-    wide = _C.LayerNorm(cpp.isas()[0], False, ((_alive[0].data_ptr(), 128), (_alive[0].data_ptr(), 128), 1e-5), 32)
+    bf16 = {name: make(arguments[0], _C.DType.bf16, *arguments[2:]) for name, (make, arguments) in made.items()}
+    wide = _C.LayerNorm(
+        cpp.isas()[0], _C.DType.f32, ((_alive[0].data_ptr(), 128), (_alive[0].data_ptr(), 128), 1e-5), 32
+    )
     lists: dict[str, Any] = {
         "none": [],
         "one": right[:1],

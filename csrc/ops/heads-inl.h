@@ -1,0 +1,42 @@
+// Attention's weights, packed by heads: each is padded to whole narrow panels with zero weights, so that any head width
+// works.
+// Compiled once per ISA: included by isa/kernels-inl.h, which says how.
+
+struct Heads {
+  Heads(int channels, int count) : channels(channels), count(count), width(int(row_width(channels / count))) {}
+
+  int inner() const { return count * width; }  // padded columns of all heads
+
+  // q (parts = 1) or kv (parts = 2). A head's key and value lie side by side.
+  template <class E, class T>
+  PackedMatrix<E> pack_inputs(const Linear& linear, int parts) const {
+    const int head = channels / count;
+    const T* weight = static_cast<const T*>(linear.weight);
+    const T* bias = static_cast<const T*>(linear.bias);
+    auto row = [&](int n) -> std::ptrdiff_t {  // torch's row of packed column n, or -1 for padding
+      const int i = n % width, part = n / width % parts, h = n / width / parts;
+      return i < head ? std::ptrdiff_t(part) * channels + h * head + i : -1;
+    };
+    return pack<E>(
+        channels, parts * inner(),
+        [&](int k, int n) { return row(n) < 0 ? 0.0f : to_float(weight[row(n) * channels + k]); },
+        [&](int n) { return bias == nullptr || row(n) < 0 ? 0.0f : to_float(bias[row(n)]); });
+  }
+
+  template <class E, class T>
+  PackedMatrix<E> pack_projection(const Linear& linear) const {
+    const int head = channels / count;
+    const T* weight = static_cast<const T*>(linear.weight);
+    const T* bias = static_cast<const T*>(linear.bias);
+    return pack<E>(
+        inner(), channels,
+        [&](int k, int n) {
+          const int i = k % width, h = k / width;
+          return i < head ? to_float(weight[std::ptrdiff_t(n) * channels + h * head + i]) : 0.0f;
+        },
+        [&](int n) { return bias ? to_float(bias[n]) : 0.0f; });
+  }
+
+  int channels, count;
+  int width;  // padded columns of one head
+};

@@ -1,0 +1,119 @@
+// The smaller map that keys and values come from. A convolution makes one token of each patch of sr_ratio x sr_ratio,
+// and LayerNorm follows. In the linear form average pooling to 7 x 7 comes first, and GELU last.
+// Compiled once per ISA: included by isa/kernels-inl.h, which says how.
+
+// An order of a map's tokens in which those of a patch lie together, [patch][dy][dx], before those that fall into no
+// patch: the convolution is then a product over rows of whole patches.
+struct PatchOrder {
+  PatchOrder(const Map& map, int side)
+      : side(side), rows(map.height / side), columns(map.width / side), map_width(map.width) {}
+
+  // Where the token of row y and column x lies.
+  PVT_INLINE int place(int y, int x) const {
+    const int inside = columns * side, outside = map_width - inside, patches = rows * columns * side * side;
+    if (y < rows * side && x < inside) return ((y / side * columns + x / side) * side + y % side) * side + x % side;
+    if (y < rows * side) return patches + y * outside + x - inside;
+    return patches + rows * side * outside + (y - rows * side) * map_width + x;
+  }
+
+  int side, rows, columns, map_width;
+};
+
+template <class T, class E>
+class SpatialReduction {
+ public:
+  explicit SpatialReduction(const AttentionWeights& w)
+      : channels_(w.channels),
+        ratio_(w.sr.weight == nullptr ? 1 : w.sr_ratio),
+        reduces_(w.sr.weight != nullptr),
+        linear_(w.linear) {
+    if (!reduces_) return;
+    conv_ = pack_conv<E, T>(w.sr, channels_, channels_, ratio_, true, int(width()));
+    norm_ = PackedNorm(w.sr_norm, channels_, static_cast<const T*>(nullptr));
+  }
+
+  // Else keys and values come from the map itself.
+  bool reduces() const { return reduces_; }
+  int ratio() const { return ratio_; }
+  int least_side() const { return linear_ ? 1 : ratio_; }
+  int keys(const Map& map) const { return linear_ ? kPool * kPool : (map.height / ratio_) * (map.width / ratio_); }
+
+  // Elements of a patch's row.
+  std::size_t patch_width() const { return ratio_ * ratio_ * width(); }
+  // Of `rows` reduced rows, and of the sums that they come from.
+  std::size_t reduced_size(std::size_t rows) const { return reduces_ ? row_room(rows) * width() : 0; }
+  std::size_t sums_size(std::size_t rows) const { return reduced_size(rows) * parts(); }
+
+  // From normalised tokens (batch, tokens, width) in PatchOrder to `reduced` (batch, keys, width), by way of `sums`.
+  void run(const Map& map, const E* normed, const float* zeros, float* sums, E* reduced) const {
+    if (linear_) pool(map, normed, reduced);
+    convolve(map, linear_ ? reduced : normed, zeros, sums);
+    const std::int64_t rows = map.batch * keys(map);
+    const Split split = split_light(1, rows, width());
+    parallel_for(split.tiles, [&](std::int64_t item) {
+      const auto tile = split.tile(item);
+      float* from = sums + tile.begin * std::ptrdiff_t(width());
+      E* to = reduced + tile.begin * std::ptrdiff_t(width());
+      add_parts(from, tile.rows() * width(), rows * width());
+      linear_ ? norm_rows<Activation::gelu>(norm_, from, width(), tile.rows(), to, int(width()))
+              : norm_rows<Activation::none>(norm_, from, width(), tile.rows(), to, int(width()));
+    });
+  }
+
+ private:
+  static constexpr int kPool = 7;
+  static constexpr int kPartDepth = 1024;
+
+  std::size_t width() const { return row_width(channels_); }
+  int parts() const { return (conv_.layout.depth + kPartDepth - 1) / kPartDepth; }
+
+  // The means of torch's adaptive pooling of normalised tokens: bins overlap where 7 does not divide.
+  void pool(const Map& map, const E* normed, E* pooled) const {
+    const int height = map.height, columns = map.width;
+    parallel_for(map.batch * kPool * kPool, [&](std::int64_t item) {
+      const int y = int(item / kPool % kPool), x = int(item % kPool);
+      const int y0 = y * height / kPool, y1 = ((y + 1) * height + kPool - 1) / kPool;
+      const int x0 = x * columns / kPool, x1 = ((x + 1) * columns + kPool - 1) / kPool;
+      const E* from = normed + item / (kPool * kPool) * map.tokens() * width();
+      const float share = 1.0f / ((y1 - y0) * (x1 - x0));
+      for (std::size_t i = 0; i < width(); i += kLanes) {
+        Vec total{};
+        for (int row = y0; row < y1; ++row) {
+          Vec some{};
+          for (int column = x0; column < x1; ++column)
+            some += load(from + (std::int64_t(row) * columns + column) * width() + i);
+          total += some;
+        }
+        store(pooled + item * width() + i, total * share);
+      }
+    });
+  }
+
+  // Few rows and columns, long sums: these are shared out too, in parts that do not depend on the threads. `sums` is
+  // (parts, batch, keys, width).
+  void convolve(const Map& map, const E* patches, const float* zeros, float* sums) const {
+    const int count = keys(map);
+    const std::size_t image_size = (linear_ ? count : map.tokens()) * width();
+    const std::ptrdiff_t part_size = map.batch * count * width();
+    for_panels(map.batch, conv_, count, parts(), [&](int p, std::int64_t image, Split::Tile cut, int part) {
+      const int begin = part * kPartDepth, end = std::min(begin + kPartDepth, conv_.layout.depth);
+      Rows<E> a = rows_of(patches + image * image_size, cut.begin, patch_width());
+      a.data += begin;
+      float* to = sums + part * part_size + (image * count + cut.begin) * width();
+      gemm_panel(a, cut.rows(), conv_.panel(p).part(begin, end), p * kPanel,
+                 store_rows(to, width(), part == 0 ? conv_.bias.data() : zeros));
+    });
+  }
+
+  // `count` sums of the first part, with those of the others, each `part_size` further.
+  void add_parts(float* sums, std::size_t count, std::ptrdiff_t part_size) const {
+    for (int part = 1; part < parts(); ++part)
+      for (std::size_t i = 0; i < count; i += kLanes)
+        store(sums + i, load(sums + i) + load(sums + part * part_size + i));
+  }
+
+  int channels_, ratio_;
+  bool reduces_, linear_;
+  PackedMatrix<E> conv_;
+  PackedNorm norm_;
+};
