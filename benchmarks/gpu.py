@@ -28,6 +28,7 @@ import gpu_checks
 import gpu_plan
 import gpu_report
 import gpu_results
+import report
 from gpu_checks import Check
 from gpu_plan import FEWEST_ROUNDS, Clock, Place, Request, Step
 from server import Server, first_line
@@ -166,7 +167,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"must be BATCHxSIZE, comma-separated; got {text!r}")
         return [(int(pair[1]), int(pair[2])) for pair in pairs]
 
-    peers = [name for name in gpu_plan.CONTENDERS if name not in gpu_results.ALL_OURS]
+    peers = [name for name in gpu_plan.CONTENDERS if name not in report.ALL_OURS]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=words, default=list(gpu_plan.MODELS), help="comma-separated, e.g. b0,b2_li")
     parser.add_argument("--cases", type=shapes, default=list(gpu_plan.SHAPES), help="BATCHxSIZE, e.g. 256x224,8x512")
@@ -199,7 +200,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def request(options: argparse.Namespace) -> Request:
-    contenders = [c for c in gpu_plan.CONTENDERS if c in gpu_results.ALL_OURS or c in options.peers]
+    contenders = [c for c in gpu_plan.CONTENDERS if c in report.ALL_OURS or c in options.peers]
     lists = (options.models, options.cases, contenders, options.phases)
     models, cases, contenders, phases = map(tuple, lists)
     return Request(models, cases, options.dtype, contenders, phases)

@@ -12,7 +12,6 @@ from typing import Any
 import report
 from gpu_results import (
     ABSOLUTE_TARGET,
-    ALL_OURS,
     MEMORY_TARGET,
     Results,
     baseline,
@@ -55,7 +54,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _summary(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    peers = list(dict.fromkeys(c for row in rows for c in row["contenders"] if c not in ALL_OURS))
+    peers = report.peers(rows)
     lines = []
     for row in rows:
         mine, best = ours(row), baseline(row)
@@ -177,7 +176,6 @@ def _check_section(checks: list[Row]) -> list[str]:
 _VIEW = report.View(
     panel=lambda row: f"{row['machine']}; dotted: the ratios that the baseline must have, and the goal",
     ours=lambda row: ours(row) or "",
-    all_ours=ALL_OURS,
     marks=lambda row: target(case_of(row)) or (),
 )
 

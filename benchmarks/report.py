@@ -9,7 +9,7 @@ times within a row, to those of pvt_fast; times of different rows do not compare
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,8 @@ from case import Case
 Row = dict[str, Any]
 
 OURS = "pvt_fast"
+# Ways to run pvt_fast, of which a comparison times several; none of them is a peer.
+ALL_OURS = (OURS, "pvt_fast_compiled", "captured", "eager", "again")
 DTYPES = ("fp32", "bf16")
 # A contender that errs by this many times what the parity rule allows computes something else: its time counts nothing.
 WRONG_FACTOR = 20
@@ -53,9 +55,14 @@ def right(row: Row) -> dict[str, float]:
     return dict(sorted(timed.items(), key=lambda item: item[1]))
 
 
-def best_peer(row: Row, ours: Collection[str] = (OURS,)) -> str | None:
-    """The fastest of the others, of those whose answer is right."""
-    return next((contender for contender in right(row) if contender not in ours), None)
+def peers(rows: Iterable[Row]) -> list[str]:
+    """The contenders that are not ours, in the order in which the rows name them."""
+    return list(dict.fromkeys(name for row in rows for name in row["contenders"] if name not in ALL_OURS))
+
+
+def best_peer(row: Row) -> str | None:
+    """The fastest peer of those whose answer is right."""
+    return next((contender for contender in right(row) if contender not in ALL_OURS), None)
 
 
 def gflops(row: Row, contender: str) -> float:
@@ -169,11 +176,10 @@ def table(heading: list[str], lines: list[list[str]]) -> str:
 
 
 class View(NamedTuple):
-    """How a chart sees rows: panels, the contender that is ours, all that are ours, marks across a row's bars."""
+    """How a chart sees rows: panels, the contender that is ours, marks across a row's bars."""
 
     panel: Callable[[Row], str] = _where
     ours: Callable[[Row], str] = lambda row: OURS
-    all_ours: Collection[str] = (OURS,)
     marks: Callable[[Row], Collection[float]] = lambda row: ()
 
 
@@ -181,15 +187,15 @@ _CPU = View()
 
 
 def chart(rows: list[Row], path: Path, view: View = _CPU) -> None:
-    """Bars of the ratios, a group for each case, a panel for each machine and number of threads."""
+    """Bars of the peers' ratios, a group for each case, a panel for each machine and number of threads."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     panels = [list(group) for _, group in groupby(rows, key=view.panel)]
-    peers = list(dict.fromkeys(peer for row in rows for peer in row["contenders"] if peer not in view.all_ours))
-    bars = [len(panel) * max(len(peers), 1) for panel in panels]
+    drawn = peers(rows)
+    bars = [len(panel) * len(drawn) for panel in panels]
     figure, axes = pyplot.subplots(
         len(panels),
         figsize=(9, 0.24 * sum(bars) + 1.5 * len(panels)),
@@ -198,18 +204,17 @@ def chart(rows: list[Row], path: Path, view: View = _CPU) -> None:
         layout="constrained",
     )
     for panel, axis in zip(panels, axes[:, 0], strict=True):
-        _draw_panel(axis, panel, peers, view)
-    if peers:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(peers), fontsize=8)
+        _draw_panel(axis, panel, drawn, view)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(drawn), fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
-def _draw_panel(axis: Any, rows: list[Row], peers: list[str], view: View) -> None:
-    height = 0.8 / max(len(peers), 1)
-    for place, peer in enumerate(peers):
+def _draw_panel(axis: Any, rows: list[Row], contenders: list[str], view: View) -> None:
+    height = 0.8 / len(contenders)
+    for place, peer in enumerate(contenders):
         shown = [
-            (line + (place - (len(peers) - 1) / 2) * height, ratio(row, peer, view.ours(row)), right(row)[peer])
+            (line + (place - (len(contenders) - 1) / 2) * height, ratio(row, peer, view.ours(row)), right(row)[peer])
             for line, row in enumerate(rows)
             if peer in right(row)
         ]
@@ -242,8 +247,9 @@ def load(folder: Path) -> list[Row]:
 
 
 def save(rows: list[Row], folder: Path) -> None:
-    """cpu.json, cpu.md and cpu.png."""
+    """cpu.json, cpu.md and, where there is a peer to compare with, cpu.png."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cpu.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     (folder / "cpu.md").write_text(markdown(rows))
-    chart(rows, folder / "cpu.png")
+    if peers(rows):
+        chart(rows, folder / "cpu.png")

@@ -10,7 +10,7 @@ import report
 import single_ops
 import timing
 import torch
-from contenders import Case
+from contenders import CONTENDERS, Case
 from torch.utils.flop_counter import FlopCounterMode
 
 from pvt_fast import PVT_V2, testing
@@ -121,6 +121,21 @@ def test_an_answer_far_out_of_the_bound_is_wrong(error, wrong):
 def test_the_best_peer_answered_and_was_right():
     assert report.best_peer(row()) == "openvino"
     assert report.best_peer(row(contenders={"pvt_fast": row()["contenders"]["pvt_fast"]})) is None
+
+
+def test_another_way_to_run_pvt_fast_is_no_peer(tmp_path):
+    ours = row()["contenders"]["pvt_fast"]
+    both = row(contenders={"pvt_fast": ours, "pvt_fast_compiled": ours | {"ms": 11.0}})
+    assert report.best_peer(both) is None
+    assert report.best_peer(both | {"contenders": both["contenders"] | row()["contenders"]}) == "openvino"
+    assert "| b0 fp32 bs1 224px | 10.0 | 11.0 (1.10) | - | 50 | 2026-01-31 |" in report.markdown([both])
+    report.save([both], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu.json", "cpu.md"], "nothing to draw"
+
+
+def test_every_way_to_run_pvt_fast_on_a_cpu_is_known_to_be_ours():
+    assert {name for name in CONTENDERS if name.startswith("pvt_fast")} == {"pvt_fast", "pvt_fast_compiled"}
+    assert [name for name in CONTENDERS if name in report.ALL_OURS] == ["pvt_fast", "pvt_fast_compiled"]
 
 
 def test_a_case_measured_again_replaces_its_row_and_no_other():
