@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import pvt_fast
+from pvt_fast.testing import model_truth
 
 
 def segformer(depths: list[int], widths: list[int], decoder: int) -> nn.Module:
@@ -84,11 +85,9 @@ def make_model(case: Case) -> nn.Module:
 def truth(case: Case) -> tuple[Tensor, Tensor, float]:
     """(answer in float64, the unpatched model's in the case's dtype, GFLOP of a call)."""
     model, images = make_model(case), make_images(case)
-    with torch.inference_mode():
-        with FlopCounterMode(display=False) as counter:
-            model(images)
-        same = model.to(case.torch_dtype)(images.to(case.torch_dtype)).double()
-        return model.double()(images.double()), same, counter.get_total_flops() / 1e9
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(images)
+    return *model_truth(model, images.to(case.torch_dtype)), counter.get_total_flops() / 1e9
 
 
 def accelerated(case: Case) -> Ready:
@@ -111,21 +110,11 @@ CONTENDERS = {report.OURS: accelerated, "own": own, "compile": torch_compile}
 
 def compare(case: Case, options: argparse.Namespace, progress: Progress) -> report.Row:
     """Time one case; its row of the report."""
-    names = [report.OURS, *options.peers]
-    task = progress.add_task(str(case), total=len(names) + options.rounds)
     exact, plain, gflop = truth(case)
-    contenders = [cpu.Contender(name, CONTENDERS[name], case, exact, options.threads) for name in names]
-    progress.advance(task, len(names))
-    bound = cpu.check(contenders[0], exact, plain)
-    for _ in range(options.rounds):
-        for contender in contenders:
-            contender.burst(options.seconds)
-        progress.advance(task)
-    for contender in contenders:
-        contender.server.close()
-    progress.remove_task(task)
+    builds = {name: CONTENDERS[name] for name in (report.OURS, *options.peers)}
+    bound, cells = cpu.compete(builds, case, (exact, plain), options, progress)
     package = "timm" if case.model.startswith("timm") else "transformers"
-    return cpu.row(case, options.threads, ("torch", package), gflop, {}, bound, contenders)
+    return cpu.row(case, options.threads, ("torch", package), gflop, {}, bound, cells)
 
 
 def parse() -> argparse.Namespace:

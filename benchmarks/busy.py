@@ -16,12 +16,15 @@ import multiprocessing as mp
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
 
 import torch
 from contenders import CONTENDERS, Case, truth
 from cpu import Contender, check, contenders_of, cpu_name, numbers, require_cases, words
+
+from pvt_fast.cli.timing import in_turns
 
 PERIOD = 100_000  # microseconds, the kernel's default
 
@@ -79,24 +82,20 @@ def compare(case: Case, options: argparse.Namespace) -> None:
     conditions = [(f"{busy} busy", busy, None) for busy in options.busy]
     conditions += [(f"{cores:g} cores", 0, cores) for cores in options.quota]
     for label, busy, cores in conditions:
-        for contender in contenders:
-            contender.times.clear()
         with limited([contender.server.pid for contender in contenders], cores), beside(busy):
-            for _ in range(options.rounds):
-                for contender in contenders:
-                    contender.burst(options.seconds)
-        print(f"| {case.model} {case.dtype} | {label} | " + " | ".join(_cells(contenders)) + " |", flush=True)
+            times = in_turns([partial(contender.burst, options.seconds) for contender in contenders], options.rounds)
+        print(f"| {case.model} {case.dtype} | {label} | " + " | ".join(_cells(contenders, times)) + " |", flush=True)
     for contender in contenders:
         contender.server.close()
 
 
-def _cells(contenders: list[Contender]) -> Iterator[str]:
+def _cells(contenders: list[Contender], times: list[list[float]]) -> Iterator[str]:
     ours = None
-    for contender in contenders:
+    for contender, seconds in zip(contenders, times, strict=True):
         if contender.failure:
             yield contender.failure
             continue
-        cuts = quantiles(contender.times, n=20, method="inclusive")
+        cuts = quantiles(seconds, n=20, method="inclusive")
         middle, late = 1e3 * cuts[9], 1e3 * cuts[18]
         ours = ours or (middle, late)
         ratios = "" if contender is contenders[0] else f" ({middle / ours[0]:.2f}, {late / ours[1]:.2f})"

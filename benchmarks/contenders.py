@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import source_tree  # noqa: F401
 import torch
 from case import Case
-from timing import burst
 from torch import Tensor, nn
 
 import pvt_fast
+from pvt_fast.cli.timing import burst
+from pvt_fast.testing import model_truth
 
 Call = Callable[[], Tensor]
 
@@ -51,15 +52,7 @@ def make_images(case: Any) -> Tensor:
 
 def truth(case: Case, rows: slice | list[int] = slice(None)) -> tuple[Tensor, Tensor]:
     """(logits in float64, logits of plain torch in the case's dtype) of those images, from the reference backend."""
-    model, images = make_model(case), make_images(case)[rows]
-    with torch.inference_mode(), pvt_fast.use_backend("reference"):
-        same = model.to(case.torch_dtype)(images.to(case.torch_dtype)).double()
-        return model.double()(images.double()), same
-
-
-def parity_bound(exact: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
-    """The largest error that the parity rule allows (see `pvt_fast.testing.assert_parity`)."""
-    return 2 * float((plain - exact).abs().max()) + torch.finfo(dtype).eps * float(exact.abs().max())
+    return model_truth(make_model(case), make_images(case)[rows].to(case.torch_dtype))
 
 
 def on_cpp(case: Case) -> tuple[pvt_fast.PVT_V2, Tensor]:

@@ -18,6 +18,7 @@ import platform
 import re
 from collections.abc import Callable, Generator, Iterable
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,16 @@ import peak
 import report
 import single_ops
 import torch
-from contenders import CONTENDERS, Case, Ready, parity_bound, truth
+from contenders import CONTENDERS, Case, Ready, truth
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from server import Failed, Server
-from timing import burst, spread
 
 import pvt_fast
 from pvt_fast import testing
 from pvt_fast.backend import cpp
+from pvt_fast.cli.timing import burst, in_turns, spread
 from pvt_fast.config import VARIANTS, PVTConfig
 
 # The package whose version is told of a contender, besides torch.
@@ -49,7 +50,7 @@ def contend(build: Callable[[Any], Ready], case: Any, threads: int) -> Generator
         call, note = build(case)
         for _ in range(3):
             logits = call()
-        seconds = yield logits.double(), note
+        seconds = yield logits.clone(), note  # of a library's own memory, too
         while True:
             seconds = yield burst(call, seconds)
 
@@ -60,28 +61,29 @@ class Contender:
     def __init__(self, name: str, build: Callable[[Any], Ready], case: Any, exact: torch.Tensor, threads: int) -> None:
         self.name, self.case = name, case
         self.server = Server(contend, build, case, threads)
-        self.times: list[float] = []
         self.failure: str | None = None  # the comparison goes on without this contender and says why
         try:
-            logits, self.note = self.server.receive()
+            self.logits, self.note = self.server.receive()
         except Failed as failed:
             self.failure = str(failed)
         else:
-            self.error = float((logits - exact).abs().max())
+            self.error = float((self.logits - exact).abs().max())
 
-    def burst(self, seconds: float) -> None:
+    def burst(self, seconds: float) -> list[float]:
+        """Seconds of calls over about that long; none once it has failed."""
         if self.failure:
-            return
+            return []
         try:
-            self.times += self.server.ask(seconds)
+            return self.server.ask(seconds)
         except Failed as failed:
             self.failure = str(failed)
+            return []
 
-    def cell(self) -> dict[str, Any]:
+    def cell(self, times: list[float]) -> dict[str, Any]:
         """Its part of the row."""
         if self.failure:
             return {"failure": self.failure}
-        return {**spread(self.times), "error": self.error, "note": self.note}
+        return {**spread(times)._asdict(), "error": self.error, "note": self.note}
 
 
 def contenders_of(options: argparse.Namespace) -> list[str]:
@@ -92,34 +94,49 @@ def contenders_of(options: argparse.Namespace) -> list[str]:
 def compare(case: Case, options: argparse.Namespace, peaks: bool, progress: Progress) -> report.Row:
     """Time one case; its row of the report."""
     names = contenders_of(options)
-    task = progress.add_task(str(case), total=len(names) + options.rounds)
-    exact, plain = truth(case)
-    contenders = [Contender(name, CONTENDERS[name], case, exact, options.threads) for name in names]
-    progress.advance(task, len(names))
-    bound = check(contenders[0], exact, plain)
     meter = peak.Meter(cpp.isa(), options.threads)
-    for _ in range(options.rounds):
-        for contender in contenders:
-            contender.burst(options.seconds)
-        if peaks:
-            meter.measure()
+    builds = {name: CONTENDERS[name] for name in names}
+    bound, cells = compete(builds, case, truth(case), options, progress, meter.measure if peaks else lambda: None)
+    gflop = testing.model_flops(PVTConfig(**VARIANTS[case.model]), case.batch, (case.size, case.size)) / 1e9
+    packages = ("torch", *(PACKAGES[name] for name in names if name in PACKAGES))
+    return row(case, options.threads, packages, gflop, meter.medians(), bound, cells)
+
+
+def compete(
+    builds: dict[str, Callable[[Any], Ready]],
+    case: Any,
+    truth: tuple[torch.Tensor, torch.Tensor],
+    options: argparse.Namespace,
+    progress: Progress,
+    after_round: Callable[[], object] = lambda: None,
+) -> tuple[float, dict[str, Any]]:
+    """Check and time contenders, ours first: (largest error that the parity rule allows, cells of the row)."""
+    task = progress.add_task(str(case), total=len(builds) + options.rounds)
+    contenders = [Contender(name, build, case, truth[0], options.threads) for name, build in builds.items()]
+    progress.advance(task, len(contenders))
+    check(contenders[0], *truth)
+
+    def finish_round() -> None:
+        after_round()
         progress.advance(task)
+
+    bursts = [partial(contender.burst, options.seconds) for contender in contenders]
+    times = in_turns(bursts, options.rounds, after_round=finish_round)
     for contender in contenders:
         contender.server.close()
     progress.remove_task(task)
-    gflop = testing.model_flops(PVTConfig(**VARIANTS[case.model]), case.batch, (case.size, case.size)) / 1e9
-    packages = ("torch", *(PACKAGES[name] for name in names if name in PACKAGES))
-    return row(case, options.threads, packages, gflop, meter.medians(), bound, contenders)
+    cells = {contender.name: contender.cell(each) for contender, each in zip(contenders, times, strict=True)}
+    return testing.parity_bounds(*truth)["largest"], cells
 
 
-def check(ours: Contender, exact: torch.Tensor, plain: torch.Tensor) -> float:
-    """Hold ours to the parity rule, `plain` being plain torch in the case's dtype; the bound of the error."""
-    bound = parity_bound(exact, plain, ours.case.torch_dtype)
+def check(ours: Contender, exact: torch.Tensor, plain: torch.Tensor) -> None:
+    """End where ours failed or breaks the parity rule, `plain` being plain torch in the case's dtype."""
     if ours.failure:
         raise SystemExit(f"pvt_fast failed on {ours.case}: {ours.failure}")
-    if ours.error > bound:
-        raise SystemExit(f"pvt_fast errs by {ours.error:.2e} on {ours.case}, the parity rule allows {bound:.2e}")
-    return bound
+    try:
+        testing.assert_parity(ours.logits, exact, plain, f"pvt_fast on {ours.case}")
+    except AssertionError as error:
+        raise SystemExit(str(error)) from error
 
 
 def row(
@@ -129,7 +146,7 @@ def row(
     gflop: float,
     peaks: dict[str, float],
     bound: float,
-    contenders: list[Contender],
+    cells: dict[str, Any],
 ) -> report.Row:
     """What was measured of a case, as `report` takes it."""
     return {
@@ -141,7 +158,7 @@ def row(
         "gflop": gflop,
         "peaks": peaks,
         "bound": bound,
-        "contenders": {contender.name: contender.cell() for contender in contenders},
+        "contenders": cells,
     }
 
 

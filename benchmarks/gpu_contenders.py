@@ -17,7 +17,7 @@ from case import Case
 from contenders import make_images, make_model, timm_model
 from gpu_plan import CONTENDERS as NAMES
 from gpu_plan import Place
-from timing import Stopwatch
+from stopwatch import Stopwatch
 from torch import Tensor
 from torch._inductor import config as inductor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -111,7 +111,7 @@ def contend(name: str, case: Case, place: Place, rows: list[int]) -> Generator[A
             memory = MemoryMeter(device)
             forward = contestant.settle(first)
             for _ in range(3):  # torch.compile captures its graph in the first of them
-                logits = forward(first)[rows].double().cpu()
+                logits = forward(first)[rows].cpu()
             seconds = yield Ready(logits, *memory.read())
             inputs = [first, *(torch.randn_like(first) for _ in range(INPUTS - 1))]
             calls = FEWEST_CALLS

@@ -12,9 +12,10 @@ from contenders import make_images, make_model
 from gpu_checks import nvidia_smi
 from gpu_plan import Place
 from roofline import Ceilings, lane_rate, work_of
-from timing import Stopwatch, spread
+from stopwatch import Stopwatch
 from torch import Tensor
 
+from pvt_fast.cli.timing import spread
 from pvt_fast.kernels.launch import Launch, recorded
 
 
@@ -77,7 +78,7 @@ def describe(group: Sequence[Launch], limits: Ceilings, seconds: Sequence[float]
         "shape": shape_of(group[0]),
         "constants": dict(group[0].constants),
         "count": len(group),
-        **{name.replace("ms", "us"): 1e3 * timed[name] for name in ("ms", "ms_10", "ms_90")},
+        **{name.replace("ms", "us"): 1e3 * getattr(timed, name) for name in ("ms", "ms_10", "ms_90")},
         **work._asdict(),
         "roofline_us": 1e6 * limits.seconds(work),
         "bound_by": max(shares, key=shares.__getitem__),

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from case import Case
-from contenders import parity_bound, truth
+from contenders import truth
 from gpu_contenders import Ready, contend
 from gpu_plan import FEWEST_ROUNDS, Place
 from gpu_results import OURS, OUT_OF_TIME
 from report import Row
 from server import Failed, Server
-from timing import spread
 
 from pvt_fast import testing
+from pvt_fast.cli.timing import spread
 from pvt_fast.config import VARIANTS, PVTConfig
 
 # Of a batch so many images from both ends are held against float64, of large images fewer.
@@ -45,7 +45,7 @@ class Contender:
             self.failure = str(failed)
             return None
 
-    def prepare(self, exact: Any, bound: float, seconds: float) -> None:
+    def prepare(self, exact: Any, plain: Any, seconds: float) -> None:
         """Make it ready within that time and check its logits; ours must keep the parity rule to be timed."""
         if seconds <= 0:
             self.failure = OUT_OF_TIME
@@ -55,8 +55,11 @@ class Contender:
             self._ready = self._answer(lambda: self._server.ask("prepare", seconds))
         if self._ready is not None:
             self.error = float((self._ready.logits - exact).abs().max())
-            if self.name in OURS and not self.error <= bound:
-                self.failure = f"errs by {self.error:.2e}, the parity rule allows {bound:.2e}"
+            if self.name in OURS:
+                try:
+                    testing.assert_parity(self._ready.logits, exact, plain, self.name)
+                except AssertionError as error:
+                    self.failure = str(error)
 
     def burst(self, seconds: float, limit_s: float) -> None:
         if self.failure is None:
@@ -72,7 +75,7 @@ class Contender:
         if self.failure is not None or self._ready is None:
             return {"failure": self.failure}
         memory = {"peak": self._ready.peak, "reserved": self._ready.reserved}
-        return {**spread(self.times), "error": self.error, "note": "", **memory}
+        return {**spread(self.times)._asdict(), "error": self.error, "note": "", **memory}
 
 
 def compare(
@@ -92,10 +95,10 @@ def compare(
     contenders = [Contender(name, case, place) for name in names]
     try:
         exact, plain = truth(case, checked_rows(case))
-        bound = parity_bound(exact, plain, case.torch_dtype)
+        bound = testing.parity_bounds(exact, plain)["largest"]
         for contender in contenders:
             told(f"{case}: {contender.name} gets ready")
-            contender.prepare(exact, bound, left() - 2 * rounds * seconds * len(names))
+            contender.prepare(exact, plain, left() - 2 * rounds * seconds * len(names))
             if contender.failure:
                 told(f"{case}: {contender.name} did not run: {contender.failure}")
         for done in range(rounds):

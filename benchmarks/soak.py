@@ -30,13 +30,14 @@ from pathlib import Path
 
 import source_tree  # noqa: F401  # this tree's pvt_fast, not an installed one
 import torch
-from contenders import let_torchvision_be_imported, parity_bound
+from contenders import let_torchvision_be_imported
 from report import WRONG_FACTOR
 from torch import Tensor, nn
 
 import pvt_fast
 from pvt_fast import PVT_V2
 from pvt_fast.backend import cpp
+from pvt_fast.testing import model_truth, parity_bounds
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (
@@ -129,22 +130,14 @@ class Soak:
         ]
         return self.random.choice(layouts)(image)
 
-    @torch.no_grad()
     def check(self, model: nn.Module, image: Tensor, answer: Tensor) -> None:
         """The parity rule is for ops; a model that is wrong is beyond it by far."""
-        twin = copy.deepcopy(model)
-        with pvt_fast.use_backend("reference"):
-            for module in twin.modules():
-                if isinstance(module, PVT_V2):
-                    module.backend = "reference"
-            plain = twin(image)
-            truth = twin.double()(image.double())
-        self.hold(answer, truth, plain)
+        self.hold(answer, *model_truth(model, image))
 
     def hold(self, answer: Tensor, truth: Tensor, plain: Tensor) -> None:
         if answer.shape != truth.shape or answer.dtype != plain.dtype:
             raise RuntimeError(f"logits must be {plain.dtype} {tuple(truth.shape)}, got {answer.dtype} {answer.shape}")
-        error, bound = float((answer - truth).abs().max()), WRONG_FACTOR * parity_bound(truth, plain, plain.dtype)
+        error, bound = float((answer - truth).abs().max()), WRONG_FACTOR * parity_bounds(truth, plain)["largest"]
         if not error <= bound:
             raise RuntimeError(f"logits in {plain.dtype} must be off by at most {bound:.2e}, got {error:.2e}")
         self.calls += 1
@@ -271,11 +264,11 @@ class Soak:
 
         sizes = {"embed_dims": (16, 32), "num_heads": (1, 2), "mlp_ratios": (4, 4), "sr_ratios": (2, 1)}
         peer = PyramidVisionTransformerV2(**sizes, depths=(1, 1), num_classes=50).eval()
-        exact, plain = copy.deepcopy(peer).double(), copy.deepcopy(peer)
-        pvt_fast.accelerate_(peer, backend="cpp")
         image = torch.randn(2, 3, self.random.randint(64, 120), self.random.randint(64, 120))
+        truth, plain = model_truth(peer, image)
+        pvt_fast.accelerate_(peer, backend="cpp")
         with torch.no_grad():
-            self.hold(peer(image), exact(image.double()), plain(image))
+            self.hold(peer(image), truth, plain)
 
     def train_a_step(self) -> None:
         model = self.pick()
