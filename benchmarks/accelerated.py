@@ -18,11 +18,12 @@ import cpu
 import report
 import torch
 from case import Case
-from contenders import Ready, compile_frozen, let_torchvision_be_imported, make_images
+from contenders import Ready, compile_frozen, make_images
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision_ops import let_torchvision_be_imported
 
 import pvt_fast
 from pvt_fast.testing import model_truth

@@ -6,11 +6,9 @@ disturb each other in one process.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +16,7 @@ import source_tree  # noqa: F401
 import torch
 from case import Case
 from torch import Tensor, nn
+from torchvision_ops import let_torchvision_be_imported
 
 import pvt_fast
 from pvt_fast.cli.timing import burst
@@ -71,22 +70,6 @@ def pvt_fast_compiled(case: Case) -> Ready:
     model, images = on_cpp(case)
     compiled = torch.compile(model, fullgraph=True)
     return Ready(lambda: compiled(images))
-
-
-# kept alive: a Library that is collected takes its schemas with it
-_torchvision = torch.library.Library("torchvision", "FRAGMENT")
-
-
-def let_torchvision_be_imported() -> None:
-    """Where torchvision's compiled ops cannot load (built for CUDA, beside a CPU-only torch), define what it needs."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is not None and spec.origin is not None:
-        for extension in Path(spec.origin).parent.glob("_C*.so"):
-            with suppress(OSError):
-                torch.ops.load_library(extension)
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            _torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def timm_model(case: Case) -> nn.Module:

@@ -30,9 +30,9 @@ from pathlib import Path
 
 import source_tree  # noqa: F401  # this tree's pvt_fast, not an installed one
 import torch
-from contenders import let_torchvision_be_imported
 from report import WRONG_FACTOR
 from torch import Tensor, nn
+from torchvision_ops import let_torchvision_be_imported
 
 import pvt_fast
 from pvt_fast import PVT_V2
