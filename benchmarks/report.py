@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from case import Case
+from .case import Case
 
 Row = dict[str, Any]
 

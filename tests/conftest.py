@@ -26,9 +26,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from torchvision_ops import let_torchvision_be_imported
 
 import pvt_fast
+from benchmarks.torchvision_ops import let_torchvision_be_imported
 from pvt_fast.accelerate.fused import FusedBlock
 from pvt_fast.backend import cpp, dispatch
 from pvt_fast.ops import Backend, Facts

@@ -3,15 +3,15 @@
 import dataclasses
 import json
 
-import instructions
-import peak
 import pytest
-import report
-import single_ops
 import torch
-from contenders import CONTENDERS, Case
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import report
+from benchmarks.case import Case
+from benchmarks.counts import instructions
+from benchmarks.cpu import peak, single_ops
+from benchmarks.cpu.contenders import CONTENDERS
 from pvt_fast import PVT_V2, testing
 from pvt_fast.cli import timing
 from pvt_fast.config import VARIANTS, PVTConfig

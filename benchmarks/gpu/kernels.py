@@ -7,16 +7,17 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from case import Case
-from contenders import make_images, make_model
-from gpu_checks import nvidia_smi
-from gpu_plan import Place
-from roofline import Ceilings, lane_rate, work_of
-from stopwatch import Stopwatch
 from torch import Tensor
 
 from pvt_fast.cli.timing import spread
 from pvt_fast.kernels.launch import Launch, recorded
+
+from ..case import Case
+from ..models import make_images, make_model
+from .checks import nvidia_smi
+from .plan import Place
+from .roofline import Ceilings, lane_rate, work_of
+from .stopwatch import Stopwatch
 
 
 class Effort(NamedTuple):

@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-import peak
-import report
 import torch
-from contenders import Case
 from rich.progress import Progress
 from torch import Tensor
 
@@ -17,6 +14,10 @@ from pvt_fast.backend import cpp
 from pvt_fast.cli.timing import burst, in_turns, spread
 from pvt_fast.config import VARIANTS, PVTConfig
 from pvt_fast.ops import reference, tensors_in
+
+from .. import report
+from ..case import Case
+from . import peak
 
 
 def op_cases(cases: list[Case]) -> list[tuple[testing.Case, str]]:
