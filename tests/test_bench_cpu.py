@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +20,8 @@ from pvt_fast import PVT_V2, testing
 from pvt_fast.cli import timing
 from pvt_fast.config import VARIANTS, PVTConfig
 from pvt_fast.ops import reference
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_committed_counts_agree_with_themselves():
@@ -174,7 +180,7 @@ def test_markdown_has_every_figure():
         "| b2 fp32 bs1 224px | 10.0 | 20.0 (2.00) | 8.0 (0.80) | - | **wrong**: error 2e-05 | openvino 0.80 | - "
         "| 2026-02-01 |",
         "| b0 fp32 bs1 224px | openvino | 8.00 | 7.20-8.80 | 0.80 | 150 | 62 | 1.9e-05 | asked for latency |",
-        "| b0 fp32 bs1 224px | compile | 1.00 | 0.90-1.10 | 0.10 | 1200 | 500 | 2.1e-05 "
+        "| b0 fp32 bs1 224px | compile | 1.00 | 0.900-1.10 | 0.10 | 1200 | 500 | 2.1e-05 "
         "| **wrong**, at most 1.0e-06 is right |",
         "| b0 fp32 bs1 224px | onnxruntime | - | - | - | - | - | - | did not run: NotImplementedError: it \\| cannot |",
     ):
@@ -194,6 +200,18 @@ def test_a_folder_is_added_to(tmp_path):
     assert rows[0] == row()
     assert (tmp_path / "new" / "cpu.md").read_text() == report.markdown(rows)
     assert (tmp_path / "new" / "cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_and_the_processes_it_starts_find_this_tree_from_anywhere(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    case = ["--models", "b0", "--size", "32", "--dtype", "fp32", "--peers", "", "--threads", "1"]
+    effort = ["--rounds", "1", "--seconds", "0.01", "--out", "new"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "cpu.py"), *case, *effort]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (measured,) = report.load(tmp_path / "new")
+    assert measured["contenders"]["pvt_fast"]["calls"] >= timing.FEWEST
+    assert done.stdout == report.markdown([measured]) + "\n"
 
 
 def test_spread_of_calls():

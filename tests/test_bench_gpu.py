@@ -14,6 +14,7 @@ from benchmarks.gpu import checks, command, contenders, kernels, plan, report, r
 from benchmarks.gpu.checks import Check, Finished
 from benchmarks.gpu.models import ROUNDS, checked_rows
 from benchmarks.gpu.plan import Place, Step
+from benchmarks.report import ours
 from benchmarks.server import Failed, Server
 from pvt_fast.kernels import BACKEND
 from pvt_fast.kernels.launch import recorded
@@ -180,7 +181,7 @@ def test_the_whole_plan_for_real_with_steps_that_break_and_a_contender_that_fail
         assert cell["calls"] == ROUNDS
         assert 0 < cell["ms_10"] <= cell["ms"] <= cell["ms_90"]
         assert cell["error"] <= row["bound"] * 20
-    assert report.ours(row) == "eager"
+    assert ours(row) == "eager"
     assert "| b0 fp32 bs3 32px | " in (tmp_path / "gpu.md").read_text()
 
 

@@ -39,7 +39,7 @@ class Run:
 
     def __init__(self, results: report.Results, out: Path, place: Place, tell: Callable[[str], None] = tell) -> None:
         self.results, self.out, self.place, self.tell = results, out, place, tell
-        self.source = {**origin(place.device), "revision": plan.sources_digest(ROOT)}
+        self.source = source(place.device)
         self.failed: list[Step] = []
 
     def carry_out(self, planned: list[Step], left: Callable[[], float]) -> None:
@@ -49,7 +49,7 @@ class Run:
             if limit_s:
                 self.tell(f"{step}, expected to take {step.seconds:.0f} s")
                 self.perform(step, limit_s)
-            elif not self.results.hold(step, self.source["revision"]):
+            elif not self.results.hold(step, self.source["versions"]["sources"]):
                 self.results.unmeasured.append(str(step))
             if step.phase == "build" and step in self.failed:
                 self.tell("gpu.py: the extension was not built, and the package does not import without it")
@@ -96,14 +96,14 @@ def _row(step: Step, check: Check) -> dict[str, Any]:
     return {"phase": step.phase, "what": step.what, **check._asdict()}
 
 
-def origin(device: str) -> dict[str, str]:
-    """The GPU, what drives it, and the day."""
+def source(device: str) -> dict[str, Any]:
+    """What every row tells of where it comes from: the GPU, the day, and versions."""
     import torch
 
-    told = [f"driver {checks.nvidia_smi('driver_version') or 'unknown'}", f"CUDA {torch.version.cuda}"]
-    told += [f"{package} {version(package)}" for package in ("torch", "triton", "timm") if find_spec(package)]
+    versions = {package: version(package) for package in ("torch", "triton", "timm") if find_spec(package)}
+    versions |= {"driver": checks.nvidia_smi("driver_version") or "unknown", "sources": plan.sources_digest(ROOT)}
     machine = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    return {"machine": machine, "origin": ", ".join(told), "date": date.today().isoformat()}
+    return {"machine": machine, "threads": 0, "date": date.today().isoformat(), "versions": versions}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -20,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..case import Case
 from ..comparison import Ready
 from ..models import make_images, make_model, timm_model
+from .clock import seconds as seconds_of
 from .plan import Place
-from .stopwatch import Stopwatch
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -86,20 +86,18 @@ BUILDS: dict[str, Callable[[Case, Place], Built]] = {
 def contend(name: str, case: Case, place: Place, rows: list[int]) -> Generator[Any, Any, None]:
     """A contender's process; its logits are those of these rows of the batch."""
     device = place.device
-    layout, first, settle, context = (
-        getattr(BUILDS[name](case, place), field) for field in ("layout", "first", "settle", "context")
-    )
+    built = BUILDS[name](case, place)  # weights as a user has them, no tensors of the inference mode
     with torch.inference_mode():
-        example = make_images(case).to(device, case.torch_dtype).contiguous(memory_format=layout)
+        example = make_images(case).to(device, case.torch_dtype).contiguous(memory_format=built.layout)
         yield None
-        with context:
-            first(example)
+        with built.context:
+            built.first(example)
             forget_peak(device)
-            forward = settle(example)
+            forward = built.settle(example)
             for _ in range(3):  # torch.compile captures its graph in the first of them
                 logits = forward(example)[rows].cpu()
-            peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
-            seconds = yield Ready(logits, {"peak": peak})
+            peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+            seconds = yield Ready(logits, {"peak": peak, "note": f"peak {peak / 2**20:,.0f} MiB"})
             inputs = [example, *(torch.randn_like(example) for _ in range(INPUTS - 1))]
             pilot = burst(forward, inputs, FEWEST_CALLS, device)
             calls = max(FEWEST_CALLS, min(MOST_CALLS, round(seconds / pilot)))
@@ -109,13 +107,13 @@ def contend(name: str, case: Case, place: Place, rows: list[int]) -> Generator[A
 
 def burst(forward: Forward, inputs: list[Tensor], calls: int, device: str) -> float:
     """Seconds a call, of that many one after the other over the inputs in turn; one call before them wakes the GPU."""
+
+    def run() -> None:
+        for index in range(calls):
+            forward(inputs[index % len(inputs)])
+
     forward(inputs[-1])
-    watch = Stopwatch(device)
-    watch.start()
-    for index in range(calls):
-        forward(inputs[index % len(inputs)])
-    watch.stop()
-    return watch.seconds()[0] / calls
+    return seconds_of([run], device)[0] / calls
 
 
 def forget_peak(device: str) -> None:

@@ -54,4 +54,4 @@ def compare(
             worker.server.kill()  # a GPU process takes seconds to end by itself
     flop = testing.model_flops(PVTConfig(**VARIANTS[case.model]), case.batch, (case.size, case.size))
     bound = testing.parity_bounds(*exact)["largest"]
-    return {**case._asdict(), "gflop": flop / 1e9, "bound": bound, "contenders": timed}
+    return {**case._asdict(), "gflop": flop / 1e9, "peaks": {}, "bound": bound, "contenders": timed}
