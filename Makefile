@@ -37,7 +37,7 @@ lint: style $(VENV)/.test
 style: $(VENV)/.style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES)) $(wildcard benchmarks/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h,$(SOURCES)) $(wildcard benchmarks/*/*.cpp)
 
 # the kernels without Python: every op on every ISA that this CPU runs, against loops in double. An object per source,
 # in a folder for each set of flags; the compiler tells what it was made from
@@ -117,7 +117,7 @@ build/test_kernels_amx: $(call objects,amx,$(KERNELS) csrc/tests/test_kernels.cp
 build/test_kernels_aarch64: $(call objects,aarch64,$(KERNELS) csrc/tests/test_kernels.cpp)
 	$(CROSS_CXX) -fopenmp $^ -o $@
 
-build/instructions: $(call objects,optimised,$(KERNELS) benchmarks/instructions.cpp)
+build/instructions: $(call objects,optimised,$(KERNELS) benchmarks/counts/instructions.cpp)
 	$(CXX) -fopenmp $^ -o $@
 
 # drawn calls, damaged files, and other threads at any line; a part of it is in `make test`
@@ -189,7 +189,7 @@ gpu:
 
 # every kernel compiled ahead of time for every GPU it is for, with no GPU: what the committed table lacks and a part of
 # the rest; what the table lacks, to write it; everything, which takes half an hour
-GATES := PYTHONPATH=benchmarks $(BIN)/python -m gates
+GATES := $(BIN)/python -m benchmarks.gates
 
 gpu-gates: $(VENV)/.test
 	$(GATES) $(GATES_ARGS)
@@ -203,11 +203,11 @@ gpu-gates-all: $(VENV)/.test
 # counts of executed instructions against the committed ones; wants valgrind, no Python package
 instructions:
 	$(BUILD) build/instructions
-	$(PYTHON) benchmarks/instructions.py build/instructions
+	$(PYTHON) benchmarks/counts/instructions.py build/instructions
 
 instructions-update:
 	$(BUILD) build/instructions
-	$(PYTHON) benchmarks/instructions.py build/instructions --update
+	$(PYTHON) benchmarks/counts/instructions.py build/instructions --update
 
 wheel: $(VENV)/.created
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("Agg")  # a file is written, no window is opened
 
 import torch
+from digits import Digits, load_digits
 from matplotlib import pyplot
 from PIL import Image
 from rich.console import Console
@@ -22,7 +23,6 @@ from torch import Tensor
 import pvt_fast
 from pvt_fast.cli import bench
 from pvt_fast.cli.doctor import cpu_name
-from pvt_fast.digits import Digits, load_digits
 from pvt_fast.images.preprocess import Preprocess
 from pvt_fast.model_file import load_model
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from digits import PREPROCESS, SIZE, Digits, load_digits
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 import pvt_fast
-from pvt_fast.digits import PREPROCESS, SIZE, Digits, load_digits
 from pvt_fast.model_file import save_model
 
 OUT = Path(__file__).with_name("digits.safetensors")

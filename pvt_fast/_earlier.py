@@ -31,6 +31,8 @@ MODULES = {
     "replacing": "checkpoints.replacing",
     "weights": "checkpoints.weights",
 }
+# Modules that the package no longer has, and where in the repository they are.
+GONE = {"digits": "examples/digits.py"}
 OPS = {"overlap_patch_embed": "patch_embed", "sr_attention": "attention", "dwconv_mlp": "mlp"}
 
 
@@ -44,6 +46,11 @@ def earlier_module(name: str) -> ModuleType:
 class _Finder(MetaPathFinder, Loader):
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, module = name.rpartition(".")
+        if package == __package__ and module in GONE:
+            # without its attribute `name`: `from pvt_fast import digits` would take this for a module that never was
+            raise ModuleNotFoundError(
+                f"{name} is no part of the package any more: see {GONE[module]} in its repository"
+            )
         return ModuleSpec(name, self) if package == __package__ and module in MODULES else None
 
     def exec_module(self, module: ModuleType) -> None:

@@ -7,12 +7,14 @@ same problem; `to_float64` gives the truth for the *rounded* arguments.
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .accelerate.fused import FusedBlock, FusedEmbed, FusedNorm
 from .accelerate.halves import linear_of, norm_of
@@ -272,6 +274,37 @@ def expected(case: Case, arguments: tuple) -> tuple[Tensor, Tensor]:
     return truth, run(reference, case, cpu)
 
 
+@torch.no_grad()
+def model_truth(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(float64 truth on the CPU, plain torch in the dtype and on the device of the images), of a model's answer.
+
+    Weights are rounded to that dtype for both. PVT_V2 runs on the reference; the model is left as it is.
+    """
+    rounded = copy.deepcopy(model).eval().to(images.device, images.dtype)
+    for module in rounded.modules():
+        if isinstance(module, PVT_V2):
+            module.backend = "reference"
+    same_dtype = rounded(images)
+    return rounded.cpu().double()(images.cpu().double()), same_dtype
+
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "largest": torch.max,
+    "root mean square": lambda error: error.square().mean().sqrt(),
+}
+
+
+def _error(actual: Tensor, truth: Tensor) -> Tensor:
+    return (actual.detach().cpu().double() - truth).abs()
+
+
+def parity_bounds(truth: Tensor, same_dtype: Tensor) -> dict[str, float]:
+    """What the parity rule allows the "largest" and the "root mean square" error, of values that are not empty."""
+    unit = torch.finfo(same_dtype.dtype).eps
+    theirs, size = _error(same_dtype, truth), truth.abs()
+    return {name: 2 * float(reduce(theirs)) + unit * float(reduce(size)) for name, reduce in _REDUCTIONS.items()}
+
+
 def assert_parity(actual: Tensor, truth: Tensor, same_dtype: Tensor, what: str = "output") -> None:
     """Raise AssertionError unless the parity rule holds (no `assert`: `python -O` keeps this check).
 
@@ -286,15 +319,14 @@ def assert_parity(actual: Tensor, truth: Tensor, same_dtype: Tensor, what: str =
         raise AssertionError(f"{what}: dtype {actual.dtype}, expected {same_dtype.dtype}")
     if truth.numel() == 0:
         return
-    unit = torch.finfo(actual.dtype).eps
-    ours = (actual.detach().cpu().double() - truth).abs()
-    theirs = (same_dtype.detach().cpu().double() - truth).abs()
+    ours = _error(actual, truth)
     if ours.isnan().any():
         raise AssertionError(f"{what}: {int(ours.isnan().sum())} of {ours.numel()} values are NaN")
-    for name, reduce in (("largest", torch.max), ("root mean square", lambda e: e.square().mean().sqrt())):
-        error, bound = float(reduce(ours)), 2 * float(reduce(theirs)) + unit * float(reduce(truth.abs()))
-        if error > bound:
+    bounds = parity_bounds(truth, same_dtype)
+    for name, reduce in _REDUCTIONS.items():
+        if (error := float(reduce(ours))) > bounds[name]:
+            theirs = float(reduce(_error(same_dtype, truth)))
             raise AssertionError(
-                f"{what}: {name} error {error:.3e} exceeds {bound:.3e} "
-                f"(plain torch in {actual.dtype}: {float(reduce(theirs)):.3e})"
+                f"{what}: {name} error {error:.3e} exceeds {bounds[name]:.3e} "
+                f"(plain torch in {actual.dtype}: {theirs:.3e})"
             )

@@ -11,8 +11,7 @@ import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, suppress
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
 
@@ -29,10 +28,14 @@ if not torch.cuda.is_available():
 import pytest
 
 import pvt_fast
+from benchmarks.torchvision_ops import let_torchvision_be_imported
 from pvt_fast.accelerate.fused import FusedBlock
 from pvt_fast.backend import cpp, dispatch
 from pvt_fast.ops import Backend, Facts
 from pvt_fast.testing import CASES, Case, PatchEmbedCase
+
+# before a test imports timm
+let_torchvision_be_imported()
 
 # In triton's interpreter a call takes seconds above this many floating-point operations, ...
 INTERPRETER_MAX_FLOPS = 4_000_000
@@ -325,35 +328,3 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty_strided"),
     ):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
-
-
-def define_missing_torchvision_schemas() -> list[torch.library.Library]:
-    """Let timm import torchvision where its compiled ops cannot load (built for CUDA, beside a CPU-only torch).
-
-    torchvision attaches fake implementations to these two ops at import and fails when they do not exist.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or spec.origin is None:
-        return []
-    for extension in Path(spec.origin).parent.glob("_C*.so"):
-        with suppress(OSError):
-            torch.ops.load_library(extension)
-    libraries = []
-    for op in ("nms", "qnms"):
-        if not _schema_exists(f"torchvision::{op}"):
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            library.define(op + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            libraries.append(library)
-    return libraries
-
-
-def _schema_exists(name: str) -> bool:
-    try:
-        torch._C._dispatch_find_schema_or_throw(name, "")
-    except RuntimeError:
-        return False
-    return True
-
-
-# kept alive: a Library that is collected takes its schemas with it
-TORCHVISION_SCHEMAS = define_missing_torchvision_schemas()

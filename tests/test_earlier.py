@@ -61,6 +61,16 @@ def test_models_that_were_pickled_whole_name_what_was_in_program():
     assert pickle.loads(b"cpvt_fast.program\nWhole\n.") is importlib.import_module("pvt_fast.graphs.program").Whole
 
 
+@pytest.mark.parametrize(
+    "statement", ["import pvt_fast.digits", "from pvt_fast import digits", "from pvt_fast.digits import x"]
+)
+def test_a_module_that_went_says_where_it_is(statement):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"^pvt_fast.digits is no part of the package any more: see examples/"
+    ):
+        exec(statement)
+
+
 def test_other_names_are_none():
     with pytest.raises(AttributeError, match="module 'pvt_fast' has no attribute 'banana'"):
         pvt_fast.banana  # noqa: B018

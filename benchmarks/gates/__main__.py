@@ -1,8 +1,8 @@
 """Holds every kernel of every published variant, for every target and dtype, to the gates.
 
-    python -m gates                  compile what the committed table lacks, and a part of the rest, another each hour
-    python -m gates --update         compile what the table lacks, and write it
-    python -m gates --all            compile everything; with --update write it
+    python -m benchmarks.gates             compile what the committed table lacks, and an hourly part of the rest
+    python -m benchmarks.gates --update    compile what the table lacks, and write it
+    python -m benchmarks.gates --all       compile everything; with --update write it
 
 Fails where a kernel is beyond a gate, and where the table is not what compiling gives.
 """
@@ -124,7 +124,7 @@ def update(listed: Listed, wanted: Listed, table: Table, others: Table) -> Table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m gates", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gates", description=__doc__.splitlines()[0])
     parser.add_argument("--targets", default=",".join(CHIPS), help="comma-separated")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--update", action="store_true", help="write the table")

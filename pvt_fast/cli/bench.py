@@ -7,9 +7,10 @@ each in every round, so that a change of clock speed or of the load of the machi
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -20,13 +21,8 @@ from torch import Tensor
 
 from ..backend.dispatch import BackendUnavailable, backends, cannot_run
 from ..model import PVT_V2
-from ..testing import assert_parity
-
-# After the call whose answer is checked.
-WARMUP_CALLS = 1
-# Rounds that are run even when the time for them is over.
-FEWEST_ROUNDS = 3
-
+from ..testing import assert_parity, model_truth
+from .timing import Spread, in_turns, spread, timed
 
 # Columns of the tables where the output is no terminal and so has no width of its own.
 _WIDTH = 120
@@ -55,14 +51,15 @@ class Result:
     output: Tensor
     seconds: tuple[float, ...]
 
-    def quantile(self, q: float) -> float:
-        """Seconds a call."""
-        return torch.tensor(self.seconds, dtype=torch.float64).quantile(q).item()
+    @property
+    def spread(self) -> Spread:
+        """Milliseconds a call."""
+        return spread(self.seconds)
 
     @property
     def median(self) -> float:
         """Seconds a call."""
-        return self.quantile(0.5)
+        return median(self.seconds)
 
     @property
     def images_per_s(self) -> float:
@@ -109,7 +106,7 @@ def compare(
 ) -> Comparison:
     """Check and time the contenders on images (B, Cin, H, W).
 
-    `rounds` timed calls each, fewer (at least `FEWEST_ROUNDS`) once `budget_s` seconds have passed. Parity is checked
+    `rounds` timed calls each, fewer (at least `timing.FEWEST`) once `budget_s` seconds have passed. Parity is checked
     on `parity_images` images from both ends of the batch. Raises ParityError; the model is left as it is.
     """
     calls: dict[Contender, Callable[[], Tensor]] = {}
@@ -144,41 +141,26 @@ def check(model: PVT_V2, images: Tensor, outputs: Mapping[Contender, Tensor], pa
     """
     count = min(parity_images, len(images))
     rows = torch.cat([torch.arange((count + 1) // 2), torch.arange(len(images) - count // 2, len(images))])
-    truths: dict[torch.dtype, Tensor] = {}
-    plain: dict[tuple[torch.dtype, str], Tensor] = {}
+    truths: dict[tuple[torch.dtype, str], tuple[Tensor, Tensor]] = {}
     for contender, output in outputs.items():
         _, dtype, device = contender
-        if dtype not in truths:
-            # the truth is that of the rounded weights and images
-            rounded = copy.deepcopy(model).to(dtype)
-            truths[dtype] = _call(rounded, images[rows].to(dtype), Contender("reference", torch.float64, "cpu"))()
-        if (dtype, device) not in plain:
-            reference = Contender("reference", dtype, device)
-            known = reference in outputs
-            plain[dtype, device] = outputs[reference][rows] if known else _call(model, images[rows], reference)()
+        if (dtype, device) not in truths:
+            truths[dtype, device] = model_truth(model, images[rows].to(device, dtype))
         try:
-            assert_parity(output.cpu()[rows], truths[dtype], plain[dtype, device], str(contender))
+            assert_parity(output.cpu()[rows], *truths[dtype, device], str(contender))
         except AssertionError as error:
             raise ParityError(str(error)) from error
 
 
 def interleave(calls: Sequence[Callable[[], object]], rounds: int, budget_s: float = float("inf")) -> list[list[float]]:
-    """Seconds of each call in each round: A, B, C, A, B, C, ... after a warm-up, with the GPU's queue empty around."""
+    """Seconds of each call in each round, in turns, after one more call of each to warm up."""
     for call in calls:
-        for _ in range(WARMUP_CALLS):
-            call()
-    seconds: list[list[float]] = [[] for _ in calls]
-    end = time.perf_counter() + budget_s
-    for done in range(rounds):
-        if done >= FEWEST_ROUNDS and time.perf_counter() > end:
-            break
-        for call, times in zip(calls, seconds, strict=True):
-            _synchronize()
-            start = time.perf_counter()
-            call()
-            _synchronize()
-            times.append(time.perf_counter() - start)
-    return seconds
+        call()
+    return in_turns([partial(_timed_once, call) for call in calls], rounds, budget_s)
+
+
+def _timed_once(call: Callable[[], object]) -> list[float]:
+    return [timed(call)]
 
 
 def console(kind: type[Console] = Console) -> Console:
@@ -204,8 +186,8 @@ def timing_table(
             dtype_name(result.contender.dtype),
             result.contender.device,
             *(show(result) for show in columns.values()),
-            _milliseconds(result.median),
-            f"{_milliseconds(result.quantile(0.1))}-{_milliseconds(result.quantile(0.9))}",
+            _milliseconds(result.spread.ms),
+            f"{_milliseconds(result.spread.ms_10)}-{_milliseconds(result.spread.ms_90)}",
             f"{result.images_per_s:,.1f}",
             "-" if speedup is None else f"{speedup:.2f}x",
         )
@@ -220,10 +202,5 @@ def _call(model: PVT_V2, images: Tensor, contender: Contender) -> Callable[[], T
     return lambda: own(image)
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:.{1 if seconds >= 0.01 else 2}f}"
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _milliseconds(ms: float) -> str:
+    return f"{ms:.{1 if ms >= 10 else 2}f}"

@@ -357,9 +357,9 @@ def _figures(settings: dict[str, Any], comparison: bench.Comparison) -> dict[str
             {
                 **result.contender._asdict(),
                 "dtype": bench.dtype_name(result.contender.dtype),
-                "median_ms": result.median * 1e3,
-                "p10_ms": result.quantile(0.1) * 1e3,
-                "p90_ms": result.quantile(0.9) * 1e3,
+                "median_ms": result.spread.ms,
+                "p10_ms": result.spread.ms_10,
+                "p90_ms": result.spread.ms_90,
                 "images_per_s": result.images_per_s,
                 "speedup": comparison.speedup(result),
                 "samples_ms": [seconds * 1e3 for seconds in result.seconds],

@@ -2,20 +2,26 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-import instructions
-import peak
 import pytest
-import report
-import single_ops
-import timing
 import torch
-from contenders import Case
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import report
+from benchmarks.case import Case
+from benchmarks.counts import instructions
+from benchmarks.cpu import peak, single_ops
+from benchmarks.cpu.contenders import CONTENDERS
 from pvt_fast import PVT_V2, testing
+from pvt_fast.cli import timing
 from pvt_fast.config import VARIANTS, PVTConfig
 from pvt_fast.ops import reference
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_committed_counts_agree_with_themselves():
@@ -123,6 +129,21 @@ def test_the_best_peer_answered_and_was_right():
     assert report.best_peer(row(contenders={"pvt_fast": row()["contenders"]["pvt_fast"]})) is None
 
 
+def test_another_way_to_run_pvt_fast_is_no_peer(tmp_path):
+    ours = row()["contenders"]["pvt_fast"]
+    both = row(contenders={"pvt_fast": ours, "pvt_fast_compiled": ours | {"ms": 11.0}})
+    assert report.best_peer(both) is None
+    assert report.best_peer(both | {"contenders": both["contenders"] | row()["contenders"]}) == "openvino"
+    assert "| b0 fp32 bs1 224px | 10.0 | 11.0 (1.10) | - | 50 | 2026-01-31 |" in report.markdown([both])
+    report.save([both], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu.json", "cpu.md"], "nothing to draw"
+
+
+def test_every_way_to_run_pvt_fast_on_a_cpu_is_known_to_be_ours():
+    assert {name for name in CONTENDERS if name.startswith("pvt_fast")} == {"pvt_fast", "pvt_fast_compiled"}
+    assert [name for name in CONTENDERS if name in report.ALL_OURS] == ["pvt_fast", "pvt_fast_compiled"]
+
+
 def test_a_case_measured_again_replaces_its_row_and_no_other():
     earlier = [row(), row("b2"), row(dtype="bf16"), row(threads=4), row(size=512), row(machine="B")]
     again = row("b2", ours=11.0, date="2026-02-01")
@@ -159,7 +180,7 @@ def test_markdown_has_every_figure():
         "| b2 fp32 bs1 224px | 10.0 | 20.0 (2.00) | 8.0 (0.80) | - | **wrong**: error 2e-05 | openvino 0.80 | - "
         "| 2026-02-01 |",
         "| b0 fp32 bs1 224px | openvino | 8.00 | 7.20-8.80 | 0.80 | 150 | 62 | 1.9e-05 | asked for latency |",
-        "| b0 fp32 bs1 224px | compile | 1.00 | 0.90-1.10 | 0.10 | 1200 | 500 | 2.1e-05 "
+        "| b0 fp32 bs1 224px | compile | 1.00 | 0.900-1.10 | 0.10 | 1200 | 500 | 2.1e-05 "
         "| **wrong**, at most 1.0e-06 is right |",
         "| b0 fp32 bs1 224px | onnxruntime | - | - | - | - | - | - | did not run: NotImplementedError: it \\| cannot |",
     ):
@@ -181,13 +202,21 @@ def test_a_folder_is_added_to(tmp_path):
     assert (tmp_path / "new" / "cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_command_and_the_processes_it_starts_find_this_tree_from_anywhere(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    case = ["--models", "b0", "--size", "32", "--dtype", "fp32", "--peers", "", "--threads", "1"]
+    effort = ["--rounds", "1", "--seconds", "0.01", "--out", "new"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "cpu.py"), *case, *effort]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (measured,) = report.load(tmp_path / "new")
+    assert measured["contenders"]["pvt_fast"]["calls"] >= timing.FEWEST
+    assert done.stdout == report.markdown([measured]) + "\n"
+
+
 def test_spread_of_calls():
-    assert timing.spread([0.011, 0.001, 0.006, 0.002, 0.010, 0.004, 0.008, 0.003, 0.009, 0.005, 0.007]) == {
-        "ms": pytest.approx(6.0),
-        "ms_10": pytest.approx(2.0),
-        "ms_90": pytest.approx(10.0),
-        "calls": 11,
-    }
+    seconds = [0.011, 0.001, 0.006, 0.002, 0.010, 0.004, 0.008, 0.003, 0.009, 0.005, 0.007]
+    assert timing.spread(seconds)._asdict() == pytest.approx({"ms": 6.0, "ms_10": 2.0, "ms_90": 10.0, "calls": 11})
 
 
 def test_ops_of_the_models_are_timed_once_each():

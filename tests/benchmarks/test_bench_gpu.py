@@ -1,34 +1,24 @@
 """`make gpu` without a GPU: everything of it that a CPU can run, run there."""
 
-import argparse
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
+import time
 
-import gpu
-import gpu_checks
-import gpu_contenders
-import gpu_kernels
-import gpu_plan
-import gpu_results
-import gpu_sanitize
 import pytest
-import roofline
 import torch
-from case import Case
-from gpu_checks import Check, Finished
-from gpu_plan import Clock, Place, Request, Step
-from gpu_report import Results
-from server import Failed, Server
 
+from benchmarks import comparison
+from benchmarks.case import Case
+from benchmarks.gpu import checks, command, contenders, kernels, plan, report, roofline, sanitize
+from benchmarks.gpu.checks import Check, Finished
+from benchmarks.gpu.models import ROUNDS, checked_rows
+from benchmarks.gpu.plan import Place, Step
+from benchmarks.report import ours
+from benchmarks.server import Failed, Server
 from pvt_fast.kernels import BACKEND
 from pvt_fast.kernels.launch import recorded
 from pvt_fast.testing import MlpCase, run
-
-ROOT = Path(__file__).resolve().parents[2]
-
 
 CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
 RACY = (
@@ -43,17 +33,17 @@ RACY = (
     [
         (0, CLEAN, "passed", "error summary: 0 errors"),
         (0, CLEAN.replace("0 errors", "1 error"), "failed", "error summary: 1 error"),
-        (gpu_checks.FINDINGS, CLEAN.replace("0 errors", "12 errors"), "failed", "error summary: 12 errors"),
+        (checks.FINDINGS, CLEAN.replace("0 errors", "12 errors"), "failed", "error summary: 12 errors"),
         (0, RACY.replace("1 hazard", "0 hazards").replace("1 error", "0 errors"), "passed",
          "racecheck summary: 0 hazards displayed (0 errors, 0 warnings)"),
-        (gpu_checks.FINDINGS, RACY, "failed", "racecheck summary: 1 hazard displayed (1 error, 0 warnings)"),
+        (checks.FINDINGS, RACY, "failed", "racecheck summary: 1 hazard displayed (1 error, 0 warnings)"),
         (139, CLEAN, "failed", "error summary: 0 errors, but the program ended with status 139"),
-        (1, "Device not supported\n", "did not run", "racecheck gave no summary, status 1: Device not supported"),
-        (None, "========= COMPUTE-SANITIZER\n", "failed", "ended after 40 s, its limit"),
+        (1, "Device not supported\n", "did not run", "no summary, status 1: Device not supported"),
+        (None, "========= COMPUTE-SANITIZER\n", "failed", "ended at its limit of time"),
     ],
 )  # fmt: skip
 def test_what_the_sanitizer_tells(status, output, outcome, told):
-    check = gpu_checks.parse_sanitizer("racecheck", Finished(status, output), 40)
+    check = checks.parse_sanitizer(Finished(status, output))
     assert (check.outcome, check.told) == (outcome, told)
     assert check.outcome != "failed" or check.lines
 
@@ -62,13 +52,13 @@ def test_a_missing_sanitizer_is_told(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.delenv("CUDA_PATH", raising=False)
-    if gpu_checks.sanitizer_program() is None:  # unless /usr/local/cuda has it
-        assert gpu_checks.sanitize("memcheck", ROOT, 1.0).outcome == "did not run"
+    if checks.sanitizer_program() is None:  # unless /usr/local/cuda has it
+        assert checks.sanitize("memcheck", 1.0).outcome == "did not run"
     program = tmp_path / "bin" / "compute-sanitizer"
     program.parent.mkdir()
     program.write_text("")
     program.chmod(0o755)
-    assert gpu_checks.sanitizer_program() == str(program)
+    assert checks.sanitizer_program() == str(program)
 
 
 def test_programs_are_ended_at_their_limit_with_all_they_started(tmp_path):
@@ -78,38 +68,28 @@ def test_programs_are_ended_at_their_limit_with_all_they_started(tmp_path):
         f"subprocess.Popen(['sh', '-c', 'sleep 3; touch {late}'])\n"
         "time.sleep(60)"
     )
-    done = gpu_checks.run([sys.executable, "-c", code], 1.5)
-    assert done.status is None
-    check = gpu_checks.judge(done, 1.5)
-    assert (check.outcome, check.lines) == ("failed", ("started",))
-    subprocess.run(["sleep", "3"], check=True)
+    check = checks.judge(checks.run([sys.executable, "-c", code], 1.5))
+    assert check == Check("failed", "ended at its limit of time", ("started",))
+    time.sleep(3)
     assert not late.exists()
 
 
 def test_programs_tell_by_their_status():
-    fine = gpu_checks.judge(gpu_checks.run([sys.executable, "-c", "print('3 passed')"], 60), 60)
+    fine = checks.judge(checks.run([sys.executable, "-c", "print('3 passed')"], 60))
     assert fine == Check("passed", "3 passed", ("3 passed",))
-    bad = gpu_checks.judge(gpu_checks.run([sys.executable, "-c", "raise SystemExit('1 failed')"], 60), 60)
+    bad = checks.judge(checks.run([sys.executable, "-c", "raise SystemExit('1 failed')"], 60))
     assert (bad.outcome, bad.told) == ("failed", "1 failed")
 
 
-def test_tests_that_cannot_be_imported_are_left_out_by_name(tmp_path):
-    (tmp_path / "test_a.py").write_text("import os.path\nfrom pathlib import Path\nimport pytest\n")
-    (tmp_path / "test_b.py").write_text("from no_such_package.part import x\n")
-    found, told = gpu_checks.runnable_tests(tmp_path, ("test_a.py", "test_b.py", "test_c.py"))
-    assert found == [tmp_path / "test_a.py"]
-    assert told == ["test_b.py was left out: it imports no_such_package, not installed", "test_c.py is not there"]
-
-
-def test_the_sanitizers_target_launches_every_kernel():
+def test_the_sanitizers_program_launches_every_kernel():
     with recorded() as launches:
-        assert len(list(gpu_sanitize.results("meta"))) == 2 * len(gpu_sanitize.CASES) + 2
+        assert len(list(sanitize.results("meta"))) == 2 * len(sanitize.CASES) + 2
     assert {launch.name for launch in launches} == set(roofline.ENTRIES)
 
 
 @pytest.mark.full
-def test_the_sanitizers_target_runs():
-    assert gpu_sanitize.target("cpu") == 0
+def test_the_sanitizers_program_runs():
+    sanitize.main("cpu")
 
 
 def broken(message: str):
@@ -148,50 +128,72 @@ def test_a_server_that_does_not_answer_is_ended():
     server.close()
 
 
-def options(out: Path) -> argparse.Namespace:
-    return argparse.Namespace(rounds=gpu_plan.FEWEST_ROUNDS, seconds=0.01, out=out)
+def wrong(error: float):
+    """A worker's work that answers zeros, but for one logit, and then is timed."""
+    yield None
+    yield comparison.Ready(torch.tensor([[0.0, error]]), {"note": "a note"})
+    while True:
+        yield [0.25]
 
 
-def test_whole_models_for_real_with_one_contender_that_fails(tmp_path):
-    """As on a GPU, but on the CPU: a graph cannot be captured there, and the others go on."""
-    contenders = ("captured", "eager", "timm")
-    planned = gpu_plan.steps(Request(("b0",), ((3, 32),), "fp32", contenders, ("models",)))
+@pytest.mark.parametrize(("name", "told"), [("eager", "eager: largest error 1.000e-01 exceeds "), ("timm", None)])
+def test_ours_is_not_timed_unless_it_is_right(name, told):
+    """A peer that errs is timed: the report tells how far off it is."""
+    worker = comparison.Worker(name, wrong, 0.1)
+    worker.prepare((torch.zeros(1, 2, dtype=torch.float64), torch.zeros(1, 2)), 120)
+    cells = comparison.cells([worker], 3, 1.0)
+    worker.server.kill()
+    if told:
+        assert cells[name].keys() == {"failure"}
+        assert cells[name]["failure"].startswith(told)
+    else:
+        error = pytest.approx(0.1)
+        assert cells[name] == {"ms": 250, "ms_10": 250, "ms_90": 250, "calls": 3, "error": error, "note": "a note"}
+
+
+def test_the_whole_plan_for_real_with_steps_that_break_and_a_contender_that_fails(tmp_path):
+    """As on a GPU, but on the CPU: a graph cannot be captured there, and the others go on. Results come as they do."""
+    good = Step("models", "good", 240.0, Case("pvt_v2_b0", 3, 32, "fp32"), ("captured", "eager", "timm"))
+    bad = Step("models", "bad", 30.0, Case("pvt_v2_b0", 1, 8, "fp32"), ("eager",))  # too small for four stages
+    late = Step("models", "late", 1e9, Case("pvt_v2_b2", 1, 32, "fp32"), ("eager",))
+    saved: list[report.Results] = []
     told: list[str] = []
-    run_ = gpu.Run(options(tmp_path), Results(), told.append, Place("cpu", "reference"))
-    gpu.carry_out(planned, run_, Clock(5), lambda: None)
-    (row,) = gpu_results.load(tmp_path).models
-    assert list(row["contenders"]) == list(contenders)
+
+    def tell(text: str) -> None:
+        told.append(text)
+        saved.append(report.load(tmp_path))
+
+    run = command.Run(report.Results(), tmp_path, Place("cpu", "reference"), tell)
+    run.carry_out([bad, good, late], lambda: 600.0)
+    assert [bool(results.checks) for results in saved] == sorted(bool(results.checks) for results in saved)
+    assert saved[-1].checks, "the first step's outcome was saved before the second ended"
+    results = report.load(tmp_path)
+    assert [(check["what"], check["outcome"]) for check in results.checks] == [("bad", "failed")]
+    assert results.checks[0]["told"].startswith("ValueError: ")
+    assert results.unmeasured == ["models late"]
+    assert run.failed == [bad]
+    (row,) = results.models
+    assert list(row["contenders"]) == list(good.contenders)
     assert "failure" in row["contenders"]["captured"]
+    assert any(line.startswith("b0 fp32 bs3 32px: captured did not run: ") for line in told)
     for name in ("eager", "timm"):
         cell = row["contenders"][name]
-        assert cell["calls"] == gpu_plan.FEWEST_ROUNDS
+        assert cell["calls"] == ROUNDS
         assert 0 < cell["ms_10"] <= cell["ms"] <= cell["ms_90"]
         assert cell["error"] <= row["bound"] * 20
-    assert row["contenders"]["eager"]["error"] <= row["bound"]
-    assert gpu_results.ours(row) == "eager"
-    assert gpu_results.baseline(row) == "timm"
-    assert any(line.startswith("b0 fp32 bs3 32px: captured did not run: ") for line in told)
-    assert run_.results.unmeasured == []
+    assert ours(row) == "eager"
     assert "| b0 fp32 bs3 32px | " in (tmp_path / "gpu.md").read_text()
 
 
-def test_a_step_that_breaks_is_reported_and_the_rest_goes_on(tmp_path):
-    good = Step("models", "good", 30.0, Case("pvt_v2_b0", 1, 32, "fp32"), ("eager",))
-    bad = Step("models", "bad", 30.0, Case("pvt_v2_b0", 1, 8, "fp32"), ("eager",))  # too small for four stages
-    late = Step("models", "late", 1e9, Case("pvt_v2_b2", 1, 32, "fp32"), ("eager",))
-    run_ = gpu.Run(options(tmp_path), Results(), lambda text: None, Place("cpu", "reference"))
-    gpu.carry_out([bad, good, late], run_, Clock(5), lambda: None)
-    results = gpu_results.load(tmp_path)
-    assert [(check["what"], check["outcome"]) for check in results.checks] == [("bad", "failed")]
-    assert results.checks[0]["told"].startswith("ValueError: ")
-    assert [gpu_results.case_of(row) for row in results.models] == [good.case]
-    assert results.unmeasured == ["models b2 fp32 bs1 32px: eager"]
-    assert run_.failed == [bad]
+def test_a_failed_build_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "build", lambda limit_s: Check("failed", "no compiler"))
+    monkeypatch.setattr(checks, "tests", lambda limit_s: pytest.fail("ran without the extension"))
+    run = command.Run(report.Results(), tmp_path, Place("cpu", "reference"), lambda text: None)
+    run.carry_out(plan.steps(phases=("build", "tests")), lambda: 600.0)
+    assert [(check["phase"], check["told"]) for check in report.load(tmp_path).checks] == [("build", "no compiler")]
 
 
 def test_images_from_both_ends_are_checked():
-    from gpu_models import checked_rows
-
     assert checked_rows(Case("pvt_v2_b0", 256, 224, "bf16")) == [0, 1, 254, 255]
     assert checked_rows(Case("pvt_v2_b0", 3, 224, "bf16")) == [0, 1, 2]
     assert checked_rows(Case("pvt_v2_b0", 8, 1024, "bf16")) == [0, 7]
@@ -201,8 +203,12 @@ def test_images_from_both_ends_are_checked():
 def test_bursts_go_through_the_inputs():
     seen: list[int] = []
     inputs = [torch.tensor(i) for i in range(3)]
-    assert gpu_contenders.burst(lambda x: seen.append(int(x)), inputs, 4, "cpu") > 0
+    assert contenders.burst(lambda x: seen.append(int(x)), inputs, 4, "cpu") > 0
     assert seen == [2, 0, 1, 2, 0]
+
+
+def test_every_contender_of_the_plan_can_be_built():
+    assert tuple(contenders.BUILDS) == plan.CONTENDERS
 
 
 def test_launches_alone_are_timed_and_described():
@@ -210,15 +216,14 @@ def test_launches_alone_are_timed_and_described():
     with recorded() as launches:
         for case in (MlpCase(1, (3, 4), 32, 64), MlpCase(1, (3, 4), 32, 64), MlpCase(1, (2, 2), 32, 64)):
             run(BACKEND, case, case.make(torch.bfloat16))
-    groups = gpu_kernels.distinct(launches)
+    groups = kernels.distinct(launches)
     assert sorted(len(group) for group in groups) == sorted([2, 1] * (len(launches) // 3))
-    effort = gpu_kernels.Effort(repeats=3, flush_bytes=1 << 16, copy_bytes=1 << 16, product_side=32)
-    told, limits = gpu_kernels.measure_ceilings("cpu", effort)
+    effort = kernels.Effort(repeats=3, flush_bytes=1 << 16, copy_bytes=1 << 16, product_side=32)
+    told, limits = kernels.measure_ceilings("cpu", effort)
     assert min(told["copy_gbs"], told["product_tflops"], told["floor_us"]) > 0
-    flush = gpu_kernels.make_flush("cpu", effort.flush_bytes)
-    times = gpu_kernels.time_launches(groups[0], "cpu", flush, effort.repeats)
+    times = kernels.time_launches(groups[0], "cpu", kernels.make_flush("cpu", effort.flush_bytes), effort.repeats)
     assert len(times) == 3
-    row = gpu_kernels.describe(groups[0], limits, times)
+    row = kernels.describe(groups[0], limits, times)
     assert row["us_10"] <= row["us"] <= row["us_90"]
     assert row["count"] == 2
     assert row["roofline_us"] == pytest.approx(1e6 * limits.seconds(roofline.work_of(groups[0][0])))
@@ -228,11 +233,7 @@ def test_launches_alone_are_timed_and_described():
 
 def test_counters_are_cleared_between_launches():
     values, counters = torch.ones(3), torch.ones(3, dtype=torch.int32)
-    launch = launches_of_anything()._replace(args=(values, counters, 5))
-    gpu_kernels.clear_counters(launch)
+    launch = roofline.model_launches(Case("pvt_v2_b0", 1, 32, "bf16"))[0]
+    kernels.clear_counters(launch._replace(args=(values, counters, 5)))
     assert values.tolist() == [1, 1, 1]
     assert counters.tolist() == [0, 0, 0]
-
-
-def launches_of_anything():
-    return roofline.model_launches(Case("pvt_v2_b0", 1, 32, "bf16"))[0]

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from gates.__main__ import PARTS, Place, changed_since, differences, part_of
-from gates.compilations import CHIPS, Compilation, source_digest
-from gates.limits import GATES, NO_MATRIX_PRODUCT
-from gates.table import SUMMARY, TABLE, parse, summary_text, table_text
+
+from benchmarks.gates.__main__ import PARTS, Place, changed_since, differences, part_of
+from benchmarks.gates.compilations import CHIPS, Compilation, source_digest
+from benchmarks.gates.limits import GATES, NO_MATRIX_PRODUCT
+from benchmarks.gates.table import SUMMARY, TABLE, parse, summary_text, table_text
 
 ROOT = TABLE.parents[2]
 ALL_KERNELS = NO_MATRIX_PRODUCT | {
@@ -31,9 +32,9 @@ ALL_KERNELS = NO_MATRIX_PRODUCT | {
 AS_COMPILED = """
 import json
 import torch
-from gates.__main__ import compiled, list_compilations, row
-from gates.compilations import CHIPS, compilations
-from gates.table import TABLE, parse
+from benchmarks.gates.__main__ import compiled, list_compilations, row
+from benchmarks.gates.compilations import CHIPS, compilations
+from benchmarks.gates.table import TABLE, parse
 
 table = parse(TABLE.read_text())
 listed = list_compilations(["sm_90", "gfx942"], ["bf16"])
@@ -71,7 +72,6 @@ SIZES = [(batch, sizes) for batch in (1, 2, 7, 48, 256) for sizes in ((224,), (2
 @pytest.fixture(scope="module")
 def as_compiled() -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(ROOT / "benchmarks")
     command = [sys.executable, "-c", f"SIZES = {SIZES}\n{AS_COMPILED}"]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,25 +1,23 @@
 """The report of `make gpu` on recorded rows: what is derived, what merges, what is held against the targets."""
 
-import json
-import subprocess
 import sys
-from pathlib import Path
 
-import gpu_report
-import gpu_results
 import pytest
-from case import Case
-from gpu_plan import CORE, Step
-from gpu_results import OUT_OF_TIME, Results
 
-ROOT = Path(__file__).resolve().parents[2]
-SOURCE = {"machine": "NVIDIA H200", "origin": "driver 580, torch 2.11", "date": "2026-01-31", "revision": "abc"}
+from benchmarks.case import Case
+from benchmarks.gpu import report
+from benchmarks.gpu.plan import CORE, Step
+from benchmarks.gpu.report import OUT_OF_TIME, TARGETS, Results
+from benchmarks.report import best_peer, ours
+
+VERSIONS = {"torch": "2.11", "driver": "580", "sources": "abc"}
+SOURCE = {"machine": "NVIDIA H200", "threads": 0, "date": "2026-01-31", "versions": VERSIONS}
 GIB = 2**30
 
 
 def cell(ms: float, error: float = 1e-3, peak: int = GIB) -> dict:
-    return {"ms": ms, "ms_10": 0.9 * ms, "ms_90": 1.1 * ms, "calls": 7, "error": error, "note": "", "peak": peak,
-            "reserved": 2 * peak}  # fmt: skip
+    times = {"ms": ms, "ms_10": 0.9 * ms, "ms_90": 1.1 * ms, "calls": 7}
+    return times | {"error": error, "peak": peak, "note": f"peak {peak // GIB} GiB"}
 
 
 def row(model: str = "b2", batch: int = 256, size: int = 224, **fields) -> dict:
@@ -30,8 +28,8 @@ def row(model: str = "b2", batch: int = 256, size: int = 224, **fields) -> dict:
         "size": size,
         "dtype": "bf16",
         "gflop": 2000.0,
+        "peaks": {},
         "bound": 2e-3,
-        "rounds": 7,
         "contenders": {
             "captured": cell(8.0, peak=3 * GIB),
             "eager": cell(8.5, peak=2 * GIB),
@@ -60,57 +58,35 @@ def check(outcome: str = "passed", **fields) -> dict:
 
 
 def test_what_is_derived_from_a_row():
-    assert gpu_results.ours(row()) == "captured"
-    assert gpu_results.baseline(row()) == "compile"
-    assert gpu_results.speedup(row()) == 1.75
-    assert gpu_results.memory_ratio(row()) == 0.75
-    assert gpu_results.noise(row()) == pytest.approx(0.025)
-    assert gpu_results.verdict(row()) == "1.5/1.8 must met"
+    assert ours(row()) == "captured"
+    assert best_peer(row()) == "compile"
+    assert report.speedup(row()) == 1.75
+    assert report.memory_ratio(row()) == 0.75
 
 
 def test_ours_is_the_faster_way_and_has_to_be_right():
-    slow = row(contenders=row()["contenders"] | {"captured": cell(9.0)})
-    assert gpu_results.ours(slow) == "eager"
-    wrong = row(contenders=row()["contenders"] | {"captured": cell(1.0, error=float("nan"))})
-    assert gpu_results.ours(wrong) == "eager"
-    assert gpu_results.noise(wrong) is None
+    assert ours(row(contenders=row()["contenders"] | {"captured": cell(9.0)})) == "eager"
+    assert ours(row(contenders=row()["contenders"] | {"captured": cell(1.0, error=float("nan"))})) == "eager"
 
 
-def test_without_ours_or_a_baseline_nothing_is_derived():
+def test_without_ours_or_a_peer_nothing_is_derived():
     for gone in ({"captured", "eager"}, {"timm", "compile", "compile-flash"}):
         kept = {name: value for name, value in row()["contenders"].items() if name not in gone}
-        assert gpu_results.speedup(row(contenders=kept)) is None
-        assert gpu_results.memory_ratio(row(contenders=kept)) is None
-        assert gpu_results.verdict(row(contenders=kept)) == "-"
+        alone = row(contenders=kept)
+        assert (report.speedup(alone), report.memory_ratio(alone), report._verdict(alone)) == (None, None, "-")
+        assert "| b2 bf16 bs256 224px | " in report.markdown(Results([alone]))
 
 
 @pytest.mark.parametrize(("ms", "told"), [(14.0 / 1.49, "**missed**"), (14.0 / 1.5, "must met"), (7.7, "goal met")])
 def test_verdicts(ms, told):
-    assert gpu_results.verdict(row(contenders={"captured": cell(ms), "compile": cell(14.0)})).endswith(told)
+    assert report._verdict(row(contenders={"captured": cell(ms), "compile": cell(14.0)})).endswith(told)
 
 
-@pytest.mark.parametrize(
-    ("measured", "wanted"),
-    [
-        (Case("pvt_v2_b4", 1, 224, "bf16"), (1.5, 2.0)),
-        (Case("pvt_v2_b0", 32, 224, "bf16"), (1.5, 1.9)),
-        (Case("pvt_v2_b2_li", 256, 224, "bf16"), (1.6, 2.0)),
-        (Case("pvt_v2_b3", 256, 224, "bf16"), (1.35, 1.6)),
-        (Case("pvt_v2_b5", 8, 512, "bf16"), (1.15, 1.4)),
-        (Case("pvt_v2_b5", 8, 1024, "bf16"), (1.15, 1.3)),
-        (Case("pvt_v2_b1", 8, 1024, "bf16"), (1.3, 1.5)),
-        (Case("pvt_v2_b1", 8, 1024, "fp16"), None),
-        (Case("pvt_v2_b1", 7, 224, "bf16"), None),
-    ],
-)
-def test_targets(measured, wanted):
-    assert gpu_results.target(measured) == wanted
-
-
-def test_every_model_has_targets_at_every_shape_and_no_goal_is_below_its_must():
-    for shape, models in gpu_results.TARGETS.items():
-        assert sorted(models) == ["b0", "b1", "b2", "b2_li", "b3", "b4", "b5"], shape
-        assert all(1 < must < goal for must, goal in models.values())
+def test_every_goal_is_above_its_must():
+    assert len(TARGETS) == 7 * 5
+    assert TARGETS[Case("pvt_v2_b2_li", 256, 224, "bf16")] == (1.6, 2.0)
+    assert TARGETS[Case("pvt_v2_b5", 8, 1024, "bf16")] == (1.15, 1.3)
+    assert all(1 < must < goal for must, goal in TARGETS.values())
 
 
 def test_rows_measured_again_replace_theirs_and_no_other():
@@ -137,85 +113,72 @@ def test_a_step_measured_at_last_is_no_failure_any_more():
     assert results.checks == [check()]
 
 
-def test_what_is_lacking_is_asked_of_the_same_sources():
+def test_a_step_is_held_by_results_of_the_same_sources():
     case = Case("pvt_v2_b2", 256, 224, "bf16")
     core, whole = (Step("models", "", 1.0, case, names) for names in (CORE, (*CORE, "compile-flash", "compile-cudnn")))
     results = Results(models=[row()], kernels=[kernel_row()], checks=[check()])
-    assert results.lacking(core, "abc") == []
-    assert results.lacking(whole, "abc") == [], "a contender that failed was measured"
-    assert results.lacking(core, "other") == list(CORE)
+    assert results.hold(core, "abc")
+    assert results.hold(whole, "abc"), "a contender that failed was measured"
+    assert not results.hold(core, "other")
     late = Results(models=[row(contenders=row()["contenders"] | {"compile-flash": {"failure": OUT_OF_TIME}})])
-    assert late.lacking(whole, "abc") == ["compile-flash"]
-    kernels = Step("kernels", "", 1.0, case)
-    assert results.lacking(kernels, "abc") == []
-    assert late.lacking(kernels, "abc") == ["kernels"]
-    tests = Step("tests", "pytest", 1.0)
-    assert results.lacking(tests, "abc") == []
-    assert Results(checks=[check("failed")]).lacking(tests, "abc") == ["tests"]
+    assert not late.hold(whole, "abc")
+    assert late.hold(core, "abc")
+    kernels, tests = Step("kernels", "", 1.0, case), Step("tests", "pytest", 1.0)
+    assert results.hold(kernels, "abc")
+    assert not late.hold(kernels, "abc")
+    assert results.hold(tests, "abc")
+    assert not Results(checks=[check("failed")]).hold(tests, "abc")
 
 
 def test_markdown_has_every_figure():
     results = Results([row(), row("b0", 1, contenders={"captured": cell(0.1)})], [kernel_row()], [
         check(),
         check("failed", what="memcheck", phase="sanitize", told="error summary: 1 error", lines=["=== Invalid read"]),
-    ], ["models b5 bf16 bs1 224px: captured, eager"])  # fmt: skip
-    lines = gpu_report.markdown(results).splitlines()
+    ], ["models b5 bf16 bs1 224px"])  # fmt: skip
+    lines = report.markdown(results).splitlines()
     assert [line for line in lines if line.startswith("## ")] == [
         "## Checks",
-        "## NVIDIA H200: whole models",
+        "## NVIDIA H200",
         "## NVIDIA H200: kernels of b2 bf16 bs256 224px",
         "## Not measured: out of time",
     ]
     for line in (
         "| sanitize | memcheck | failed | error summary: 1 error | NVIDIA H200 | 2026-01-31 |",
         "=== Invalid read",
-        "- 2026-01-31, sources abc: driver 580, torch 2.11",
-        "| case | ours ms | images/s | timm | compile | compile-flash | compile-cudnn | baseline | ratio | must/goal "
-        "| memory | noise | measured |",
-        "| b2 bf16 bs256 224px | 8.000 (captured) | 32,000 | 3.75 | 1.75 | **wrong** | - | compile | 1.75 "
-        "| 1.5/1.8 must met | 0.75 **missed** | 2.5% | 2026-01-31 |",
-        "| b0 bf16 bs1 224px | 0.100 (captured) | 10,000 | - | - | - | - | - | - | - | - | - | 2026-01-31 |",
-        "b2 bf16 bs256 224px: 32,000 images/s of 33,000, **missed**.",
-        "| b2 bf16 bs256 224px | compile | 14.000 | 12.600-15.400 | 142.9 | 4,096 | 8,192 | 1.0e-03 | 2.0e-03 |  |",
-        "| b2 bf16 bs256 224px | compile-flash | 4.000 | 3.600-4.400 | 500.0 | 1,024 | 2,048 | 1.0e+00 | 2.0e-03 "
-        "| **wrong** |",
-        "| b2 bf16 bs256 224px | compile-cudnn | - | - | - | - | - | - | - "
-        "| did not run: RuntimeError: no \\| kernel |",
+        "- 2026-01-31: torch 2.11, driver 580, sources abc",
+        "| case | captured | eager | again | timm | compile | compile-flash | compile-cudnn | best peer | must/goal "
+        "| memory | images/s | % of peak | measured |",
+        "| b2 bf16 bs256 224px | 8.0 | 8.5 (1.06) | 8.2 (1.02) | 30.0 (3.75) | 14.0 (1.75) | **wrong**: error 1e+00 "
+        "| - | compile 1.75 | 1.5/1.8 must met | 0.75 **missed** | 32,000 | - | 2026-01-31 |",
+        "| b0 bf16 bs1 224px | 0.100 | - | - | - | - | - | - | - | - | - | 10,000 | - | 2026-01-31 |",
+        "| b2 bf16 bs256 224px | compile | 14.00 | 12.60-15.40 | 1.75 | 142857 | - | 1.0e-03 | peak 4 GiB |",
+        "| b2 bf16 bs256 224px | compile-cudnn | - | - | - | - | - | - | did not run: RuntimeError: no \\| kernel |",
         "| large_kernel | C=64 grid=7 | 3 | 50.0 | 150 | 100.00 | 2000 | 50 | 8.00 | 25.0 (memory) | 2.00 |",
         "| small_kernel | C=64 grid=7 | 2 | 5.0 | 10 | 4.00 | 800 | 20 | 0.00 | 1.0 (memory) | 5.00 |",
-        "- models b5 bf16 bs1 224px: captured, eager",
+        "- models b5 bf16 bs1 224px",
     ):
         assert line in lines
-    assert lines.index(next(line for line in lines if line.startswith("| large_kernel"))) < lines.index(
-        next(line for line in lines if line.startswith("| small_kernel"))
-    ), "what takes most of a forward comes first"
+    kernels = [line.split()[1] for line in lines if "_kernel |" in line]
+    assert kernels == ["large_kernel", "small_kernel"], "what takes most of a forward comes first"
 
 
 def test_a_folder_is_added_to(tmp_path):
-    assert gpu_results.load(tmp_path / "new") == Results()
+    assert report.load(tmp_path / "new") == Results()
     results = Results([row()], [kernel_row()], [check()], ["models b5"])
-    gpu_report.save(results, tmp_path / "new")
-    assert gpu_results.load(tmp_path / "new") == results
-    assert (tmp_path / "new" / "gpu.md").read_text() == gpu_report.markdown(results)
+    report.save(results, tmp_path / "new")
+    assert report.load(tmp_path / "new") == results
+    assert (tmp_path / "new" / "gpu.md").read_text() == report.markdown(results)
     assert (tmp_path / "new" / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_nothing_is_drawn_of_nothing(tmp_path):
-    gpu_report.save(Results([row(contenders={"captured": cell(1.0)})]), tmp_path)
+    report.save(Results([row(contenders={"captured": cell(1.0)})]), tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.md"]
 
 
-WITHOUT_MATPLOTLIB = """
-import json, pathlib, sys
-sys.modules["matplotlib"] = None
-sys.path.insert(0, "benchmarks")
-import gpu_report, gpu_results
-gpu_report.save(gpu_results.Results([json.loads(sys.argv[1])]), pathlib.Path(sys.argv[2]))
-"""
-
-
-def test_without_matplotlib_the_report_is_written_and_says_so(tmp_path):
-    command = [sys.executable, "-c", WITHOUT_MATPLOTLIB, json.dumps(row()), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("gpu.png was not drawn: ")
+def test_without_matplotlib_the_report_is_written_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    told: list[str] = []
+    report.save(Results([row()]), tmp_path, told.append)
+    assert told[0].startswith("gpu.png was not drawn: ")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.md"]

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import roofline
 import torch
-from case import Case
-from roofline import Ceilings, Work
 
 import pvt_fast
+from benchmarks.case import Case
+from benchmarks.gpu import roofline
+from benchmarks.gpu.roofline import Ceilings, Work
 from pvt_fast import testing
 from pvt_fast.config import VARIANTS, PVTConfig
 from pvt_fast.kernels.launch import Launch

@@ -1,18 +1,18 @@
 """The digits: their split, the weights in examples/, the script that makes these weights, the demo that shows them."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import demo
 import pytest
 import torch
+import train_digits
+from digits import PREPROCESS, Digits, load_digits
 from PIL import Image
 
 import pvt_fast
-from pvt_fast.digits import PREPROCESS, Digits, load_digits
 from pvt_fast.images.preprocess import read_image
 from pvt_fast.model_file import load_model
 
@@ -31,14 +31,6 @@ def keep_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-def example(name: str) -> ModuleType:
-    """examples/<name>.py as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_split_is_stratified_and_always_the_same(split):
@@ -75,7 +67,7 @@ def test_images_are_what_the_preprocessing_gives_for_a_file(split, tmp_path):
 def test_weights_are_small_and_of_the_model_that_the_script_trains():
     assert WEIGHTS.stat().st_size <= 1_000_000
     model, preprocess = load_model(WEIGHTS)
-    assert model.config == example("train_digits").make_model().config
+    assert model.config == train_digits.make_model().config
     assert model.config.linear
     assert preprocess == PREPROCESS
 
@@ -92,7 +84,6 @@ def test_held_out_accuracy(split, target, dtype):
 
 
 def test_training_is_reproducible(tmp_path, keep_threads, capsys):
-    train_digits = example("train_digits")
     files = {}
     for name, seed in (("first", 3), ("again", 3), ("other", 4)):
         out = tmp_path / f"{name}.safetensors"
@@ -104,7 +95,6 @@ def test_training_is_reproducible(tmp_path, keep_threads, capsys):
 
 
 def test_training_lowers_the_loss(split, keep_threads):
-    train_digits = example("train_digits")
     torch.set_num_threads(1)
     few = Digits(split[0].images[:64], split[0].labels[:64])
     model = train_digits.make_model()
@@ -115,7 +105,6 @@ def test_training_lowers_the_loss(split, keep_threads):
 
 
 def test_augmentation_moves_each_image_its_own_way(split):
-    train_digits = example("train_digits")
     images = split[0].images[:1].expand(4, -1, -1, -1)
     moved = train_digits.augment(images, torch.Generator().manual_seed(0))
     assert moved.shape == images.shape
@@ -127,7 +116,6 @@ def test_augmentation_moves_each_image_its_own_way(split):
 
 
 def test_picture_shows_wrong_predictions_in_red(split, tmp_path):
-    demo = example("demo")
     labels = split[1].labels
     pictures = {}
     for name, predictions in (("right", labels), ("wrong", (labels + 1) % 10)):

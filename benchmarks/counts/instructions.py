@@ -1,7 +1,7 @@
 """Instruction counts of fixed op calls against the committed ones: a check of speed that needs no quiet machine.
 
-    python benchmarks/instructions.py build/instructions             # compare; fails outside the band
-    python benchmarks/instructions.py build/instructions --update    # write the counts of now
+    python benchmarks/counts/instructions.py build/instructions             # compare; fails outside the band
+    python benchmarks/counts/instructions.py build/instructions --update    # write the counts of now
 
 valgrind's callgrind counts what `instructions.cpp` executes inside its call, packing excluded. It emulates a CPU with
 AVX2 and 256 KiB of second-level cache, whichever machine it runs on, so that counts differ only by source and compiler.

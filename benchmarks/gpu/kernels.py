@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from case import Case
-from contenders import make_images, make_model
-from gpu_checks import nvidia_smi
-from gpu_plan import Place
-from roofline import Ceilings, lane_rate, work_of
-from timing import Stopwatch, spread
 from torch import Tensor
 
+from pvt_fast.cli.timing import spread
 from pvt_fast.kernels.launch import Launch, recorded
+
+from ..case import Case
+from ..models import make_images, make_model
+from .checks import nvidia_smi
+from .clock import seconds
+from .plan import Place
+from .roofline import Ceilings, lane_rate, work_of
 
 
 class Effort(NamedTuple):
@@ -67,17 +70,17 @@ def shape_of(launch: Launch) -> str:
     return f"{' '.join(constants)} grid={'x'.join(map(str, launch.grid))}"
 
 
-def describe(group: Sequence[Launch], limits: Ceilings, seconds: Sequence[float]) -> dict[str, Any]:
+def describe(group: Sequence[Launch], limits: Ceilings, times: Sequence[float]) -> dict[str, Any]:
     """A row of the table of kernels, of launches that differ in the values of their arguments only."""
     work = work_of(group[0])
     shares = limits.shares(work)
-    timed = spread(seconds)
+    timed = spread(times)
     return {
         "kernel": group[0].name,
         "shape": shape_of(group[0]),
         "constants": dict(group[0].constants),
         "count": len(group),
-        **{name.replace("ms", "us"): 1e3 * timed[name] for name in ("ms", "ms_10", "ms_90")},
+        **{name.replace("ms", "us"): 1e3 * getattr(timed, name) for name in ("ms", "ms_10", "ms_90")},
         **work._asdict(),
         "roofline_us": 1e6 * limits.seconds(work),
         "bound_by": max(shares, key=shares.__getitem__),
@@ -86,16 +89,16 @@ def describe(group: Sequence[Launch], limits: Ceilings, seconds: Sequence[float]
 
 def time_launches(launches: Sequence[Launch], device: str, flush: Callable[[], Any], repeats: int) -> list[float]:
     """Seconds of each of so many starts, going through the launches in turn, each after a flush of the cache."""
+
+    def starts() -> Iterator[Callable[[], Any]]:
+        for index in range(repeats):
+            launch = launches[index % len(launches)]
+            clear_counters(launch)
+            flush()
+            yield partial(start, launch)
+
     start(launches[0])
-    watch = Stopwatch(device)
-    for index in range(repeats):
-        launch = launches[index % len(launches)]
-        clear_counters(launch)
-        flush()
-        watch.start()
-        start(launch)
-        watch.stop()
-    return watch.seconds()
+    return seconds(starts(), device)
 
 
 def start(launch: Launch) -> None:
@@ -138,15 +141,15 @@ def measure_ceilings(device: str, effort: Effort) -> tuple[dict[str, Any], Ceili
 
 def median_of(call: Callable[[], Any], device: str, before: Callable[[], Any] = lambda: None) -> float:
     """Seconds of a call; `before` is called before each and not timed."""
-    watch = Stopwatch(device)
+
+    def calls() -> Iterator[Callable[[], Any]]:
+        for _ in range(10):
+            before()
+            yield call
+
     for _ in range(3):
         call()
-    for _ in range(10):
-        before()
-        watch.start()
-        call()
-        watch.stop()
-    return median(watch.seconds())
+    return median(seconds(calls(), device))
 
 
 def lanes_of(device: str) -> tuple[int, float, str]:

@@ -1,65 +1,49 @@
 """The contenders of a CPU comparison: each builds the same network with the same weights, ready to be called.
 
-A contender lives in a process of its own (see `cpu.py`): OpenMP and TBB threads that spin while they wait would
-disturb each other in one process.
+`contend` is its process's work (see `..comparison`).
 """
 
 from __future__ import annotations
 
-import importlib.util
-import re
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import source_tree  # noqa: F401
 import torch
-from case import Case
-from timing import burst
 from torch import Tensor, nn
 
 import pvt_fast
+from pvt_fast.cli.timing import burst
+
+from ..case import Case
+from ..comparison import Ready
+from ..models import make_images, make_model, timm_model
 
 Call = Callable[[], Tensor]
 
 
-class Ready(NamedTuple):
-    """A contender that can be called, and what is to be told beside its time."""
+class Built(NamedTuple):
+    """A contender that can be called, and a note to be told of it."""
 
     call: Call
     note: str = ""
 
 
-def make_model(case: Case) -> pvt_fast.PVT_V2:
-    """The case's model with weights drawn from a fixed seed, rounded to the case's dtype, in float32."""
-    torch.manual_seed(0)
-    model = pvt_fast.create_model(case.model).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            nn.init.normal_(parameter, 1.0 if parameter.eq(1).all() else 0.0, 0.1)
-    return model.to(case.torch_dtype).float()
+Build = Callable[[Any], Built]
 
 
-def make_images(case: Any) -> Tensor:
-    """Random images, rounded to the case's dtype, in float32."""
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(case.batch, 3, case.size, case.size, generator=generator)
-    return images.to(case.torch_dtype).float()
-
-
-def truth(case: Case, rows: slice | list[int] = slice(None)) -> tuple[Tensor, Tensor]:
-    """(logits in float64, logits of plain torch in the case's dtype) of those images, from the reference backend."""
-    model, images = make_model(case), make_images(case)[rows]
-    with torch.inference_mode(), pvt_fast.use_backend("reference"):
-        same = model.to(case.torch_dtype)(images.to(case.torch_dtype)).double()
-        return model.double()(images.double()), same
-
-
-def parity_bound(exact: Tensor, plain: Tensor, dtype: torch.dtype) -> float:
-    """The largest error that the parity rule allows (see `pvt_fast.testing.assert_parity`)."""
-    return 2 * float((plain - exact).abs().max()) + torch.finfo(dtype).eps * float(exact.abs().max())
+def contend(build: Build, case: Any, threads: int) -> Generator[Any, Any, None]:
+    """A contender's process."""
+    torch.set_num_threads(threads)
+    yield None
+    with torch.inference_mode():
+        call, note = build(case)
+        for _ in range(3):
+            logits = call()
+        seconds = yield Ready(logits.clone(), {"note": note})  # a copy, as some lie in a library's own memory
+        while True:
+            seconds = yield burst(call, seconds)
 
 
 def on_cpp(case: Case) -> tuple[pvt_fast.PVT_V2, Tensor]:
@@ -68,70 +52,38 @@ def on_cpp(case: Case) -> tuple[pvt_fast.PVT_V2, Tensor]:
     return model, images
 
 
-def pvt_fast_cpp(case: Case) -> Ready:
+def pvt_fast_cpp(case: Case) -> Built:
     model, images = on_cpp(case)
-    return Ready(lambda: model(images))
+    return Built(lambda: model(images))
 
 
-def pvt_fast_compiled(case: Case) -> Ready:
+def pvt_fast_compiled(case: Case) -> Built:
     """Ours under torch.compile: its call is one op (see `pvt_fast.backend.registered`)."""
     model, images = on_cpp(case)
     compiled = torch.compile(model, fullgraph=True)
-    return Ready(lambda: compiled(images))
+    return Built(lambda: compiled(images))
 
 
-# kept alive: a Library that is collected takes its schemas with it
-_torchvision = torch.library.Library("torchvision", "FRAGMENT")
-
-
-def let_torchvision_be_imported() -> None:
-    """Where torchvision's compiled ops cannot load (built for CUDA, beside a CPU-only torch), define what it needs."""
-    spec = importlib.util.find_spec("torchvision")
-    if spec is not None and spec.origin is not None:
-        for extension in Path(spec.origin).parent.glob("_C*.so"):
-            with suppress(OSError):
-                torch.ops.load_library(extension)
-    for name in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, name):
-            _torchvision.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-def timm_model(case: Case) -> nn.Module:
-    """timm's model with our weights."""
-    let_torchvision_be_imported()
-    import timm
-
-    model = timm.create_model(case.model).eval()
-    model.load_state_dict({_timm_key(key): value for key, value in make_model(case).state_dict().items()})
-    return model
-
-
-def _timm_key(key: str) -> str:
-    key = key.replace("patch_embed1", "patch_embed").replace("dwconv.dwconv", "dwconv")
-    key = re.sub(r"^patch_embed(\d)", lambda m: f"stages.{int(m[1]) - 1}.downsample", key)
-    return re.sub(r"^(block|norm)(\d)", lambda m: f"stages.{int(m[2]) - 1}.{m[1].replace('block', 'blocks')}", key)
-
-
-def timm_eager(case: Case) -> Ready:
+def timm_eager(case: Case) -> Built:
     model = timm_model(case).to(case.torch_dtype).to(memory_format=torch.channels_last)
     images = make_images(case).to(case.torch_dtype).to(memory_format=torch.channels_last)
-    return Ready(lambda: model(images))
+    return Built(lambda: model(images))
 
 
-def torch_compile(case: Case) -> Ready:
+def torch_compile(case: Case) -> Built:
     return compile_frozen(timm_model(case), case)
 
 
-def compile_frozen(model: nn.Module, case: Case) -> Ready:
+def compile_frozen(model: nn.Module, case: Case) -> Built:
     """The model under torch.compile with its weights as constants, in the case's dtype."""
     import torch._inductor.config as inductor
 
     inductor.freezing = True
     compiled, images = torch.compile(model.to(case.torch_dtype)), make_images(case).to(case.torch_dtype)
-    return Ready(lambda: compiled(images))
+    return Built(lambda: compiled(images))
 
 
-def onnxruntime(case: Case) -> Ready:
+def onnxruntime(case: Case) -> Built:
     if case.dtype != "fp32":
         raise NotImplementedError("its CPU provider computes in float32")
     import onnxruntime as ort
@@ -144,16 +96,16 @@ def onnxruntime(case: Case) -> Ready:
         torch.onnx.export(timm_model(case), (images,), path, dynamo=True, verbose=False, input_names=["images"])
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {"images": images.numpy()}
-    return Ready(lambda: torch.from_numpy(session.run(None, feed)[0]))
+    return Built(lambda: torch.from_numpy(session.run(None, feed)[0]))
 
 
-def openvino(case: Case) -> Ready:
+def openvino(case: Case) -> Built:
     """Asked for latency; of a larger batch also for throughput, and what is faster in a short trial counts."""
     calls = {"latency": _openvino_latency(case)}
     if case.batch > 1:
         calls["throughput"] = _openvino_throughput(case)
     hint = min(calls, key=lambda hint: min(burst(calls[hint], 0)))
-    return Ready(calls[hint], f"asked for {hint}")
+    return Built(calls[hint], f"asked for {hint}")
 
 
 def _openvino_latency(case: Case) -> Call:
@@ -206,7 +158,7 @@ def _openvino_model(case: Case, images: Tensor, hint: str):
     return ov.Core().compile_model(model, "CPU", config)
 
 
-CONTENDERS: dict[str, Callable[[Case], Ready]] = {
+CONTENDERS: dict[str, Build] = {
     "pvt_fast": pvt_fast_cpp,
     "pvt_fast_compiled": pvt_fast_compiled,
     "timm": timm_eager,

@@ -10,8 +10,10 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import median
 
+from .. import ROOT
+
 SOURCE = Path(__file__).with_name("peak.cpp")
-PROGRAM = SOURCE.parents[1] / "build" / "peak"
+PROGRAM = ROOT / "build" / "peak"
 
 
 class Unavailable(RuntimeError):

@@ -1,10 +1,13 @@
-"""What runs under compute-sanitizer: every op once on small shapes, in bf16, without a CUDA graph."""
+"""What runs under compute-sanitizer: every op once on small shapes, in bf16, without a CUDA graph.
+
+python -m benchmarks.gpu.sanitize
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
-import source_tree  # noqa: F401
 import torch
 from torch import Tensor
 
@@ -44,6 +47,11 @@ def results(device: str) -> Iterator[Tensor]:
         yield BACKEND.head(x, classifier)
 
 
-def target(device: str) -> int:
-    """Run every case; how many values it gave that are not finite."""
-    return sum(int((~result.isfinite()).sum()) for result in results(device))
+def main(device: str = "cuda") -> None:
+    """Run every case; ends the process with a complaint where values are not finite."""
+    if bad := sum(int((~result.isfinite()).sum()) for result in results(device)):
+        sys.exit(f"gpu.sanitize: {bad} values are not finite")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""The handwritten digits of scikit-learn as images for a small model: what examples/ and the tests share."""
+"""The handwritten digits of scikit-learn as images for a small model: what the examples and their tests share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .images.preprocess import Preprocess
+from pvt_fast.images.preprocess import Preprocess
 
 SIZE = 32  # pixels a side, from the data set's 8
 _HIGHEST = 16  # of the data set's grey levels
@@ -29,7 +29,7 @@ class Digits(NamedTuple):
 
 def load_digits() -> tuple[Digits, Digits]:
     """(training, held-out): 80 % and 20 % of each class of the 1,797 digits, always the same ones."""
-    from sklearn import datasets  # an extra: only the digits need it
+    from sklearn import datasets
 
     data = datasets.load_digits()
     labels = torch.from_numpy(data.target).long()

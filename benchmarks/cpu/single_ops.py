@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-import peak
-import report
 import torch
-from contenders import Case
 from rich.progress import Progress
-from timing import burst, spread
 from torch import Tensor
 
 from pvt_fast import testing
 from pvt_fast.backend import cpp
+from pvt_fast.cli.timing import burst, in_turns, spread
 from pvt_fast.config import VARIANTS, PVTConfig
 from pvt_fast.ops import reference, tensors_in
+
+from .. import report
+from ..case import Case
+from . import peak
 
 
 def op_cases(cases: list[Case]) -> list[tuple[testing.Case, str]]:
@@ -43,14 +44,11 @@ def compare(cases: list[Case], options: argparse.Namespace, peaks: bool, progres
         with torch.inference_mode():
             output = testing.run(cpp, op, arguments)
             testing.assert_parity(output, *testing.expected(op, arguments), f"{op} {dtype}")
-            times: dict = {cpp: [], reference: []}
             meter = peak.Meter(cpp.isa(), options.threads)
-            for _ in range(options.rounds):
-                for backend in times:
-                    times[backend] += burst(partial(testing.run, backend, op, arguments), options.seconds)
-                if peaks:
-                    meter.measure()
-        lines.append(line(op, dtype, times[cpp], times[reference], least_bytes(arguments, output), meter.medians()))
+            calls = [partial(testing.run, backend, op, arguments) for backend in (cpp, reference)]
+            bursts = [partial(burst, call, options.seconds) for call in calls]
+            ours, plain = in_turns(bursts, options.rounds, after_round=meter.measure if peaks else lambda: None)
+        lines.append(line(op, dtype, ours, plain, least_bytes(arguments, output), meter.medians()))
     note = (
         "`ratio`: plain torch's time over ours. MB: input, weights and output, once each; what comes out of a cache "
         "may be faster than memory is (`% of read`)."
@@ -76,14 +74,14 @@ def line(
 ) -> list[str]:
     """The table's cells; `moved` in bytes, `peaks` as in a row of the report."""
     time, plain_time = spread(ours), spread(plain)
-    gflops, gbytes = op.gemm_flops() / time["ms"] / 1e6, moved / time["ms"] / 1e6
+    gflops, gbytes = op.gemm_flops() / time.ms / 1e6, moved / time.ms / 1e6
     return [
         str(op),
         dtype,
-        f"{time['ms']:.3f}",
-        f"{time['ms_10']:.3f}-{time['ms_90']:.3f}",
-        f"{plain_time['ms']:.3f}",
-        f"{plain_time['ms'] / time['ms']:.2f}",
+        f"{time.ms:.3f}",
+        f"{time.ms_10:.3f}-{time.ms_90:.3f}",
+        f"{plain_time.ms:.3f}",
+        f"{plain_time.ms / time.ms:.2f}",
         f"{gflops:.1f}",
         f"{100 * gflops / peaks[dtype]:.0f}" if peaks else "-",
         f"{moved / 1e6:.2f}",

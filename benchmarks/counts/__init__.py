@@ -1,0 +1,1 @@
+"""Instructions that fixed op calls execute, held to committed counts."""

@@ -1,0 +1,1 @@
+"""Whole models and single ops on CPUs, and a soak test."""
