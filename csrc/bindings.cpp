@@ -1,10 +1,12 @@
-// The only file that knows Python. Tensors come as spans of memory: the caller keeps them alive for the call, and has
-// checked them. This is the second wall: nothing is read of a span before it is known to hold what the op will read.
+// The only file, with attributes.h, that knows Python. Tensors come as spans of memory: the caller keeps them alive for
+// the call, and has checked them. This is the second wall: nothing is read of a span before it is known to hold what
+// the op will read.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <optional>
 
+#include "attributes.h"
 #include "runtime/forward.h"
 #include "kernels.h"
 #include "runtime/memory.h"
@@ -154,7 +156,7 @@ pvt::Image view(const char* op, const Span& image, const Size& size, const Strid
                 pvt::DType dtype) {
   const auto [batch, height, width] = size;
   const auto [stride_batch, stride_channel, stride_row, stride_column] = strides;
-  require(std::min(height, width) >= 1 && std::max(height, width) <= pvt::kMostSide,
+  require(std::min(height, width) >= 1 && std::max(height, width) <= pvt::kMaxSide,
           std::string(op) + ": image must have sides of 1 to 2^20 pixels");
   std::int64_t needed = elements({batch, 1});
   if (batch > 0)
@@ -185,7 +187,7 @@ void run_patch_embed(const Packed<pvt::PatchEmbed>& packed, const Span& image, c
 void run_residual(const Packed<pvt::ResidualOp>& packed, const Span& x, std::int64_t batch, int height, int width,
                   const std::optional<Span>& residual_scale, const Span& out) {
   const pvt::ResidualOp& op = *packed.op;
-  require(std::min(height, width) >= op.least_side(), "ResidualOp: map must be at least sr_ratio each way");
+  require(std::min(height, width) >= op.min_side(), "ResidualOp: map must be at least sr_ratio each way");
   require(pvt::fits({batch, height, width}, op.channels()), "ResidualOp: map must have fewer than 2^31 elements");
   const std::int64_t count = elements({batch, height, width, op.channels()});
   const void* from = memory(x, count, packed.dtype, "x");
@@ -196,7 +198,7 @@ void run_residual(const Packed<pvt::ResidualOp>& packed, const Span& x, std::int
 }
 
 void run_layer_norm(const Packed<pvt::LayerNorm>& packed, const Span& x, std::int64_t rows, const Span& out) {
-  require(rows < pvt::kMostElements, "LayerNorm: x must have fewer than 2^31 rows");
+  require(rows < pvt::kMaxElements, "LayerNorm: x must have fewer than 2^31 rows");
   const std::int64_t count = elements({rows, packed.op->channels()});
   const void* from = memory(x, count, packed.dtype, "x");
   void* to = memory(out, count, packed.dtype, "out");
@@ -251,73 +253,6 @@ class Forward {
   std::unique_ptr<pvt::Forward> forward_;
 };
 
-// Facts about Python objects: their types, all names of their attributes, and the values of some; the same of dicts. A
-// forward leaves nothing of these objects in the inner caches, so all are asked for before the first is looked at. The
-// caller keeps them alive: references from here would be part of cycles that Python's collector cannot see.
-class Facts {
- public:
-  using Items = std::vector<std::pair<py::handle, py::handle>>;  // names and values in order; Ellipsis: any value
-  using Object = std::tuple<py::handle, py::handle, Items>;      // None: the one that `hold` is given; type; attributes
-  using Dict = std::pair<py::handle, Items>;
-
-  Facts(std::vector<Object> objects, std::vector<Dict> dicts, std::vector<Address> soon)
-      : objects_(std::move(objects)), dicts_(std::move(dicts)), soon_(std::move(soon)) {}
-
-  bool hold(py::handle given) const {
-    for (const Address address : soon_) __builtin_prefetch(reinterpret_cast<const void*>(address));
-    for (const auto& [object, type, items] : objects_) prefetch(object.ptr(), items);
-    for (const auto& [dict, items] : dicts_) prefetch(dict.ptr(), items);
-    std::vector<PyObject*> attributes;
-    attributes.reserve(objects_.size());
-    for (const auto& [known, type, items] : objects_) {
-      PyObject* object = known.is_none() ? given.ptr() : known.ptr();
-      if (reinterpret_cast<const PyObject*>(Py_TYPE(object)) != type.ptr()) return false;
-      const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
-      if (!dict) throw py::error_already_set();
-      attributes.push_back(dict.ptr());  // it belongs to its object
-      __builtin_prefetch(dict.ptr());
-    }
-    for (PyObject* dict : attributes) prefetch_values(dict);
-    for (std::size_t i = 0; i < objects_.size(); ++i)
-      if (!holds(attributes[i], std::get<Items>(objects_[i]))) return false;
-    for (const auto& [dict, items] : dicts_)
-      if (!holds(dict.ptr(), items)) return false;
-    return true;
-  }
-
- private:
-  static void prefetch(const PyObject* object, const Items& items) {
-    __builtin_prefetch(object);
-    const char* first = reinterpret_cast<const char*>(items.data());
-    for (std::size_t at = 0; at < items.size() * sizeof(Items::value_type); at += 64) __builtin_prefetch(first + at);
-  }
-
-  static void prefetch_values(PyObject* object) {
-    const auto* dict = reinterpret_cast<const PyDictObject*>(object);
-    const char* keys = reinterpret_cast<const char*>(dict->ma_keys);
-    const char* values = reinterpret_cast<const char*>(dict->ma_values);
-    for (int line = 0; line < 4; ++line) {
-      __builtin_prefetch(keys + 64 * line);
-      if (values != nullptr) __builtin_prefetch(values + 64 * line);
-    }
-  }
-
-  static bool holds(PyObject* dict, const Items& items) {
-    if (PyDict_Size(dict) != static_cast<Py_ssize_t>(items.size())) return false;
-    Py_ssize_t position = 0;
-    PyObject *name = nullptr, *value = nullptr;
-    for (const auto& [known_name, known] : items) {
-      if (!PyDict_Next(dict, &position, &name, &value) || name != known_name.ptr()) return false;
-      if (known.ptr() != Py_Ellipsis && known.ptr() != value) return false;
-    }
-    return true;
-  }
-
-  std::vector<Object> objects_;
-  std::vector<Dict> dicts_;
-  std::vector<Address> soon_;
-};
-
 std::unique_ptr<pvt::Watch> watch(const std::vector<Span>& regions) {
   std::vector<pvt::Watch::Region> all;
   for (const Span& region : regions)
@@ -341,10 +276,12 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Packed<pvt::Head>>(m, "Head").def(py::init(&head)).def("run", &run_head);
   m.def("attention", &attention);
   m.def("mlp", &mlp);
-  py::class_<Facts>(m, "Facts")
-      .def(py::init<std::vector<Facts::Object>, std::vector<Facts::Dict>, std::vector<Address>>(), py::arg("objects"),
-           py::arg("dicts"), py::arg("soon"))
-      .def("hold", &Facts::hold, py::arg("given") = py::none(),
+  using pvt::AttributeSnapshot;
+  py::class_<AttributeSnapshot>(m, "AttributeSnapshot")
+      .def(py::init<std::vector<AttributeSnapshot::Object>, std::vector<AttributeSnapshot::Dict>,
+                    std::vector<std::uintptr_t>>(),
+           py::arg("objects"), py::arg("dicts"), py::arg("soon"))
+      .def("holds", &AttributeSnapshot::holds, py::arg("owner") = py::none(),
            "Is every (object, type, attributes) so, and every (dict, items)? Items are compared in their order.");
   py::class_<pvt::Watch>(m, "Watch")
       .def(py::init(&watch))

@@ -71,10 +71,10 @@ struct Map {
 };
 
 // What the kernels' arithmetic with int is for: sides of images and maps, elements of one image's map, rows.
-constexpr std::int64_t kMostSide = 1 << 20, kMostElements = std::int64_t{1} << 31;
+constexpr std::int64_t kMaxSide = 1 << 20, kMaxElements = std::int64_t{1} << 31;
 inline bool fits(const Map& map, std::int64_t channels) {
-  return std::max(map.height, map.width) <= kMostSide && map.tokens() < kMostElements / channels &&
-         map.batch <= kMostElements / std::max<std::int64_t>(map.tokens(), 1);
+  return std::max(map.height, map.width) <= kMaxSide && map.tokens() < kMaxElements / channels &&
+         map.batch <= kMaxElements / std::max<std::int64_t>(map.tokens(), 1);
 }
 
 struct PatchEmbed {
@@ -91,7 +91,7 @@ struct PatchEmbed {
 struct ResidualOp {
   virtual ~ResidualOp() = default;
   virtual int channels() const = 0;
-  virtual int least_side() const = 0;  // the fewest rows and columns of a map that it takes
+  virtual int min_side() const = 0;  // the fewest rows and columns of a map that it takes
   virtual void run(const void* x, Map map, const void* residual_scale, void* out) const = 0;
 };
 

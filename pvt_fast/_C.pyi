@@ -51,14 +51,14 @@ class Head:
 def attention(isa: str, dtype: DType, weights: dict) -> ResidualOp: ...
 def mlp(isa: str, dtype: DType, weights: dict) -> ResidualOp: ...
 
-class Facts:
+class AttributeSnapshot:
     def __init__(
         self,
         objects: Sequence[tuple[object, type, Sequence[tuple[str, object]]]],
         dicts: Sequence[tuple[dict, Sequence[tuple[str, object]]]],
-        soon: Sequence[int],  # addresses of cache lines that are read after `hold`
+        soon: Sequence[int],  # addresses of cache lines that are read after `holds`
     ) -> None: ...
-    def hold(self, given: object = None) -> bool: ...
+    def holds(self, owner: object = None) -> bool: ...
 
 class Watch:
     PARTS: int

@@ -34,6 +34,7 @@ from .ops import (
     to_map,
     to_tokens,
 )
+from .ops.checks import OPERANDS
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class PatchEmbedCase:
     def make(self, dtype: torch.dtype, device: str = "cpu") -> tuple:
         draw = Draw(str(self), dtype, device)
         image = draw.strided((self.batch, self.in_channels, *self.hw), self.layout)
-        proj = draw.linear(self.channels, self.in_channels, self.kernel, self.kernel)
-        return image, PatchEmbedWeights(proj, draw.norm(self.channels, 1e-5)), self.stride
+        weights = draw.weights(self.op, {"C": self.channels, "Cin": self.in_channels, "k": self.kernel})
+        return image, PatchEmbedWeights(**weights), self.stride
 
     def gemm_flops(self) -> int:
         tokens = math.prod(conv_size(size, self.kernel, self.stride) for size in self.hw)
@@ -91,16 +92,9 @@ class AttentionCase:
         draw = Draw(str(self), dtype, device)
         c = self.channels
         x = draw.strided((self.batch, self.hw[0] * self.hw[1], c), self.layout)
-        reduced = self.linear or self.sr_ratio > 1
-        kernel = 1 if self.linear else self.sr_ratio
-        weights = AttentionWeights(
-            draw.norm(c, 1e-6),
-            draw.linear(c, c, bias=self.bias),
-            draw.linear(2 * c, c, bias=self.bias),
-            draw.linear(c, c, kernel, kernel) if reduced else None,
-            draw.norm(c, 1e-5) if reduced else None,
-            draw.linear(c, c),
-        )
+        sizes = {"C": c, "2C": 2 * c, "R": 1 if self.linear else self.sr_ratio}
+        absent = () if self.linear or self.sr_ratio > 1 else ("sr", "sr_norm")
+        weights = AttentionWeights(**draw.weights(self.op, sizes, absent, () if self.bias else ("q", "kv")))
         # a scale that spreads the softmax, so that a wrong score shows
         spec = AttentionSpec(self.heads, 2.0 * (c // self.heads) ** -0.5, self.linear)
         return x, self.hw, weights, spec, draw.residual_scale(self.batch) if self.scale_residual else None
@@ -135,12 +129,7 @@ class MlpCase:
     def make(self, dtype: torch.dtype, device: str = "cpu") -> tuple:
         draw = Draw(str(self), dtype, device)
         x = draw.strided((self.batch, self.hw[0] * self.hw[1], self.channels), self.layout)
-        weights = MlpWeights(
-            draw.norm(self.channels, 1e-6),
-            draw.linear(self.hidden, self.channels),
-            draw.linear(self.hidden, 1, 3, 3),
-            draw.linear(self.channels, self.hidden),
-        )
+        weights = MlpWeights(**draw.weights(self.op, {"C": self.channels, "hidden": self.hidden}))
         scale = draw.residual_scale(self.batch) if self.scale_residual else None
         return x, self.hw, weights, MlpSpec(self.relu), scale
 
@@ -168,6 +157,23 @@ class Draw:
 
     def norm(self, channels: int, eps: float) -> Norm:
         return Norm(self.normal(channels, std=0.2, mean=1.0), self.normal(channels, std=0.2), eps)
+
+    def weights(
+        self, op: str, sizes: dict[str, int], absent: tuple[str, ...] = (), without_bias: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """The norms and linears of an op's weights by their names, in their order."""
+        drawn: dict[str, Any] = {}
+        for operand in OPERANDS[op]:
+            name, _, field = operand.name.removeprefix("w.").partition(".")
+            shape = [sizes[size] if isinstance(size, str) else size for size in operand.shape]
+            if name in absent:
+                drawn[name] = None
+            elif field == "weight" and operand.kind is Norm:
+                # published epsilons: those of blocks, and of the norms behind convolutions
+                drawn[name] = self.norm(shape[0], 1e-6 if op != "patch_embed" and name == "norm" else 1e-5)
+            elif field == "weight":
+                drawn[name] = self.linear(*shape, bias=name not in without_bias)
+        return drawn
 
     def residual_scale(self, batch: int) -> Tensor:
         return torch.tensor([0.0, 1.25, 0.75] * batch, dtype=self.dtype, device=self.device)[:batch]

@@ -11,7 +11,7 @@ template <class E>
 constexpr int kDepthStep = 1;
 
 // Work items have at least this many rows,
-constexpr int kLeastRows = 12;
+constexpr int kMinRows = 12;
 // and begin at multiples of this many of an image's rows, so that none ends with a tile that is mostly empty.
 constexpr int kRowStep = Target::kMatrixUnit ? 16 : 1;
 

@@ -12,7 +12,7 @@ void gemm(const Rows<E>& a, int rows, const PackedMatrix<E>& b, const Epilogue<O
 constexpr int kRowsOfOwn = 64;
 
 // Products below this many operations (a few microseconds) stay with the calling thread.
-constexpr double kLeastFlops = 1e6;
+constexpr double kMinFlops = 1e6;
 
 // body(panel, image, cut of `rows` rows, part of k) for all of them: a panel's together and in it a part's, or an
 // image's together and in it a cut's, where threads have rows enough of their own.
@@ -24,7 +24,7 @@ void for_panels(std::int64_t images, const PackedMatrix<E>& weights, int rows, i
     body(int(panel) / parts, image, cut, int(panel) % parts);
   };
   const double flops = 2.0 * images * rows * weights.layout.depth * weights.layout.columns;
-  if (flops < kLeastFlops) {
+  if (flops < kMinFlops) {
     for (std::int64_t panel = 0; panel < panels; ++panel)
       for (std::int64_t image = 0; image < images; ++image) run(panel, image, {image, 0, rows});
   } else if (images >= threads || images * rows >= threads * kRowsOfOwn) {
@@ -34,7 +34,7 @@ void for_panels(std::int64_t images, const PackedMatrix<E>& weights, int rows, i
       for (std::int64_t panel = 0; panel < panels; ++panel) run(panel, cut.image, cut);
     });
   } else {
-    const Split cuts = split_rows(images * panels, rows, kLeastRows, rows, kRowStep);
+    const Split cuts = split_rows(images * panels, rows, kMinRows, rows, kRowStep);
     parallel_for(panels * images * cuts.tiles, [&](std::int64_t item) {
       const auto cut = cuts.tile(item);
       run(cut.image / images, cut.image % images, cut);

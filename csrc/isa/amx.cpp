@@ -30,12 +30,12 @@ namespace pvt {
 static bool runs_amx() {
   static const bool runs = [] {
 #if defined(PVT_EMULATED_AMX)
-    return __builtin_cpu_supports("avx512bf16") != 0;
+    return has_avx512_bf16();
 #else
     unsigned a = 0, b = 0, c = 0, d = 0;
     constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBf16) || !(d & kAmxTile)) return false;
-    if (!__builtin_cpu_supports("avx512bf16")) return false;
+    if (!has_avx512_bf16()) return false;
 #if defined(__linux__)
     constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

@@ -28,8 +28,7 @@ PVT_INLINE VecBits widen(VecHalf h) {  // GCC 12 does it in halves
 #pragma GCC pop_options
 
 namespace pvt {
-static bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 static const RegisterIsa kAvx2(
-    {"avx2", 10, runs_avx2, {&avx2::kFactories<float, float>, &avx2::kFactories<avx2::bf16, float>}});
+    {"avx2", 10, has_avx2, {&avx2::kFactories<float, float>, &avx2::kFactories<avx2::bf16, float>}});
 }  // namespace pvt
 #endif

@@ -24,11 +24,7 @@ struct Target {
 #pragma GCC pop_options
 
 namespace pvt {
-static bool runs_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
 static const RegisterIsa kAvx512(
-    {"avx512", 20, runs_avx512, {&avx512::kFactories<float, float>, &avx512::kFactories<avx512::bf16, float>}});
+    {"avx512", 20, has_avx512, {&avx512::kFactories<float, float>, &avx512::kFactories<avx512::bf16, float>}});
 }  // namespace pvt
 #endif

@@ -34,11 +34,7 @@ PVT_INLINE Vec dot(Vec acc, VecPairs a, VecPairs b) { return _mm512_dpbf16_ps(ac
 #pragma GCC pop_options
 
 namespace pvt {
-static bool runs_avx512_bf16() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
 static const RegisterIsa kAvx512Bf16(
-    {"avx512_bf16", 30, runs_avx512_bf16, {nullptr, &avx512_bf16::kFactories<avx512_bf16::bf16, avx512_bf16::bf16>}});
+    {"avx512_bf16", 30, has_avx512_bf16, {nullptr, &avx512_bf16::kFactories<avx512_bf16::bf16, avx512_bf16::bf16>}});
 }  // namespace pvt
 #endif

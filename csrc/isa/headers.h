@@ -17,3 +17,18 @@
 #include "runtime/memory.h"
 #include "runtime/parallel.h"
 #include "runtime/split.h"
+
+#if defined(__x86_64__)
+namespace pvt {
+// All that the target regions of isa/avx2.cpp and isa/avx512*.cpp let the compiler use, of which an emulator or a
+// hypervisor may hide any.
+inline bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+}
+inline bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+inline bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+}  // namespace pvt
+#endif

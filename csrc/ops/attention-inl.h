@@ -20,18 +20,18 @@ class AttentionOp final : public ResidualOp {
         proj_(heads_.template pack_projection<E, T>(w.proj)) {}
 
   int channels() const override { return heads_.channels; }
-  int least_side() const override { return reduction_.least_side(); }
+  int min_side() const override { return reduction_.min_side(); }
 
   void run(const void* x, Map map, const void* residual_scale, void* out) const override {
     const KeysValues<E> kv(heads_, reduction_.keys(map));
     // images at a time, so that a large batch takes bounded memory
     const std::size_t packed_keys = heads_.count * (kv.k.size() + kv.v.size());
     const std::size_t image_bytes = (map.tokens() * normed_width() + packed_keys) * sizeof(E);
-    const std::int64_t most = std::max<std::int64_t>(1, kWaveBytes / image_bytes);
-    for (std::int64_t first = 0; first < map.batch; first += most) {
+    const std::int64_t max_images = std::max<std::int64_t>(1, kWaveBytes / image_bytes);
+    for (std::int64_t first = 0; first < map.batch; first += max_images) {
       const std::ptrdiff_t at = first * map.tokens() * channels();
       const T* scale = static_cast<const T*>(residual_scale);
-      Wave wave{{std::min(most, map.batch - first), map.height, map.width},
+      Wave wave{{std::min(max_images, map.batch - first), map.height, map.width},
                 static_cast<const T*>(x) + at,
                 static_cast<T*>(out) + at,
                 scale ? scale + first : nullptr,
@@ -124,8 +124,8 @@ class AttentionOp final : public ResidualOp {
   void attend_by_tiles(const Wave& wave) const {
     const KeysValues<E>& kv = wave.kv;
     const std::size_t row_bytes = 2 * inner() * sizeof(E) + kv.score_width() * (sizeof(float) + sizeof(E));
-    const std::int64_t most = std::clamp<std::int64_t>(l2_bytes() / 4 / row_bytes, kLeastRows, 96);
-    const Split split = split_rows(wave.map.batch, wave.map.tokens(), kLeastRows, most, kRowStep);
+    const std::int64_t max_rows = std::clamp<std::int64_t>(l2_bytes() / 4 / row_bytes, kMinRows, 96);
+    const Split split = split_rows(wave.map.batch, wave.map.tokens(), kMinRows, max_rows, kRowStep);
     parallel_for(wave.map.batch * split.tiles, [&](std::int64_t item) {
       const MatrixUnit unit;
       const auto tile = split.tile(item);
@@ -149,7 +149,7 @@ class AttentionOp final : public ResidualOp {
       gemm_panel(rows_of(wave.normed, row, normed_width()), cut.rows(), q_.panel(p), p * kPanel,
                  to_queries(wave.queries + row * inner()));
     });
-    const Split split = split_rows(images * heads_.count, tokens, kLeastRows, 96, kRowStep);
+    const Split split = split_rows(images * heads_.count, tokens, kMinRows, 96, kRowStep);
     parallel_for(images * heads_.count * split.tiles, [&](std::int64_t item) {
       const MatrixUnit unit;
       const auto tile = split.tile(item);

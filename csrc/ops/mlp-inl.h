@@ -34,7 +34,7 @@ class MlpOp final : public ResidualOp {
   }
 
   int channels() const override { return channels_; }
-  int least_side() const override { return 1; }
+  int min_side() const override { return 1; }
 
   void run(const void* x, Map map, const void* residual_scale, void* out) const override {
     const Call call{static_cast<const T*>(x), static_cast<T*>(out), static_cast<const T*>(residual_scale), map};
@@ -83,8 +83,8 @@ class MlpOp final : public ResidualOp {
     // them for large weights to be worth streaming past
     const std::size_t row_bytes = map.width * (row_width(hidden_) + normed_width()) * sizeof(E);
     const std::int64_t enough = large_weights() ? (kStreamedTokens + map.width - 1) / map.width : 2;
-    const std::int64_t most = std::max<std::int64_t>(enough, l2_bytes() / 4 / row_bytes);
-    Split split = split_rows(map.batch, map.height, 2, most);
+    const std::int64_t max_rows = std::max<std::int64_t>(enough, l2_bytes() / 4 / row_bytes);
+    Split split = split_rows(map.batch, map.height, 2, max_rows);
     split.tiles = std::clamp<std::int64_t>(split.tiles, 1, std::max(1, map.height / 2));
     parallel_workers(map.batch * split.tiles, [&](Worker& worker) {
       Groups groups(*this, call, int((map.height + split.tiles - 1) / split.tiles));
@@ -97,18 +97,19 @@ class MlpOp final : public ResidualOp {
   // One thread's buffers for groups of at most `most` rows.
   class Groups {
    public:
-    Groups(const MlpOp& op, const Call& call, int most)
+    Groups(const MlpOp& op, const Call& call, int max_rows)
         : op_(op), call_(call), width_(call.map.width), row_(hidden_row(call.map.width)) {
-      const std::size_t new_tokens = std::size_t(most + 2) * normed_tokens(width_);
+      const std::size_t new_tokens = std::size_t(max_rows + 2) * normed_tokens(width_);
       const int panels = op.fc1_.panels();
-      const std::size_t hidden_size = (most + 2 + 2 * (panels + 1)) * row_;
-      tokens_ = std::size_t(most) * width_;
-      std::tie(normed_, activated_, hidden_, places_, rows_, pairs_) = thread_scratch().take(
-          array<E>(row_room(new_tokens) * op.normed_width()), array<E>(op.activated_size(tokens_)),
-          array<float>(hidden_size), array<int>(new_tokens), array<const float*>(most + 2), array<float*>(panels + 1));
-      for (int i = 0; i <= panels; ++i) pairs_[i] = hidden_ + (most + 2 + 2 * i) * row_;
+      const std::size_t hidden_size = (max_rows + 2 + 2 * (panels + 1)) * row_;
+      tokens_ = std::size_t(max_rows) * width_;
+      std::tie(normed_, activated_, hidden_, places_, rows_, pairs_) =
+          thread_scratch().take(array<E>(row_room(new_tokens) * op.normed_width()),
+                                array<E>(op.activated_size(tokens_)), array<float>(hidden_size), array<int>(new_tokens),
+                                array<const float*>(max_rows + 2), array<float*>(panels + 1));
+      for (int i = 0; i <= panels; ++i) pairs_[i] = hidden_ + (max_rows + 2 + 2 * i) * row_;
       std::memset(hidden_, 0, hidden_size * sizeof(float));
-      hidden_places(width_, most + 2, places_);
+      hidden_places(width_, max_rows + 2, places_);
     }
 
     // Rows [begin, end) of an image; `carried` where this thread has just done the rows above them.

@@ -34,8 +34,8 @@ class PatchEmbedOp final : public PatchEmbed {
     std::ptrdiff_t* offsets = std::get<0>(shared_scratch().take(array<std::ptrdiff_t>(patches_.pieces())));
     patches_.piece_offsets(image, offsets);
     const std::size_t row_bytes = patches_.width() * sizeof(E) + projected_width() * sizeof(float);
-    const std::int64_t most = std::clamp<std::int64_t>(l2_bytes() / 4 / row_bytes, large_weights() ? 64 : 24, 96);
-    const Split split = split_rows(image.batch, tokens, kLeastRows, most, kRowStep);
+    const std::int64_t max_rows = std::clamp<std::int64_t>(l2_bytes() / 4 / row_bytes, large_weights() ? 64 : 24, 96);
+    const Split split = split_rows(image.batch, tokens, kMinRows, max_rows, kRowStep);
     parallel_for(image.batch * split.tiles, [&](std::int64_t item) {
       const MatrixUnit unit;
       const auto tile = split.tile(item);

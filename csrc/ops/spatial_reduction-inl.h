@@ -35,7 +35,7 @@ class SpatialReduction {
   // Else keys and values come from the map itself.
   bool reduces() const { return reduces_; }
   int ratio() const { return ratio_; }
-  int least_side() const { return linear_ ? 1 : ratio_; }
+  int min_side() const { return linear_ ? 1 : ratio_; }
   int keys(const Map& map) const { return linear_ ? kPool * kPool : (map.height / ratio_) * (map.width / ratio_); }
 
   // Elements of a patch's row.

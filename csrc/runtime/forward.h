@@ -57,12 +57,12 @@ class Forward {
     for (const Stage& stage : stages_) {
       require(stage.embed->accepts(next), "take an image of these strides");
       const Map map = stage.embed->map(next);
-      int least = 1;
-      for (const ResidualOp* op : stage.ops) least = std::max(least, op->least_side());
-      if (next.height < 1 || next.width < 1 || std::min(map.height, map.width) < least) {
+      int min_side = 1;
+      for (const ResidualOp* op : stage.ops) min_side = std::max(min_side, op->min_side());
+      if (next.height < 1 || next.width < 1 || std::min(map.height, map.width) < min_side) {
         throw std::invalid_argument("Forward: image must give each stage a map of at least its sr_ratio a side, got " +
                                     std::to_string(map.height) + "x" + std::to_string(map.width) + " for " +
-                                    std::to_string(least) + " from " + std::to_string(image.height) + "x" +
+                                    std::to_string(min_side) + " from " + std::to_string(image.height) + "x" +
                                     std::to_string(image.width));
       }
       require(fits(map, stage.embed->channels()), "take an image whose maps have fewer than 2^31 elements");

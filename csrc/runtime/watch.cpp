@@ -7,8 +7,8 @@
 namespace pvt {
 namespace {
 
-constexpr std::size_t kBlock = 1024;     // bytes that take other keys each
-constexpr std::size_t kLeastPart = 256;  // bytes: enough of them for a change all over to be in it
+constexpr std::size_t kBlock = 1024;   // bytes that take other keys each
+constexpr std::size_t kMinPart = 256;  // bytes: enough of them for a change all over to be in it
 
 using Keys = std::array<std::uint32_t, kBlock / 4 + 2>;
 
@@ -62,7 +62,7 @@ std::uint64_t sum(const unsigned char* data, std::size_t bytes) {
 Watch::Watch(const std::vector<Region>& regions) {
   std::ptrdiff_t index = 0;
   for (const Region& region : regions) {
-    Watched watched{region, index++, std::max(kLeastPart, (region.bytes + kParts - 1) / kParts), {}};
+    Watched watched{region, index++, std::max(kMinPart, (region.bytes + kParts - 1) / kParts), {}};
     for (std::size_t at = 0; at < region.bytes; at += watched.part)
       watched.sums.push_back(sum(region.data + at, std::min(watched.part, region.bytes - at)));
     if (!watched.sums.empty()) all_.push_back(std::move(watched));

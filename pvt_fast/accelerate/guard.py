@@ -275,20 +275,20 @@ class Guard:
         ]
         self.configs = attention_configs(children)
         # with what is kept alive for them: both at once, as other threads may look at any time
-        self._facts: tuple[_C.Facts, tuple] | None = None
+        self.snapshot: tuple[_C.AttributeSnapshot, tuple] | None = None
 
     def intact(self, owner: nn.Module) -> bool:
         """Neither changed nor disturbed?"""
         if not self.others_hold():
             return False
-        known = self._facts
-        if known is not None and known[1][0] is owner._modules and known[0].hold(owner):
+        known = self.snapshot
+        if known is not None and known[1][0] is owner._modules and known[0].holds(owner):
             return True
-        seen = facts(owner, self)  # before it is known that they are as they were
+        seen = snapshot(owner, self)  # before it is known that they are as they were
         if self.changed(owner) is not None or self.disturbed(owner) is not None:
             return False
         if not any(getattr(child, kind) for _, child in self.modules for kind in HOOKS):  # hooks may be idle
-            self._facts = seen
+            self.snapshot = seen
         return True
 
     def others_hold(self) -> bool:
@@ -347,10 +347,12 @@ class Guard:
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_facts": None}
+        return {**vars(self), "snapshot": None}
 
 
-def facts(owner: nn.Module, guard: Guard, parameters: bool = False, soon: Sequence[int] = ()) -> tuple[_C.Facts, tuple]:
+def snapshot(
+    owner: nn.Module, guard: Guard, parameters: bool = False, soon: Sequence[int] = ()
+) -> tuple[_C.AttributeSnapshot, tuple]:
     """What `Guard.changed` and `Guard.disturbed` look at, as it is now, with the modules' `parameters` if asked for;
     and what to keep alive for it, beginning with the owner's dict of modules."""
     objects: list[tuple] = []
@@ -368,7 +370,7 @@ def facts(owner: nn.Module, guard: Guard, parameters: bool = False, soon: Sequen
         dicts.append((child._modules, _items(child._modules, child._modules)))
         dicts.append((child._parameters, _items(child._parameters, child._parameters if parameters else {})))
         dicts += [(values[name], _items(values[name])) for name in ("_buffers", *HOOKS)]
-    return _C.Facts(objects, dicts, soon), (owner._modules, objects, dicts)
+    return _C.AttributeSnapshot(objects, dicts, soon), (owner._modules, objects, dicts)
 
 
 class When:
@@ -385,7 +387,7 @@ NOW = When()
 
 
 class Moment(When):
-    """In what `facts` of modules and their parameters kept: all as these facts know them. None for other modules."""
+    """In what a `snapshot` with parameters kept: all as that knows them. None for other modules."""
 
     def __init__(self, kept: tuple) -> None:
         _, objects, dicts = kept

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..accelerate.guard import Guard, edges, facts
+from ..accelerate.guard import Guard, edges, snapshot
 from ..ops import packing
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ class State:
         self.settings = model.forward_settings()
         self.guard = Guard(edges(model._modules.items()))
         soon = _lines(tuple(model.parameters()))
-        self.facts, self.kept = facts(model, self.guard, parameters=True, soon=soon)
+        self.attributes, self.kept = snapshot(model, self.guard, parameters=True, soon=soon)
 
     def holds(self, model: PVT_V2) -> bool:
         """Would a forward read the same now, but for the parameters' values?"""
         if not model.calls_its_own() or model.forward_settings() != self.settings:
             return False
-        return model._modules is self.kept[0] and self.guard.others_hold() and self.facts.hold(model)
+        return model._modules is self.kept[0] and self.guard.others_hold() and self.attributes.holds(model)
 
 
 class Recorded:

@@ -1,4 +1,4 @@
-"""What must hold of the ops' arguments, derived from one table: the shapes of all weights.
+"""What must hold of the ops' arguments, derived from the shapes that the contract's tuples of weights declare.
 
 Each `check_*` raises before anything is allocated or read: TypeError for a class or a dtype, ValueError for a shape, a
 device or a number, as `op: argument must condition, got value`. A backend that reads memory asks for `plain` tensors
@@ -9,7 +9,8 @@ checked then: of them only what tells the activations' sizes is looked at again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from types import NoneType
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -44,28 +45,21 @@ def _operands(name: str, part: int | None, shape: tuple[Size, ...], part_optiona
     ]
 
 
-def _declare(weights: Any, may_be_absent: tuple[str, ...] = (), **shapes: tuple[Size, ...]) -> list[Operand]:
-    assert tuple(shapes) == weights._fields, "a field without a shape would go unchecked"
-    return [
-        operand
-        for part, (name, shape) in enumerate(shapes.items())
-        for operand in _operands(f"w.{name}", part, shape, name in may_be_absent)
-    ]
+def operands_of(weights: type) -> list[Operand]:
+    """Those that a tuple of weights declares. TypeError for a field without a shape, which would go unchecked."""
+    operands = []
+    for part, (name, hint) in enumerate(get_type_hints(weights, include_extras=True).items()):
+        kind, *shape = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if not shape:
+            raise TypeError(f"{weights.__name__}: {name} must be annotated with its shape, got {hint}")
+        operands += _operands(f"w.{name}", part, tuple(shape), part_optional=NoneType in get_args(kind))
+    return operands
 
 
 OPERANDS: dict[str, list[Operand]] = {
-    "patch_embed": _declare(PatchEmbedWeights, proj=("C", "Cin", "k", "k"), norm=("C",)),
-    "attention": _declare(
-        AttentionWeights,
-        ("sr", "sr_norm"),
-        norm=("C",),
-        q=("C", "C"),
-        kv=("2C", "C"),
-        sr=("C", "C", "R", "R"),
-        sr_norm=("C",),
-        proj=("C", "C"),
-    ),
-    "mlp": _declare(MlpWeights, norm=("C",), fc1=("hidden", "C"), dwconv=("hidden", 1, 3, 3), fc2=("C", "hidden")),
+    "patch_embed": operands_of(PatchEmbedWeights),
+    "attention": operands_of(AttentionWeights),
+    "mlp": operands_of(MlpWeights),
     "layer_norm": _operands("w", None, ("C",)),
     "head": _operands("w", None, ("classes", "C")),
 }

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,35 +41,37 @@ class Linear(NamedTuple):
     bias: Tensor | None
 
 
-class PatchEmbedWeights(NamedTuple):
-    """`proj`: weight (C, Cin, k, k), its padding is k // 2; `norm`: over C."""
+# The weights of the ops. A field says which shape its `weight` has, by names of sizes that are the same within an op
+# (of a norm, and of a bias, it is the first alone); `checks` holds every call to that.
 
-    proj: Linear
-    norm: Norm
+
+class PatchEmbedWeights(NamedTuple):
+    """`proj`: its padding is k // 2."""
+
+    proj: Annotated[Linear, "C", "Cin", "k", "k"]
+    norm: Annotated[Norm, "C"]
 
 
 class AttentionWeights(NamedTuple):
-    """`norm` over C, `q` (C, C), `kv` (2C, C) with the C rows of K first, `proj` (C, C).
-
-    `sr` (C, C, R, R) and `sr_norm` over C reduce the map that gives K and V: both None where R is 1; in the linear
-    form R is 1 and both are present.
+    """`kv`: the C rows of K first. `sr` and `sr_norm` reduce the map that gives K and V: both None where R is 1; in the
+    linear form R is 1 and both are present.
     """
 
-    norm: Norm
-    q: Linear
-    kv: Linear
-    sr: Linear | None
-    sr_norm: Norm | None
-    proj: Linear
+    norm: Annotated[Norm, "C"]
+    q: Annotated[Linear, "C", "C"]
+    kv: Annotated[Linear, "2C", "C"]
+    sr: Annotated[Linear | None, "C", "C", "R", "R"]
+    sr_norm: Annotated[Norm | None, "C"]
+    proj: Annotated[Linear, "C", "C"]
 
 
 class MlpWeights(NamedTuple):
-    """`norm` over C, `fc1` (hidden, C), `dwconv` (hidden, 1, 3, 3), `fc2` (C, hidden)."""
+    """Of `fc1`, a 3x3 depthwise convolution, and `fc2`."""
 
-    norm: Norm
-    fc1: Linear
-    dwconv: Linear
-    fc2: Linear
+    norm: Annotated[Norm, "C"]
+    fc1: Annotated[Linear, "hidden", "C"]
+    dwconv: Annotated[Linear, "hidden", 1, 3, 3]
+    fc2: Annotated[Linear, "C", "hidden"]
 
 
 class AttentionSpec(NamedTuple):

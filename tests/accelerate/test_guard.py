@@ -412,7 +412,7 @@ def with_program() -> tuple[PVT_V2, nn.Module, Tensor]:
     block = blocks(model)[1]
     guard = stand_in_of(block).fused.guard
     assert agree(guard, block)
-    assert guard._facts is not None
+    assert guard.snapshot is not None
     return model, block, before
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -25,8 +25,8 @@ from torch._subclasses import FakeTensorMode
 from pvt_fast import _C
 from pvt_fast.backend import cpp, dispatch
 from pvt_fast.backend import registered as library
-from pvt_fast.ops import AttentionSpec, MlpSpec, Norm, reference
-from pvt_fast.ops.checks import OPERANDS
+from pvt_fast.ops import AttentionSpec, Linear, MlpSpec, Norm, reference
+from pvt_fast.ops.checks import OPERANDS, operands_of
 from pvt_fast.ops.packing import span
 from pvt_fast.testing import assert_parity
 
@@ -542,6 +542,35 @@ def forwards() -> Iterator[Case]:
 def _throws(function: Callable[..., Any], *arguments: Any) -> bool:
     # RuntimeError, LookupError: pybind11's, for items of tuples and dicts
     return isinstance(refusal(lambda: function(*arguments)), (TypeError, ValueError, RuntimeError, LookupError))
+
+
+class Gated(NamedTuple):
+    """Weights as of an op that is not there yet."""
+
+    norm: Annotated[Norm, "C"]
+    gate: Annotated[Linear | None, "hidden", "C"]
+
+
+class Shapeless(NamedTuple):
+    norm: Annotated[Norm, "C"]
+    gate: Linear
+
+
+def test_a_new_weight_field_is_checked_by_its_declaration_alone():
+    for kind in (Gated, Shapeless):
+        kind.__annotations__.update(norm=Annotated[Norm, "C"])  # names of this file are not looked up
+    Gated.__annotations__.update(gate=Annotated[Linear | None, "hidden", "C"])
+    Shapeless.__annotations__.update(gate=Linear)
+    assert [operand.name for operand in operands_of(Gated)] == [
+        "w.norm.weight",
+        "w.norm.bias",
+        "w.gate.weight",
+        "w.gate.bias",
+    ]
+    assert operands_of(Gated)[3].shape == ("hidden",)
+    assert operands_of(Gated)[2].part_optional
+    with pytest.raises(TypeError, match="Shapeless: gate must be annotated with its shape"):
+        operands_of(Shapeless)
 
 
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
