@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def row(
         "threads": threads,
         **case._asdict(),
         "date": date.today().isoformat(),
-        "versions": {package: version(package) for package in packages},
+        "versions": {package: version(package) for package in packages if find_spec(package)},
         "gflop": gflop,
         "peaks": peaks,
         "bound": bound,
