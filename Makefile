@@ -8,8 +8,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 # what the editable install is built from
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: setup demo test test-all test-peers lint style wheel cpp-test sanitize fuzz soak amx-test neon-test cross-tools baseline-test \
-	bench-cpu bench-busy gpu gpu-gates gpu-gates-update gpu-gates-all instructions instructions-update clean
+.PHONY: setup demo test test-all test-peers lint style wheel cpp-test sanitize fuzz soak avx512-test neon-test cross-tools \
+	baseline-test bench-cpu bench-busy gpu gpu-gates gpu-gates-update gpu-gates-all instructions instructions-update clean
 
 setup: $(VENV)/.demo
 
@@ -58,8 +58,9 @@ NEEDED_BY_amx := __AMX_BF16__
 is_idle = $(filter-out $(NATIVE),$(NEEDED_BY_$(basename $(notdir $(1)))))
 SANITIZED_KERNELS := $(foreach source,$(KERNELS),$(if $(call is_idle,$(source)),,$(source)))
 
-# the AMX kernels on a CPU that lacks the matrix unit (but has AVX-512 with BF16): its tiles in plain C++
-EMULATED_AMX := -O3 -DPVT_EMULATED_AMX -include csrc/tests/emulated_amx.h
+# the AVX-512 and AMX kernels on a CPU that has AVX2 alone: narrower target regions, the rest in plain C++
+EMULATED_ISAS := avx512 avx512_bf16 amx
+EMULATED := -DPVT_EMULATED -include csrc/tests/emulated.h
 CROSS_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64-static -L /usr/aarch64-linux-gnu
 # an x86-64 CPU without AVX
@@ -79,11 +80,14 @@ build/sanitized/%.o: %.cpp Makefile
 build/threads/%.o: %.cpp Makefile
 	$(call compile,$(CXX),$(THREAD_SANITIZED))
 
-build/amx/%.o: %.cpp Makefile
-	$(call compile,$(CXX),$(EMULATED_AMX))
+build/emulated/%.cpp: csrc/isa/%.cpp Makefile
+	mkdir -p $(@D) && sed -E '/"avx512f/s/avx512[a-z0-9]*,|amx-[a-z0-9]+,|,prefer-vector-width=512//g' $< > $@
 
-build/amx_sanitized/%.o: %.cpp Makefile
-	$(call compile,$(CXX),$(SANITIZED) -DPVT_EMULATED_AMX -include csrc/tests/emulated_amx.h)
+build/emulated/%.o: build/emulated/%.cpp
+	$(call compile,$(CXX),-O2 $(EMULATED))
+
+build/emulated/%_sanitized.o: build/emulated/%.cpp
+	$(call compile,$(CXX),$(SANITIZED) $(EMULATED))
 
 build/aarch64/%.o: %.cpp Makefile | cross-tools
 	$(call compile,$(CROSS_CXX),-O3)
@@ -105,14 +109,17 @@ ISOLATED := $(filter-out csrc/runtime/parallel.cpp,$(KERNELS)) csrc/tests/isolat
 build/test_isolation: $(call objects,optimised,$(ISOLATED))
 	$(CXX) -pthread $^ -o $@
 
-build/test_isolation_amx: $(call objects,amx,$(ISOLATED))
+emulated = $(filter-out $(EMULATED_ISAS:%=csrc/isa/%.cpp),$(1))
+
+build/test_kernels_emulated: $(call objects,optimised,$(call emulated,$(KERNELS)) csrc/tests/test_kernels.cpp) $(EMULATED_ISAS:%=build/emulated/%.o)
+	$(CXX) -fopenmp $^ -o $@
+
+build/test_isolation_emulated: $(call objects,optimised,$(call emulated,$(ISOLATED))) $(EMULATED_ISAS:%=build/emulated/%.o)
 	$(CXX) -pthread $^ -o $@
 
-build/test_kernels_amx_sanitized: $(call objects,amx_sanitized,$(KERNELS) csrc/tests/test_kernels.cpp)
+# of AMX alone, which has tiles of its own to be read past: the others take minutes to compile
+build/test_kernels_emulated_sanitized: $(call objects,sanitized,$(call emulated,$(SANITIZED_KERNELS)) csrc/tests/test_kernels.cpp) build/emulated/amx_sanitized.o
 	$(CXX) -fopenmp $(SANITIZED) $^ -o $@
-
-build/test_kernels_amx: $(call objects,amx,$(KERNELS) csrc/tests/test_kernels.cpp)
-	$(CXX) -fopenmp $^ -o $@
 
 build/test_kernels_aarch64: $(call objects,aarch64,$(KERNELS) csrc/tests/test_kernels.cpp)
 	$(CROSS_CXX) -fopenmp $^ -o $@
@@ -141,11 +148,11 @@ sanitize:
 	OMP_NUM_THREADS=4 build/test_kernels_threads
 	build/test_team_threads
 
-amx-test:
-	$(BUILD) build/test_kernels_amx build/test_kernels_amx_sanitized build/test_isolation_amx
-	build/test_kernels_amx amx
-	build/test_kernels_amx_sanitized amx
-	build/test_isolation_amx amx
+avx512-test:
+	$(BUILD) build/test_kernels_emulated build/test_kernels_emulated_sanitized build/test_isolation_emulated
+	build/test_kernels_emulated $(EMULATED_ISAS)
+	build/test_kernels_emulated_sanitized amx
+	build/test_isolation_emulated $(EMULATED_ISAS)
 
 # the kernels for ARM, cross-compiled and emulated: on a CPU with everything, then on one without bf16 instructions,
 # where every ISA that calls itself runnable must run

@@ -29,7 +29,7 @@ namespace pvt {
 // The CPU has the unit, and the kernel lets this process use its registers once asked.
 static bool runs_amx() {
   static const bool runs = [] {
-#if defined(PVT_EMULATED_AMX)
+#if defined(PVT_EMULATED)
     return has_avx512_bf16();
 #else
     unsigned a = 0, b = 0, c = 0, d = 0;
