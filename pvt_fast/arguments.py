@@ -23,7 +23,7 @@ _BYTES = (str, bytes, bytearray, memoryview)
 
 
 class _Short(reprlib.Repr):
-    """repr that ends: whatever a caller got hold of goes into one line of an error message."""
+    """A repr of bounded length, so that any value fits into one line of an error message."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,9 +96,8 @@ def choice(where: str, value: Any, names: Sequence[str]) -> str:
 
 
 def entries(where: str, value: Any, kind: str) -> Sequence[Any]:
-    """A sequence; strings and bytes are none, nor is what has more entries than `len` can tell.
-
-    `kind` says in the error what it must be.
+    """A sequence, but no string or bytes, and of a length that `len` can tell. `kind` says in the error what it must
+    be.
     """
     try:
         if isinstance(value, Sequence) and not isinstance(value, _BYTES) and len(value) >= 0:

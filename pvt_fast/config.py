@@ -22,7 +22,7 @@ VARIANT_NORM_EPS = 1e-6
 # Side of the pooled map in linear spatial-reduction attention.
 LINEAR_POOL_SIZE = 7
 
-# Far above any model that was ever trained: a slip of the pen is told before it has eaten the memory.
+# Far above any model that was ever trained: a typing error is reported before it takes all memory.
 MAX_STAGES = 32
 MAX_DEPTH = 1_000
 MAX_PARAMETERS = 2**34

@@ -91,14 +91,14 @@ class BlockLayout:
 
 
 def required_parameters(forward: Any) -> tuple[str, ...]:
-    """Of an unbound forward, without self: names of the parameters that go by position and have no default."""
+    """The names of an unbound forward's positional parameters without a default, but for self."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = [p for p in inspect.signature(forward).parameters.values() if p.kind in kinds][1:]
     return tuple(p.name for p in parameters if p.default is inspect.Parameter.empty)
 
 
 def takes_tokens_only(forward: Any) -> bool:
-    """Is an unbound forward called with tokens, and nothing of their map?"""
+    """Does an unbound forward take tokens alone, without the size of their map?"""
     parameters = inspect.signature(forward).parameters.values()
     return len(required_parameters(forward)) == 1 and all(
         p.kind != inspect.Parameter.VAR_POSITIONAL for p in parameters
@@ -114,5 +114,5 @@ def at(block: nn.Module, path: str) -> Any:
 
 
 def first(block: nn.Module, paths: tuple[str, ...]) -> Any:
-    """What the first of `paths` that leads somewhere leads to; None where none does."""
+    """What is found at the first of `paths` that leads anywhere; None where none does."""
     return next((found for path in paths if (found := at(block, path)) is not None), None)

@@ -70,8 +70,8 @@ def explain(model: nn.Module) -> Explanation:
 def refresh(model: nn.Module) -> None:
     """Forget what is packed of the model's weights: the next forward packs them as they are then.
 
-    Needed by nobody who can wait some calls (README, "Weights that change"): for writes that torch does not record, and
-    that change few values, when the very next call must see them.
+    Only needed where the very next call must see a write that torch does not record and that changes few values: some
+    calls later it is seen anyway (README, "Weights that change").
     """
     instance("refresh: model", model, nn.Module, "an nn.Module")
     packing.forget(
@@ -94,7 +94,7 @@ def _pieces_of(module: nn.Module) -> list[tuple[nn.Module, Fused | str, str]]:
 
 
 def _own_forward(owner: nn.Module, fused: Fused | str, attentions: bool) -> str:
-    """Why a call of the owner does not come to its fused form, if it does not."""
+    """Why a call of the owner does not reach its fused form; None if it does."""
     if "forward" in vars(owner):
         return "it has a forward of its own"
     if isinstance(fused, Fused) and own_class(owner).forward is not fused.forward:

@@ -106,7 +106,7 @@ class Fused:
             return "its input has no plain values in memory"
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
-        # whichever of the modules' modes it is that their forwards ask
+        # a forward may ask any of the modules for its mode
         if any(getattr(module, name) for module, name in self.dropouts) and (
             owner.training or any(child.training for _, child in self.guard.modules)
         ):
@@ -126,7 +126,7 @@ class Fused:
         return self.disturbance(owner)
 
     def calls(self, when: When = NOW) -> list[tuple]:
-        """(weights, *what the weights' packed form depends on besides) of each op that a call runs."""
+        """Of each op that a call runs: its weights, then the numbers that their packed form depends on."""
         raise NotImplementedError
 
     names: tuple[str, ...] = ()  # of the ops
@@ -135,7 +135,7 @@ class Fused:
     whole = True  # is nothing of the modules called?
 
     def disturbance(self, owner: nn.Module) -> str | None:
-        """Why the modules are not to be passed over."""
+        """Why the modules' own forwards must run, as far as the modules tell."""
         if not torch.compiler.is_compiling() and self.guard.intact(owner):
             return None
         return self.guard.changed(owner) or self.guard.disturbed(owner)
@@ -210,7 +210,7 @@ class FusedBlock(Fused):
             opaque = torch.compiler.is_compiling() and backend != "reference"
             if half is None or (opaque and half.derived):
                 x = self._run_own(block, names, x, hw)
-            else:  # what ran before may have brought gradients
+            else:  # the half before may have brought gradients
                 needs = self.needs_gradients(x)
                 fresh = needs or torch.compiler.is_compiling()
                 x = half.run(ops_of(backend, needs), x, hw, _residual_scale(self.drop_paths[name], x), fresh)
@@ -363,7 +363,7 @@ class StandIn:
         """What the owner's own forward would return; None where that must run."""
         fused = self.fused
         if not torch.compiler.is_compiling():
-            # of a part that was refused the guard knows nothing: it may have been mended
+            # the guard does not cover a half that was refused, which may have been mended
             if fused is None or not fused.whole or not fused.guard.intact(owner):
                 fused = self.current(owner)
             if fused is None:
@@ -384,7 +384,9 @@ class StandIn:
         return self.fused
 
     def _is_of_another(self, owner: nn.Module) -> bool:
-        """Must the owner be read again? What was there before the reading may be back while that of it is kept."""
+        """Must the owner be read again? It must where it differs from what was there before the reading, or from what
+        was read: a module that was replaced and put back meanwhile is in one of the two.
+        """
         if self._read_from is None or self._read_from.changed(owner) is not None:
             return True
         return self.fused is not None and self.fused.guard.changed(owner) is not None

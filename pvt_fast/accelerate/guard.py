@@ -47,7 +47,7 @@ _UNUSED = "_reversed_padding_repeated_twice"
 _OF_EVERY_MODULE = frozenset((*vars(nn.Module()), "_fused"))  # and what modules of ours have
 # What runs before a module's forward, and where its names are looked up.
 _EVERY_CALL = ("__call__", "_call_impl", "__getattr__", "__getattribute__")
-# Values that cannot become others.
+# Classes of immutable values.
 _PLAIN = (bool, int, float, str, tuple)
 _METHODS = (FunctionType, staticmethod, classmethod)
 _CONSTANTS = (bool, int, float, str, type(None), type, torch.dtype, torch.device, BuiltinFunctionType)
@@ -86,8 +86,8 @@ def hooks_on_all_modules() -> bool:
 
 
 def settings_of(module: nn.Module) -> dict[str, Any]:
-    """Those of a module's attributes that its methods name; all of them where it has a configuration, as transformers'
-    attentions do, whose methods hand the module to functions.
+    """The attributes of a module that its methods name. All attributes where the module has a configuration: the
+    methods of transformers' attentions hand the module on to functions.
     """
     named = _names_in(type(module)) - {_UNUSED, rate_of(module), "inplace" if _is_bare(module) else None}
     return {
@@ -109,7 +109,7 @@ def _is_bare(module: nn.Module) -> bool:
 
 
 def unseen_change(module: nn.Module) -> str | None:
-    """What `module`'s methods read that may change without another value in its place, in words."""
+    """What `module`'s methods read that can change in place, in words: a list, say, or a tensor that is no parameter."""
     kind = type(module)
     for name, value in settings_of(module).items():
         if not is_constant(value) and not hasattr(value, "_attn_implementation"):  # see attention_configs
@@ -122,7 +122,7 @@ def unseen_change(module: nn.Module) -> str | None:
 
 
 def is_constant(value: Any) -> bool:
-    """Can `value` become another only by putting another in its place?"""
+    """Is `value` immutable, so that only an assignment puts another in its place?"""
     if isinstance(value, tuple):
         return all(map(is_constant, value))
     if inspect.isfunction(value):
@@ -131,7 +131,9 @@ def is_constant(value: Any) -> bool:
 
 
 def methods_of(kind: type[nn.Module]) -> dict[str, Any]:
-    """What a call of a module of this class runs: its `forward`, and what of the class this names, and so on."""
+    """The methods that a call of a module of this class may run: `forward`, those that it names, those that these name,
+    and so on.
+    """
     found = {name: getattr(kind, name) for name in _EVERY_CALL}
     named = ["forward"]
     while named:
@@ -153,8 +155,8 @@ def definitions(kind: type[nn.Module], name: str) -> list[tuple[type, Any]]:
 
 
 def _names(function: Any) -> Iterator[str]:
-    """The names in the code of a function, of the functions within it, and of those of its module that it calls, to
-    which it may hand the module that it is a method of.
+    """All names in the code of a function, of functions nested in it, and of functions of the same file that it calls,
+    which it may hand the module to.
     """
     functions, seen = [inspect.unwrap(function)] if callable(function) else [], set()
     while functions:
@@ -181,7 +183,9 @@ def _is_filled(cell: CellType) -> bool:
 
 
 def _names_in(kind: type[nn.Module]) -> frozenset[str]:
-    """The names in the methods of a class; where one of these is replaced, a guard sees that."""
+    """All names in the methods that a call of this class may run. Where one of the methods is replaced, a guard sees
+    that.
+    """
     return _names_with(kind, kind.forward)  # type: ignore[arg-type]  # classes can be hashed
 
 
@@ -199,7 +203,7 @@ def attention_configs(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def own_attention(configs: Iterable[Any]) -> str | None:
-    """The name of an attention that is none of transformers' own, if one is chosen."""
+    """The name of a chosen attention that is not one of transformers' own, if there is one."""
     return next((name for config in configs if (name := config._attn_implementation) not in _ATTENTIONS), None)
 
 
@@ -215,8 +219,8 @@ class Kinds:
         self.kinds = [(kind, methods_of(kind)) for kind in kinds]
 
     def include(self, module: nn.Module) -> bool:
-        """Is `module` of one of the classes, or of a subclass with all of these methods? What its instance hides is for
-        a guard to see.
+        """Is `module` of one of the classes, or of a subclass that keeps all of these methods? Attributes of the
+        instance that hide a method are for a guard to see.
         """
         kind = type(module)
         return any(
@@ -225,7 +229,9 @@ class Kinds:
         )
 
     def describe(self, module: nn.Module) -> str:
-        """What a module is that they do not include: its class, by its full name where one of these has its name."""
+        """What a module that they do not include is: the name of its class, in full where one of these has the same
+        name.
+        """
         kind = type(module)
         for known, methods in self.kinds:
             if kind is known:
@@ -264,7 +270,7 @@ class Guard:
         self.owner: tuple[dict[str, Any], frozenset[str]] = ({}, self.roots)
         if owner is not None:
             self.owner = (settings_of(owner), hidden_by(owner) | self.roots)
-        # places without a module, too; not kept for an owner whose other modules are called
+        # with places that hold no module; not for an owner whose other children are called
         self.children = None if owner is None else (tuple(owner._modules.items()), _sizes(owner))
         kinds = dict.fromkeys(self.types if owner is None else [*self.types, own_class(owner)])
         self.methods = [
@@ -274,7 +280,7 @@ class Guard:
             for definer, method in definitions(kind, name)
         ]
         self.configs = attention_configs(children)
-        # with what is kept alive for them: both at once, as other threads may look at any time
+        # and what it needs alive: one attribute, as other threads may read it at any time
         self.snapshot: tuple[_C.AttributeSnapshot, tuple] | None = None
 
     def intact(self, owner: nn.Module) -> bool:
@@ -292,8 +298,8 @@ class Guard:
         return True
 
     def others_hold(self) -> bool:
-        """Is all as it was that is not the modules' own: hooks on all of them, their classes' methods, their model's
-        choice of attention?
+        """Does everything outside the modules still hold: no hooks on all modules, the methods of their classes, the
+        attention that their model chose?
         """
         return (
             not hooks_on_all_modules()
@@ -302,7 +308,7 @@ class Guard:
         )
 
     def changed(self, owner: nn.Module) -> str | None:
-        """How the modules are others than were seen, or do something else."""
+        """What has been replaced or set otherwise since, in words; None if nothing."""
         for parent, name, child in self.edges:
             if (owner if parent is None else parent)._modules.get(name) is not child:
                 return f"its {name} was replaced"
@@ -374,7 +380,7 @@ def snapshot(
 
 
 class When:
-    """Where a module's settings and parameters are read: in the module, as it is at each reading."""
+    """Where the settings and parameters of modules are read: here in the modules themselves, at each reading."""
 
     def setting(self, module: nn.Module, name: str) -> Any:
         return getattr(module, name)
@@ -387,7 +393,7 @@ NOW = When()
 
 
 class Moment(When):
-    """In what a `snapshot` with parameters kept: all as that knows them. None for other modules."""
+    """Reads what a `snapshot` with parameters kept. None for modules that it does not know."""
 
     def __init__(self, kept: tuple) -> None:
         _, objects, dicts = kept
@@ -415,7 +421,7 @@ def _changed_setting(module: nn.Module, settings: dict[str, Any]) -> str | None:
 
 
 def hidden_by(module: nn.Module) -> frozenset[str]:
-    """Names that an attribute of `module` itself would hide, of what its methods find elsewhere."""
+    """The names that `module`'s methods find elsewhere, and that an attribute of `module` itself would hide."""
     kind = type(module)
     named = _names_in(kind) - vars(module).keys()
     return frozenset((*methods_of(kind), *module._parameters, *named))

@@ -28,7 +28,7 @@ _RATE = 0.25
 
 
 def kind(block: nn.Module) -> tuple:
-    """What two blocks have in common that need to be tried out once only."""
+    """What two blocks share if trying one of them is enough."""
 
     def of(module: nn.Module) -> tuple:
         other = {k: v for k, v in vars(module).items() if is_constant(v) and k not in ("training", rate_of(module))}

@@ -68,7 +68,7 @@ def _check_isa(name: str, source: str) -> str:
     return name
 
 
-# A cap is an ISA by name: the best not above it is that one itself, as a CPU runs all below its best.
+# The cap itself: a CPU runs every ISA below its best.
 _isa = _check_isa(os.environ.get("PVT_FAST_ISA") or isas()[0], "PVT_FAST_ISA")
 
 
@@ -213,10 +213,10 @@ def head(x: Tensor, w: Linear | None) -> Tensor:
 def _packed(
     kind: str, key: tuple, w: Any, tensors: Tensors, check: Callable[[Any], object], build: Callable[[Any], Any]
 ) -> Any:
-    """The packed op of weights `w`, whose `tensors` are given apart as a call has no time to look for them.
+    """The packed op of weights `w`; `tensors` lists their tensors, as a call has no time to look for them.
 
-    Where it has to be built both see weights that nobody changes meanwhile: check(weights) as they are, build(weights)
-    as the kernels read them, `_readable` and one element after another.
+    Where the op must be built, check(weights) sees the weights as they are, and build(weights) as the kernels read
+    them: `_readable` and contiguous. Both see aliases, which no other thread can change.
     """
 
     def held(alias: Alias) -> Any:
@@ -234,12 +234,12 @@ def _run_residual(op: Any, x: Tensor, hw: HW, residual_scale: Tensor | None) -> 
 
 def _require_runs(op: str, x: Tensor, spec: AttentionSpec | MlpSpec | None = None) -> None:
     if x.device.type != "cpu" or x.dtype not in _DTYPES or (spec is not None and spec.drops):
-        _SUPPORT.require(op, x.device.type, x.dtype, spec)  # which asks the same, in more time
+        _SUPPORT.require(op, x.device.type, x.dtype, spec)  # the same questions, slower, and the error
 
 
 def _readable(alias: Tensor) -> Tensor:
-    """The same values as the kernels read them, of a tensor that nobody else has, so that none changes its memory: a
-    negative-bit view's in memory of their own, float16 as float32.
+    """The values as the kernels read them: float16 as float32, a negative-bit view with its values in memory. `alias`
+    must be the caller's own, so that no other thread can put other memory into it.
     """
     if alias.is_neg():
         alias = alias.resolve_neg()
@@ -255,7 +255,7 @@ def log_float16() -> None:
 
 
 def _dtype(x: Tensor) -> _C.DType:
-    """What the kernels call the element type of x, which is `_readable`."""
+    """The kernels' name for the element type of x, which is `_readable`."""
     return _KERNEL_DTYPES[x.dtype]
 
 

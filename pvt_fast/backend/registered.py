@@ -211,7 +211,7 @@ def _reference_gradients(
         else value.detach().requires_grad_(need)
         for value, need in zip(arguments, needed, strict=True)
     ]
-    # the ops stand in without autocast only, but a backward may lie within one; the meta device knows none
+    # forwards run without autocast, but a backward may run within one; the meta device has none
     device = "cpu" if grad_output.is_meta else grad_output.device.type
     with torch.enable_grad(), torch.autocast(device, enabled=False):
         output = recompute(*leaves)

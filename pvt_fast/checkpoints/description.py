@@ -47,7 +47,7 @@ TRANSFORMERS_EPS = "layer_norm_eps"  # of its config.json
 _WEIGHTS_ID = "weights_id"
 EPS_KINDS = ("block", "patch_embed", "reduction")
 _LONGEST = 1 << 20  # bytes of a description, which has some hundred
-# Which one stands there changes no answer in evaluation mode.
+# In evaluation mode each of them is the identity.
 _PASSIVE = (nn.Identity, nn.Dropout, DropPath)
 # torch's wrapper for recomputation, which shows in no state dict.
 _CHECKPOINTED = "_checkpoint_wrapped_module"
@@ -57,9 +57,9 @@ _CHECKPOINTED = "_checkpoint_wrapped_module"
 
 
 def describe(op: str, model: PVT_V2, kind: type[PVT_V2]) -> dict[str, Any]:
-    """The arguments of `kind` under "config", and what `rebuild` brings a model made of them to.
+    """The arguments of `kind` under "config", and what `rebuild` must set beside them to bring the model back.
 
-    Raises ValueError, as `op`, where the model is not what comes back then.
+    Raises ValueError, as `op`, for a model that would come back as another.
     """
     require_rebuilt(op, model, kind)
     for name, value in model.state_dict().items():
@@ -146,7 +146,7 @@ def in_folder(op: str, metadata: Mapping[str, str], config: Path | None) -> dict
 
 
 def valid_eps(op: str, stated: Any) -> dict[str, float]:
-    """The arguments of `PVT_V2.set_norm_eps` that a file states; ValueError for what are none."""
+    """The epsilons that a file states, as arguments of `PVT_V2.set_norm_eps`; ValueError for anything else."""
     if not isinstance(stated, Mapping) or not stated or any(kind not in EPS_KINDS for kind in stated):
         raise ValueError(
             f"{op}: {NORM_EPS} must state the epsilons of norms of the kinds {', '.join(EPS_KINDS)}; "

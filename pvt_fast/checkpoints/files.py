@@ -199,7 +199,7 @@ def _not_values(value: Tensor) -> str | None:
 
 
 def _is_plain(value: Tensor) -> bool:
-    """Has a tensor its values, and nothing else, in one storage?"""
+    """Does one storage hold all of a tensor's values, and nothing else?"""
     wrapper = type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
     return not (wrapper or value.is_nested or value.is_quantized) and value.layout == torch.strided
 
@@ -210,7 +210,7 @@ def memory_of(value: Tensor) -> int | None:
 
 
 def is_expanded(value: Tensor) -> bool:
-    """Has a plain tensor more elements than its memory? Then it is as large as anybody says."""
+    """Does a plain tensor have more elements than its memory? Such a tensor is as large as its shape pretends."""
     return value.numel() * value.element_size() > value.untyped_storage().nbytes()
 
 

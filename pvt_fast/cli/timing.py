@@ -23,7 +23,7 @@ class Spread(NamedTuple):
 
 
 def spread(seconds: Sequence[float]) -> Spread:
-    """What is told of calls that took these seconds, of which there must be one at least."""
+    """The spread of calls that took these seconds, of which there must be at least one."""
     ms = [1e3 * each for each in seconds]
     deciles = quantiles(ms, n=10, method="inclusive") if len(ms) > 1 else ms
     return Spread(median(ms), deciles[0], deciles[-1], len(ms))
@@ -40,7 +40,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def burst(call: Callable[[], object], seconds: float) -> list[float]:
-    """Seconds of each call for about that long; one call before them wakes the threads."""
+    """Seconds of each call, for about `seconds` in all; one call before them wakes the threads."""
     call()
     times: list[float] = []
     end = time.perf_counter() + seconds

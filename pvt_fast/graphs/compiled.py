@@ -75,7 +75,7 @@ class _Clones(threading.local):
         if state is None or clone is None or not state.holds(model) or clone.model.backend != model.backend:
             state = State(model)
             clone = _Published(copy.deepcopy(model, {id(own): own for own in model.parameters()}))
-            # of a hook or of a module that is not known the state does not know all
+            # the state does not know all that hooks and unknown modules read
             if model.pieces(image) is not None and state.guard.disturbed(model) is None and state.holds(model):
                 self.known[model] = state, clone
         return clone

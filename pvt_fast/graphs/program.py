@@ -85,9 +85,7 @@ class Program:
 
     @classmethod
     def begun(cls, model: PVT_V2, image: Tensor, variant: str) -> Program | None:
-        """A program without its packed ops, from before the forward that makes them; None where a forward is more than
-        ops.
-        """
+        """A program as it stands before the forward that packs its ops; None where a forward is more than ops."""
         fused = model.pieces(image)
         if fused is None or not all(is_plain(parameter) for parameter in model.parameters()):
             return None
@@ -100,8 +98,8 @@ class Program:
         return program if guard.changed(model) is None and guard.disturbed(model) is None else None
 
     def end(self, model: PVT_V2, image: Tensor, records: list[packing.Record], whole: WholeForward) -> bool:
-        """Take the packed ops of the forward that has just run. False where it was more than these, or where another
-        thread changed something meanwhile.
+        """Take the packed ops of the forward that has just run. False if it ran anything else, or if another thread
+        changed something meanwhile.
         """
         # weights that are computed at each forward (parametrizations, say) are packed at each forward
         if [used.key for used in records] != self.keys:
@@ -110,7 +108,7 @@ class Program:
         self.forward = whole.link([used.form for used in records])
         parameters = {id(tensor): tensor for piece in self.pieces for tensor in piece}
         self.recorded = Recorded(self.state, tuple(parameters.values()))
-        # It compares with the values of now. What the ops were packed from may have changed since, unseen as yet.
+        # it compares with the values of now; what the ops were packed from may have changed before, unseen as yet
         if not all(_is_packed_of(used, piece) for used, piece in zip(records, self.pieces, strict=True)):
             packing.doubt()
             return False
@@ -120,7 +118,7 @@ class Program:
         """Would running op by op on `image` do the same?"""
         if _kind_of(image, variant) != self.kind or any(used.dropped for used in self.records):
             return False
-        # asked at once, as another number of logits would be returned; other shapes are among the values
+        # at every call, as the result would have another shape; other shapes are compared with the values
         return self.head.shape[0] == self.forward.classes and self.recorded.holds(model)
 
     def run(self, image: Tensor) -> Tensor:

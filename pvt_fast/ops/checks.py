@@ -46,7 +46,7 @@ def _operands(name: str, part: int | None, shape: tuple[Size, ...], part_optiona
 
 
 def operands_of(weights: type) -> list[Operand]:
-    """Those that a tuple of weights declares. TypeError for a field without a shape, which would go unchecked."""
+    """The operands that a tuple of weights declares. TypeError for a field without a shape, which would go unchecked."""
     operands = []
     for part, (name, hint) in enumerate(get_type_hints(weights, include_extras=True).items()):
         kind, *shape = get_args(hint) if get_origin(hint) is Annotated else (hint,)
@@ -215,9 +215,10 @@ def output_shape(op: str, *arguments: Any) -> tuple[int, ...]:
 
 
 def _check_weights(op: str, w: Any, sizes: dict[str, int], name: str, x: Tensor, plain: bool, packed: bool) -> None:
-    """Every operand must have its declared shape, and dtype and device of the activations x, of that name.
+    """Every operand must have its declared shape, and the dtype and device of the activations x, called `name`.
 
-    packed: only what a form depends on that was packed of checked weights, beside their tensors.
+    packed: check only what the packed form depends on beside the weights' tensors, which were checked when they were
+    packed.
     """
     _check_sizes(op, f"{name} and weights", sizes)
     for part_name, index, kind, optional in PARTS[op]:

@@ -66,7 +66,7 @@ class AttentionWeights(NamedTuple):
 
 
 class MlpWeights(NamedTuple):
-    """Of `fc1`, a 3x3 depthwise convolution, and `fc2`."""
+    """`fc1` and `fc2` are linear, with the depthwise 3x3 convolution `dwconv` between them."""
 
     norm: Annotated[Norm, "C"]
     fc1: Annotated[Linear, "hidden", "C"]

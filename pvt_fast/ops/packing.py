@@ -106,7 +106,7 @@ class Sources:
         return self.hold_values(tensors)
 
     def _hold_for(self, tensors: Sequence[Tensor]) -> bool:
-        """The same for other tensors over the same memory, which count their changes anew: all values are compared."""
+        """The same for other tensors over the same memory, whose changes are counted anew: all values are compared."""
         if [tensor.data_ptr() for tensor in tensors] != self._addresses or not all(
             _shape(tensor) == shape for tensor, shape in zip(tensors, self._shapes, strict=True)
         ):
@@ -133,7 +133,9 @@ class Sources:
         return self._same_shapes(tensors) and self._same_values(tensors)
 
     def _same_shapes(self, tensors: Sequence[Tensor]) -> bool:
-        """Of an op's weights all, of a model's a part at a time: asking costs more than addresses and versions do."""
+        """All of an op's weights are compared, of a model's a part at a time: this costs more than addresses and
+        versions.
+        """
         count = len(tensors)
         part = range(count)
         if count > CALLS:
@@ -366,10 +368,10 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _object(tensor: Tensor) -> Any:
-    """What tells a tensor from another over the same memory, each of which counts changes of its own.
+    """What tells a tensor from another over the same memory: each counts its own changes.
 
-    Of a parameter the address of its C++ part only: torch.utils.swap_tensors refuses tensors that have weak references,
-    and swaps those parts. A view of a parameter counts changes with it, and is made anew for each call.
+    For a parameter that is the address of its C++ part alone: torch.utils.swap_tensors refuses tensors that have weak
+    references, and swaps those parts. A view of a parameter shares its count, and is made anew for each call.
     """
     base = tensor if isinstance(tensor, torch.nn.Parameter) else tensor._base  # None where it is no view
     return base._cdata if isinstance(base, torch.nn.Parameter) else ref(tensor)
