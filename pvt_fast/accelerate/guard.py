@@ -109,7 +109,7 @@ def _is_bare(module: nn.Module) -> bool:
 
 
 def unseen_change(module: nn.Module) -> str | None:
-    """What `module`'s methods read that can change in place, in words: a list, say, or a tensor that is no parameter."""
+    """What `module`'s methods read that can change in place, in words: a list, or a tensor that is no parameter."""
     kind = type(module)
     for name, value in settings_of(module).items():
         if not is_constant(value) and not hasattr(value, "_attn_implementation"):  # see attention_configs

@@ -46,7 +46,7 @@ def _operands(name: str, part: int | None, shape: tuple[Size, ...], part_optiona
 
 
 def operands_of(weights: type) -> list[Operand]:
-    """The operands that a tuple of weights declares. TypeError for a field without a shape, which would go unchecked."""
+    """The operands a tuple of weights declares. TypeError for a field without a shape, which would go unchecked."""
     operands = []
     for part, (name, hint) in enumerate(get_type_hints(weights, include_extras=True).items()):
         kind, *shape = get_args(hint) if get_origin(hint) is Annotated else (hint,)
