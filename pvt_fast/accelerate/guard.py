@@ -258,6 +258,9 @@ class Guard:
     specification; `intact` gives the same answer, at a fraction of the price, by comparing Python objects from C++.
     """
 
+    # With what it needs alive, in one attribute, as other threads may read it at any time. Copies and pickles have none.
+    snapshot: tuple[_C.AttributeSnapshot, tuple] | None = None
+
     def __init__(self, watched: Iterable[Edge], owner: nn.Module | None = None) -> None:
         self.edges = tuple(watched)
         self.modules = [(name, child) for _, name, child in self.edges if child is not None]
@@ -280,8 +283,6 @@ class Guard:
             for definer, method in definitions(kind, name)
         ]
         self.configs = attention_configs(children)
-        # and what it needs alive: one attribute, as other threads may read it at any time
-        self.snapshot: tuple[_C.AttributeSnapshot, tuple] | None = None
 
     def intact(self, owner: nn.Module) -> bool:
         """Neither changed nor disturbed?"""
@@ -353,7 +354,7 @@ class Guard:
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "snapshot": None}
+        return {name: value for name, value in vars(self).items() if name != "snapshot"}
 
 
 def snapshot(
