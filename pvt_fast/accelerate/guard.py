@@ -258,7 +258,7 @@ class Guard:
     specification; `intact` gives the same answer, at a fraction of the price, by comparing Python objects from C++.
     """
 
-    # With what it needs alive, in one attribute, as other threads may read it at any time. Copies and pickles have none.
+    # With what it needs alive, in one attribute as other threads read it. Copies and pickles have none.
     snapshot: tuple[_C.AttributeSnapshot, tuple] | None = None
 
     def __init__(self, watched: Iterable[Edge], owner: nn.Module | None = None) -> None:
