@@ -1,7 +1,7 @@
 """The modules that earlier versions had, and the ops in them, by the names that they had there.
 
 For scripts and for models that were pickled whole. `import pvt_fast.cpp`, or from it, gives a module that hands on what
-it is asked for; nothing of it is loaded before.
+it is asked for; nothing of it is loaded before. What is put into it stays in it: patch the module of today.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ class _Finder(MetaPathFinder, Loader):
         def hand_on(name: str) -> Any:
             return getattr(now, OPS.get(name, name))
 
-        vars(module).update(__doc__=f"{now.__name__}, by an earlier name.", __getattr__=hand_on)
+        names = [name for name in vars(now) if not name.startswith("_")]
+        names += [name for name, op in OPS.items() if op in names]
+        vars(module).update(__doc__=f"{now.__name__}, by an earlier name.", __getattr__=hand_on, __all__=names)
+        vars(module)["__dir__"] = lambda: names
 
 
 sys.meta_path.append(_Finder())

@@ -10,6 +10,7 @@ import torch
 
 import pvt_fast
 from pvt_fast import _earlier
+from pvt_fast.ops import reference
 from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase
 
 
@@ -76,3 +77,10 @@ def test_other_names_are_none():
         pvt_fast.banana  # noqa: B018
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("pvt_fast.banana")
+
+
+def test_all_of_an_earlier_module_can_be_imported_and_listed():
+    names: dict = {}
+    exec("from pvt_fast.reference import *", names)
+    assert names["sr_attention"] is names["attention"] is reference.attention
+    assert {"attention", "sr_attention", "mlp"} <= set(dir(importlib.import_module("pvt_fast.reference")))

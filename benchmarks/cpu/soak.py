@@ -119,7 +119,8 @@ class Soak:
     def image(self, model: PVT_V2, side: int | None = None) -> Tensor:
         # at least sr_ratio tokens a side in each stage
         height, width = (side or self.random.randint(64, 160) for _ in range(2))
-        image = torch.randn(1 if side else self.random.randint(1, 3), 3, height, width).to(model.head.weight.dtype)  # type: ignore[arg-type]
+        batch = 1 if side else self.random.randint(1, 3)
+        image = torch.randn(batch, 3, height, width).to(next(model.parameters()).dtype)
         layouts: list[Callable[[Tensor], Tensor]] = [
             lambda x: x,
             lambda x: x.contiguous(memory_format=torch.channels_last),

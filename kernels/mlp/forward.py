@@ -48,7 +48,7 @@ from ..workspace import workspace
 # Values of an fp16 map are proven to stay below this. fp16 ends at 65504.
 _HALF_LIMIT = 2.0**15
 # The largest of the taps and of fc2's weights must reach this, or their small values lose digits in fp16.
-_HALF_LEAST = 2.0**-8
+_HALF_MIN = 2.0**-8
 
 
 class _Packed(NamedTuple):
@@ -287,7 +287,7 @@ def _fits_half(w: MlpWeights) -> bool:
     taps, fc2 = w.dwconv.weight.detach().float().flatten(1).abs(), w.fc2.weight.detach().float().abs().max()
     bias = 0.0 if w.dwconv.bias is None else w.dwconv.bias.detach().float().abs()
     largest = torch.stack([hidden.max(), (hidden * taps.sum(1) + bias).max(), 4 * fc2, taps.max()])
-    return bool((largest < _HALF_LIMIT).all() & (torch.stack([fc2, taps.max()]) >= _HALF_LEAST).all())
+    return bool((largest < _HALF_LIMIT).all() & (torch.stack([fc2, taps.max()]) >= _HALF_MIN).all())
 
 
 def _pack(w: MlpWeights) -> _Packed:

@@ -40,7 +40,7 @@ from ..ops import (
     check_patch_embed,
     map_tensors,
 )
-from ..ops.packing import Alias, Tensors, key_of, packed, span
+from ..ops.packing import Alias, key_of, packed, span
 
 logger = logging.getLogger("pvt_fast")
 
@@ -106,9 +106,8 @@ def patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tenso
         sizes = (in_channels, channels, kernel, stride)
         return _C.PatchEmbed(isa, _dtype(image), _linear(held.proj), _norm(held.norm), sizes, channels_last)
 
-    tensors = (*w.proj[:2], *w.norm[:2])
     kind = "patch_embed channels_last" if channels_last else "patch_embed"
-    op = _packed(kind, key_of(isa, w, stride), w, tensors, check, build)
+    op = _packed(kind, key_of(isa, w, stride), w, check, build)
     out = torch.empty((image.shape[0], hw[0] * hw[1], channels), dtype=image.dtype, device=image.device)
     op.run(span(image), (image.shape[0], *image.shape[2:]), strides, span(out))
     return out.to(given.dtype), hw
@@ -137,9 +136,7 @@ def attention(
         }
         return _C.attention(isa, _dtype(x), weights)
 
-    sr = () if w.sr is None or w.sr_norm is None else (*w.sr[:2], *w.sr_norm[:2])
-    tensors = (*w.norm[:2], *w.q[:2], *w.kv[:2], *w.proj[:2], *sr)
-    op = _packed("attention", key_of(isa, w, spec), w, tensors, check, build)
+    op = _packed("attention", key_of(isa, w, spec), w, check, build)
     return _run_residual(op, x, hw, residual_scale).to(given.dtype)
 
 
@@ -162,8 +159,7 @@ def mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor 
         }
         return _C.mlp(isa, _dtype(x), weights)
 
-    tensors = (*w.norm[:2], *w.fc1[:2], *w.dwconv[:2], *w.fc2[:2])
-    op = _packed("mlp", key_of(isa, w, spec), w, tensors, check, build)
+    op = _packed("mlp", key_of(isa, w, spec), w, check, build)
     return _run_residual(op, x, hw, residual_scale).to(given.dtype)
 
 
@@ -180,7 +176,7 @@ def layer_norm(x: Tensor, w: Norm) -> Tensor:
     def build(held: Norm) -> Any:
         return _C.LayerNorm(isa, _dtype(x), _norm(held), x.shape[-1])
 
-    op = _packed("layer_norm", key_of(isa, w), w, w[:2], check, build)
+    op = _packed("layer_norm", key_of(isa, w), w, check, build)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     op.run(span(x), x.numel() // x.shape[-1], span(out))
     return out.to(given.dtype)
@@ -204,16 +200,14 @@ def head(x: Tensor, w: Linear | None) -> Tensor:
     if w is None:
         op = _C.Head(isa, _dtype(x), None, channels, classes)
     else:
-        op = _packed("head", key_of(isa, w), w, w[:2], check, build)
+        op = _packed("head", key_of(isa, w), w, check, build)
     out = torch.empty((batch, classes), dtype=x.dtype, device=x.device)
     op.run(span(x), batch, tokens, span(out))
     return out.to(given.dtype)
 
 
-def _packed(
-    kind: str, key: tuple, w: Any, tensors: Tensors, check: Callable[[Any], object], build: Callable[[Any], Any]
-) -> Any:
-    """The packed op of weights `w`; `tensors` lists their tensors, as a call has no time to look for them.
+def _packed(kind: str, key: tuple, w: Any, check: Callable[[Any], object], build: Callable[[Any], Any]) -> Any:
+    """The packed op of weights `w`, a norm, a linear or a tuple of them.
 
     Where the op must be built, check(weights) sees the weights as they are, and build(weights) as the kernels read
     them: `_readable` and contiguous. Both see aliases, which no other thread can change.
@@ -222,6 +216,8 @@ def _packed(
     def held(alias: Alias) -> Any:
         return build(map_tensors(w, lambda tensor: _readable(alias(tensor)).contiguous()))
 
+    parts = (w,) if isinstance(w, (Norm, Linear)) else w
+    tensors = tuple([tensor for part in parts if part is not None for tensor in part[:2]])
     return packed(kind, key, tensors, held, lambda alias: check(map_tensors(w, alias)))
 
 

@@ -182,7 +182,12 @@ def _register(op: str, signature: Signature, name: str, names: Mapping[str, str]
             return *_reference_gradients(recompute, flat, ctx.needs_input_grad[:-1], grad_output), None
         tensors = [place for place, value in enumerate(flat) if isinstance(value, Tensor)]
         needed = [ctx.needs_input_grad[place] for place in tensors]
-        gradients = dict(zip(tensors, own(grad_output, needed, *signature.arguments(flat)), strict=True))
+        found = own(grad_output, needed, *signature.arguments(flat))
+        if len(found) != len(tensors):
+            raise ValueError(
+                f"{op}: the backward of backend {backend.name!r} must return {len(tensors)} gradients, got {len(found)}"
+            )
+        gradients = dict(zip(tensors, found, strict=True))
         return *(gradients.get(place) for place in range(len(flat))), None
 
     def fake(*flat: Any) -> Tensor:

@@ -175,9 +175,9 @@ def _positive(text: str) -> int:
 
 
 def _threads(text: str) -> int:
-    threads, most = _positive(text), _THREADS_PER_CPU * (os.cpu_count() or 1)
-    if threads > most:
-        raise argparse.ArgumentTypeError(f"must be at most {_THREADS_PER_CPU} a processor, {most}, got {threads}")
+    threads, maximum = _positive(text), _THREADS_PER_CPU * (os.cpu_count() or 1)
+    if threads > maximum:
+        raise argparse.ArgumentTypeError(f"must be at most {_THREADS_PER_CPU} a processor, {maximum}, got {threads}")
     return threads
 
 

@@ -185,6 +185,13 @@ class Backend:
     backward: Mapping[str, Backward] = field(default_factory=dict)
     whole: WholeForward | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a backward of what is no op, which would never be called."""
+        ops = ("patch_embed", "attention", "mlp", "layer_norm", "head")
+        for name in self.backward:
+            if name not in ops:
+                raise ValueError(f"Backend: backward must name ops ({', '.join(ops)}), got {name!r}")
+
     @property
     def name(self) -> str:
         return self.support.name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import accelerated as benchmarked
 import pytest
 import timm
 import torch
@@ -27,6 +26,7 @@ from peer_models import (
 from torch import Tensor, nn
 
 import pvt_fast
+from benchmarks.cpu import accelerated as benchmarked
 from pvt_fast.testing import assert_parity
 
 

@@ -108,7 +108,10 @@ def test_a_backends_own_backward_is_taken(add_backend):
 
 
 def test_without_one_it_is_the_references(add_backend):
-    add_backend(replace(cpp.BACKEND, backward={"attention": None}))
+    def of_another_op(*_):
+        raise AssertionError("it is not attention that is differentiated")
+
+    add_backend(replace(cpp.BACKEND, backward={"attention": of_another_op}))
     ours, plain = arguments(), arguments()
     registered.registered("cpp").mlp(*ours).sum().backward()
     reference.mlp(*plain).sum().backward()
@@ -125,3 +128,11 @@ def test_gradients_to_be_differentiated_are_the_references(add_backend):
     (grad,) = torch.autograd.grad(registered.registered("cpp").mlp(*given).sum(), given[0], create_graph=True)
     grad.square().sum().backward()
     assert given[2].fc1.weight.grad.abs().sum() > 0
+
+
+def test_a_backward_of_no_op_and_one_that_returns_too_few_are_refused(add_backend):
+    with pytest.raises(ValueError, match=r"Backend: backward must name ops \(patch_embed, .*\), got 'sr_attention'"):
+        replace(cpp.BACKEND, backward={"sr_attention": lambda *_: []})
+    add_backend(replace(cpp.BACKEND, backward={"mlp": lambda *_: [None, None]}))
+    with pytest.raises(ValueError, match="mlp: the backward of backend 'cpp' must return 10 gradients, got 2"):
+        registered.registered("cpp").mlp(*arguments()).sum().backward()

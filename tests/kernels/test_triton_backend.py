@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import roofline
 import torch
 import triton
 import triton.language as tl
-from case import Case
 
+from benchmarks.case import Case
+from benchmarks.gpu import roofline
 from pvt_fast import kernels
 from pvt_fast.backend import dispatch
 from pvt_fast.backend.dispatch import Facts
@@ -35,6 +35,8 @@ assert status["reference"].available
 
 WITHOUT_INTERPRETER = """
 import torch
+from benchmarks.case import Case
+from benchmarks.gpu import roofline
 from pvt_fast import kernels
 from pvt_fast.ops import Facts
 print(kernels.BACKEND.unsupported(Facts("cpu", torch.float32)))
