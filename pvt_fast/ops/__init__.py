@@ -1,7 +1,6 @@
 """The ops that models are made of: their contract, the checks of their arguments, and packed forms of their weights."""
 
 from .checks import (
-    NAMES,
     check_attention,
     check_head,
     check_layer_norm,
@@ -13,6 +12,7 @@ from .checks import (
 )
 from .contract import (
     HW,
+    NAMES,
     AttentionSpec,
     AttentionWeights,
     Backend,

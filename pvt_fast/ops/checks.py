@@ -65,9 +65,6 @@ OPERANDS: dict[str, list[Operand]] = {
 }
 
 
-# The ops of the contract, in the order of a forward.
-NAMES = tuple(OPERANDS)
-
 # The norms and linears among an op's weights: (name, index or None, class, may it be None?).
 PARTS = {
     op: list(dict.fromkeys((o.name.rpartition(".")[0], o.part, o.kind, o.part_optional) for o in operands))

@@ -25,6 +25,9 @@ from torch import Tensor
 
 HW = tuple[int, int]
 
+# The ops, in the order of a forward.
+NAMES = ("patch_embed", "attention", "mlp", "layer_norm", "head")
+
 
 class Norm(NamedTuple):
     """LayerNorm over the last dimension: `weight (C,)`, `bias (C,)`, `eps`."""
@@ -187,10 +190,9 @@ class Backend:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a backward of what is no op, which would never be called."""
-        ops = ("patch_embed", "attention", "mlp", "layer_norm", "head")
         for name in self.backward:
-            if name not in ops:
-                raise ValueError(f"Backend: backward must name ops ({', '.join(ops)}), got {name!r}")
+            if name not in NAMES:
+                raise ValueError(f"Backend: backward must name ops ({', '.join(NAMES)}), got {name!r}")
 
     @property
     def name(self) -> str:

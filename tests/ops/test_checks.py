@@ -25,7 +25,7 @@ from torch._subclasses import FakeTensorMode
 from pvt_fast import _C
 from pvt_fast.backend import cpp, dispatch
 from pvt_fast.backend import registered as library
-from pvt_fast.ops import AttentionSpec, Linear, MlpSpec, Norm, reference
+from pvt_fast.ops import NAMES, AttentionSpec, Linear, MlpSpec, Norm, reference
 from pvt_fast.ops.checks import OPERANDS, operands_of
 from pvt_fast.ops.packing import span
 from pvt_fast.testing import assert_parity
@@ -554,6 +554,10 @@ class Gated(NamedTuple):
 class Shapeless(NamedTuple):
     norm: Annotated[Norm, "C"]
     gate: Linear
+
+
+def test_every_op_declares_its_weights():
+    assert tuple(OPERANDS) == NAMES
 
 
 def test_a_new_weight_field_is_checked_by_its_declaration_alone():
