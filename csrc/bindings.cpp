@@ -43,7 +43,7 @@ void* memory(const Span& span, std::int64_t count, pvt::DType dtype, const char*
   return memory(span, elements({count, std::int64_t(pvt::element_size(dtype))}), what);
 }
 
-// Reads weights of one element type.
+// Reads weights: matrices of one element type, norms and biases of floats.
 class Weights {
  public:
   explicit Weights(pvt::DType dtype) : dtype_(dtype) {}
@@ -52,16 +52,20 @@ class Weights {
   pvt::DType dtype() const { return dtype_; }
 
   pvt::Norm norm(const py::tuple& t, std::int64_t channels) const {
-    return {memory(t[0].cast<Span>(), channels, dtype_, "norm weight"),
-            memory(t[1].cast<Span>(), channels, dtype_, "norm bias"), t[2].cast<float>()};
+    return {floats(t[0].cast<Span>(), channels, "norm weight"), floats(t[1].cast<Span>(), channels, "norm bias"),
+            t[2].cast<float>()};
   }
   pvt::Linear linear(const py::tuple& t, std::int64_t out, std::int64_t in) const {
     const auto bias = t[1].cast<std::optional<Span>>();
     return {memory(t[0].cast<Span>(), elements({out, in}), dtype_, "weight"),
-            bias ? memory(*bias, out, dtype_, "bias") : nullptr};
+            bias ? floats(*bias, out, "bias") : nullptr};
   }
 
  private:
+  static const float* floats(const Span& span, std::int64_t count, const char* what) {
+    return static_cast<const float*>(memory(span, count, pvt::DType::f32, what));
+  }
+
   pvt::DType dtype_;
 };
 
@@ -269,7 +273,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("runnable_isas", &pvt::runnable_isas, "Those that this CPU runs, best first.");
   m.def("threads", &pvt::max_threads, "Threads that the next op uses.");
 
-  py::enum_<pvt::DType>(m, "DType").value("f32", pvt::DType::f32).value("bf16", pvt::DType::bf16);
+  py::enum_<pvt::DType>(m, "DType")
+      .value("f32", pvt::DType::f32)
+      .value("bf16", pvt::DType::bf16)
+      .value("mixed", pvt::DType::mixed);
   py::class_<Packed<pvt::PatchEmbed>>(m, "PatchEmbed").def(py::init(&patch_embed)).def("run", &run_patch_embed);
   py::class_<Packed<pvt::ResidualOp>>(m, "ResidualOp").def("run", &run_residual);
   py::class_<Packed<pvt::LayerNorm>>(m, "LayerNorm").def(py::init(&layer_norm)).def("run", &run_layer_norm);

@@ -2,8 +2,8 @@
 // instruction set. Raw pointers in, no torch, no Python.
 //
 // Activations are dense channels-last tokens (batch, height * width, channels) in the element type of `DType`, and
-// weights come in torch's layouts in the same element type. A packed op is made by one ISA's table and runs that ISA's
-// code only; running it is thread-safe.
+// matrices and kernels come in torch's layouts in the same element type; norms and biases are float. A packed op is
+// made by one ISA's table and runs that ISA's code only; running it is thread-safe.
 #pragma once
 
 #include <algorithm>
@@ -15,21 +15,22 @@
 
 namespace pvt {
 
-// Element types, and the bytes that an element of each takes.
-enum class DType { f32, bf16 };
-constexpr std::size_t kElementSizes[] = {4, 2};
+// Element types of activations, and the bytes that an element of each takes. mixed: float, while the operands of
+// products are rounded to bf16, where an ISA multiplies that; elsewhere it is f32.
+enum class DType { f32, bf16, mixed };
+constexpr std::size_t kElementSizes[] = {4, 2, 4};
 constexpr int kDTypes = sizeof kElementSizes / sizeof *kElementSizes;
 constexpr std::size_t element_size(DType dtype) { return kElementSizes[int(dtype)]; }
 
 struct Norm {
-  const void* weight;  // (channels)
-  const void* bias;    // (channels)
+  const float* weight;  // (channels)
+  const float* bias;    // (channels)
   float eps;
 };
 
 struct Linear {
   const void* weight;  // (out, in) or (out, in, kernel, kernel)
-  const void* bias;    // (out), or null for none
+  const float* bias;   // (out), or null for none
 };
 
 struct PatchEmbedWeights {

@@ -16,10 +16,9 @@ PackedMatrix<E> pack(int rows, int cols, const At& at, const Bias& bias) {
 template <class E, class T>
 PackedMatrix<E> pack_linear(const Linear& linear, int out, int in) {
   const T* weight = static_cast<const T*>(linear.weight);
-  const T* bias = static_cast<const T*>(linear.bias);
   return pack<E>(
       in, out, [&](int k, int n) { return to_float(weight[std::size_t(n) * in + k]); },
-      [&](int n) { return bias ? to_float(bias[n]) : 0.0f; });
+      [&](int n) { return linear.bias ? linear.bias[n] : 0.0f; });
 }
 
 // A torch convolution (out, in, kernel, kernel) whose input rows are [dy][dx][channel] (channels last, each pixel
@@ -27,7 +26,6 @@ PackedMatrix<E> pack_linear(const Linear& linear, int out, int in) {
 template <class E, class T>
 PackedMatrix<E> pack_conv(const Linear& conv, int out, int in, int kernel, bool channels_last, int pitch) {
   const T* weight = static_cast<const T*>(conv.weight);
-  const T* bias = static_cast<const T*>(conv.bias);
   return pack<E>(
       kernel * kernel * pitch, out,
       [&](int k, int n) {
@@ -37,5 +35,5 @@ PackedMatrix<E> pack_conv(const Linear& conv, int out, int in, int kernel, bool 
         if (c >= in) return 0.0f;
         return to_float(weight[((std::size_t(n) * in + c) * kernel + dy) * kernel + dx]);
       },
-      [&](int n) { return bias ? to_float(bias[n]) : 0.0f; });
+      [&](int n) { return conv.bias ? conv.bias[n] : 0.0f; });
 }

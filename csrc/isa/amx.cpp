@@ -46,6 +46,7 @@ static bool runs_amx() {
   }();
   return runs;
 }
-static const RegisterIsa kAmx({"amx", 40, runs_amx, {nullptr, &amx::kFactories<amx::bf16, amx::bf16>}});
+static const RegisterIsa kAmx(
+    {"amx", 40, runs_amx, {nullptr, &amx::kFactories<amx::bf16, amx::bf16>, &amx::kFactories<float, amx::bf16>}});
 }  // namespace pvt
 #endif

@@ -28,7 +28,10 @@ PVT_INLINE VecBits widen(VecHalf h) {  // GCC 12 does it in halves
 #pragma GCC pop_options
 
 namespace pvt {
-static const RegisterIsa kAvx2(
-    {"avx2", 10, has_avx2, {&avx2::kFactories<float, float>, &avx2::kFactories<avx2::bf16, float>}});
+static const RegisterIsa kAvx2({"avx2",
+                                10,
+                                has_avx2,
+                                {&avx2::kFactories<float, float>, &avx2::kFactories<avx2::bf16, float>,
+                                 &avx2::kFactories<float, float>}});
 }  // namespace pvt
 #endif

@@ -24,7 +24,10 @@ struct Target {
 #pragma GCC pop_options
 
 namespace pvt {
-static const RegisterIsa kAvx512(
-    {"avx512", 20, has_avx512, {&avx512::kFactories<float, float>, &avx512::kFactories<avx512::bf16, float>}});
+static const RegisterIsa kAvx512({"avx512",
+                                  20,
+                                  has_avx512,
+                                  {&avx512::kFactories<float, float>, &avx512::kFactories<avx512::bf16, float>,
+                                   &avx512::kFactories<float, float>}});
 }  // namespace pvt
 #endif

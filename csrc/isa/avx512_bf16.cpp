@@ -34,7 +34,10 @@ PVT_INLINE Vec dot(Vec acc, VecPairs a, VecPairs b) { return _mm512_dpbf16_ps(ac
 #pragma GCC pop_options
 
 namespace pvt {
-static const RegisterIsa kAvx512Bf16(
-    {"avx512_bf16", 30, has_avx512_bf16, {nullptr, &avx512_bf16::kFactories<avx512_bf16::bf16, avx512_bf16::bf16>}});
+static const RegisterIsa kAvx512Bf16({"avx512_bf16",
+                                      30,
+                                      has_avx512_bf16,
+                                      {nullptr, &avx512_bf16::kFactories<avx512_bf16::bf16, avx512_bf16::bf16>,
+                                       &avx512_bf16::kFactories<float, avx512_bf16::bf16>}});
 }  // namespace pvt
 #endif

@@ -20,7 +20,10 @@ struct Target {
 
 namespace pvt {
 static bool runs_neon() { return true; }
-static const RegisterIsa kNeon(
-    {"neon", 10, runs_neon, {&neon::kFactories<float, float>, &neon::kFactories<neon::bf16, float>}});
+static const RegisterIsa kNeon({"neon",
+                                10,
+                                runs_neon,
+                                {&neon::kFactories<float, float>, &neon::kFactories<neon::bf16, float>,
+                                 &neon::kFactories<float, float>}});
 }  // namespace pvt
 #endif

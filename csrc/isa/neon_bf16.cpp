@@ -39,7 +39,10 @@ static bool runs_neon_bf16() {
   constexpr unsigned long kHasBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
   return (getauxval(AT_HWCAP2) & kHasBf16) != 0;
 }
-static const RegisterIsa kNeonBf16(
-    {"neon_bf16", 20, runs_neon_bf16, {nullptr, &neon_bf16::kFactories<neon_bf16::bf16, neon_bf16::bf16>}});
+static const RegisterIsa kNeonBf16({"neon_bf16",
+                                    20,
+                                    runs_neon_bf16,
+                                    {nullptr, &neon_bf16::kFactories<neon_bf16::bf16, neon_bf16::bf16>,
+                                     &neon_bf16::kFactories<float, neon_bf16::bf16>}});
 }  // namespace pvt
 #endif

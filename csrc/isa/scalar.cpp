@@ -17,6 +17,9 @@ struct Target {
 
 namespace pvt {
 static bool runs_scalar() { return true; }
-static const RegisterIsa kScalar(
-    {"scalar", 0, runs_scalar, {&scalar::kFactories<float, float>, &scalar::kFactories<scalar::bf16, float>}});
+static const RegisterIsa kScalar({"scalar",
+                                  0,
+                                  runs_scalar,
+                                  {&scalar::kFactories<float, float>, &scalar::kFactories<scalar::bf16, float>,
+                                   &scalar::kFactories<float, float>}});
 }  // namespace pvt

@@ -13,7 +13,7 @@ class AttentionOp final : public ResidualOp {
   explicit AttentionOp(const AttentionWeights& w)
       : heads_(w.channels, w.heads),
         scale_(w.scale * 1.4426950408889634f),
-        norm_(w.norm, w.channels, static_cast<const T*>(nullptr)),
+        norm_(w.norm, w.channels),
         reduction_(w),
         q_(heads_.template pack_inputs<E, T>(w.q, 1)),
         kv_(heads_.template pack_inputs<E, T>(w.kv, 2)),

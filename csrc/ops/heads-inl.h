@@ -12,7 +12,6 @@ struct Heads {
   PackedMatrix<E> pack_inputs(const Linear& linear, int parts) const {
     const int head = channels / count;
     const T* weight = static_cast<const T*>(linear.weight);
-    const T* bias = static_cast<const T*>(linear.bias);
     auto row = [&](int n) -> std::ptrdiff_t {  // torch's row of packed column n, or -1 for padding
       const int i = n % width, part = n / width % parts, h = n / width / parts;
       return i < head ? std::ptrdiff_t(part) * channels + h * head + i : -1;
@@ -20,21 +19,20 @@ struct Heads {
     return pack<E>(
         channels, parts * inner(),
         [&](int k, int n) { return row(n) < 0 ? 0.0f : to_float(weight[row(n) * channels + k]); },
-        [&](int n) { return bias == nullptr || row(n) < 0 ? 0.0f : to_float(bias[row(n)]); });
+        [&](int n) { return linear.bias == nullptr || row(n) < 0 ? 0.0f : linear.bias[row(n)]; });
   }
 
   template <class E, class T>
   PackedMatrix<E> pack_projection(const Linear& linear) const {
     const int head = channels / count;
     const T* weight = static_cast<const T*>(linear.weight);
-    const T* bias = static_cast<const T*>(linear.bias);
     return pack<E>(
         inner(), channels,
         [&](int k, int n) {
           const int i = k % width, h = k / width;
           return i < head ? to_float(weight[std::ptrdiff_t(n) * channels + h * head + i]) : 0.0f;
         },
-        [&](int n) { return bias ? to_float(bias[n]) : 0.0f; });
+        [&](int n) { return linear.bias ? linear.bias[n] : 0.0f; });
   }
 
   int channels, count;

@@ -17,19 +17,18 @@ class MlpOp final : public ResidualOp {
       : channels_(w.channels),
         hidden_(w.hidden),
         relu_(w.relu),
-        norm_(w.norm, w.channels, static_cast<const T*>(nullptr)),
+        norm_(w.norm, w.channels),
         fc1_(pack_linear<E, T>(w.fc1, w.hidden, w.channels)),
         fc2_(pack_linear<E, T>(w.fc2, w.channels, w.hidden)),
         taps_(std::size_t(fc1_.panels()) * kTaps * kPanel) {
     const T* taps = static_cast<const T*>(w.dwconv.weight);
-    const T* bias = static_cast<const T*>(w.dwconv.bias);
     for (int c = 0; c < hidden_; ++c) {
       float* panel = taps_.data() + std::size_t(c / kPanel) * kTaps * kPanel + c % kPanel;
       for (int i = 0; i < 9; ++i) {
         panel[i * kPanel] = to_float(taps[c * 9 + i]);
         finite_taps_ &= __builtin_isfinite(panel[i * kPanel]);
       }
-      panel[9 * kPanel] = bias ? to_float(bias[c]) : 0.0f;
+      panel[9 * kPanel] = w.dwconv.bias ? w.dwconv.bias[c] : 0.0f;
     }
   }
 
@@ -286,7 +285,8 @@ class MlpOp final : public ResidualOp {
           if (j - dx >= 0 && j - dx < kColumns) acc[j - dx] += value * taps[dy * 3 + dx];
       }
     }
-    for (int i = 0; i < kColumns; ++i) store(out + i * kPanel, gelu<std::is_same_v<T, float>>(acc[i]));
+    for (int i = 0; i < kColumns; ++i)
+      store(out + i * kPanel, gelu < std::is_same_v<T, float> && std::is_same_v < E, float >> (acc[i]));
   }
 
   int channels_, hidden_;

@@ -69,7 +69,9 @@ class Patches {
     if constexpr (std::is_same_v<T, E>) {
       std::memcpy(to, from, count * sizeof(T));
     } else {
-      for (int i = 0; i < count; ++i) assign(to[i], to_float(from[i]));
+      int i = 0;
+      for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+      for (; i < count; ++i) assign(to[i], to_float(from[i]));
     }
   }
 

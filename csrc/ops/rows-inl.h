@@ -8,12 +8,11 @@ struct PackedNorm {
   Buffer<float> weight, bias;
 
   PackedNorm() = default;
-  template <class T>
-  PackedNorm(const Norm& norm, int count, const T*)
+  PackedNorm(const Norm& norm, int count)
       : channels(count), eps(norm.eps), weight(row_width(count)), bias(row_width(count)) {
     for (int c = 0; c < count; ++c) {
-      weight[c] = to_float(static_cast<const T*>(norm.weight)[c]);
-      bias[c] = to_float(static_cast<const T*>(norm.bias)[c]);
+      weight[c] = norm.weight[c];
+      bias[c] = norm.bias[c];
     }
   }
 };
@@ -199,7 +198,7 @@ void softmax_rows(float* scores, int rows, int count, int width, Out* probabilit
 template <class T>
 class LayerNormOp final : public LayerNorm {
  public:
-  LayerNormOp(const Norm& norm, int channels) : norm_(norm, channels, static_cast<const T*>(nullptr)) {}
+  LayerNormOp(const Norm& norm, int channels) : norm_(norm, channels) {}
 
   int channels() const override { return norm_.channels; }
 

@@ -29,7 +29,7 @@ class SpatialReduction {
         linear_(w.linear) {
     if (!reduces_) return;
     conv_ = pack_conv<E, T>(w.sr, channels_, channels_, ratio_, true, int(width()));
-    norm_ = PackedNorm(w.sr_norm, channels_, static_cast<const T*>(nullptr));
+    norm_ = PackedNorm(w.sr_norm, channels_);
   }
 
   // Else keys and values come from the map itself.

@@ -15,6 +15,10 @@
 
 using Values = std::vector<double>;
 
+inline const char* name_of(pvt::DType dtype) {
+  return dtype == pvt::DType::f32 ? "f32" : dtype == pvt::DType::bf16 ? "bf16" : "mixed";
+}
+
 // Values as the kernels see them: float, or the bf16 nearest to it, in dense storage flush against a guard page.
 class Tensor {
  public:
@@ -31,12 +35,13 @@ class Tensor {
 
   void seal() { memory_->seal(); }  // against writes
   void* data() const { return memory_->data(); }
+  const float* floats() const { return static_cast<const float*>(data()); }
   std::size_t size() const { return size_; }
-  std::size_t bytes() const { return size_ * (dtype_ == pvt::DType::f32 ? 4 : 2); }
+  std::size_t bytes() const { return size_ * (dtype_ == pvt::DType::bf16 ? 2 : 4); }
 
   double operator[](std::size_t i) const {
     std::uint32_t bits = 0;
-    if (dtype_ == pvt::DType::f32)
+    if (dtype_ != pvt::DType::bf16)
       std::memcpy(&bits, static_cast<const char*>(data()) + 4 * i, 4);
     else
       std::memcpy(reinterpret_cast<char*>(&bits) + kUpper, static_cast<const char*>(data()) + 2 * i, 2);
@@ -48,7 +53,7 @@ class Tensor {
     std::uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
     if (dtype_ == pvt::DType::bf16) bits += 0x8000;
-    if (dtype_ == pvt::DType::f32)
+    if (dtype_ != pvt::DType::bf16)
       std::memcpy(static_cast<char*>(data()) + 4 * i, &bits, 4);
     else
       std::memcpy(static_cast<char*>(data()) + 2 * i, reinterpret_cast<char*>(&bits) + kUpper, 2);
@@ -190,16 +195,17 @@ class Cases {
 
   Call mlp(const MlpShape& s) {
     const int tokens = s.height * s.width;
-    const Tensor x = draw(std::size_t(s.batch) * tokens * s.channels, 1, 0.5), gamma = draw(s.channels, 0.2, 1),
-                 beta = draw(s.channels, 0.2);
-    const Tensor w1 = draw(std::size_t(s.hidden) * s.channels, std::pow(s.channels, -0.5)), b1 = draw(s.hidden, 0.5);
-    const Tensor wd = draw(s.hidden * 9, 0.33), bd = draw(s.hidden, 0.5);
-    const Tensor w2 = draw(std::size_t(s.hidden) * s.channels, std::pow(s.hidden, -0.5)), b2 = draw(s.channels, 0.5),
-                 scale = draw(s.batch);
-    const pvt::MlpWeights weights{{gamma.data(), beta.data(), 1e-6f},
-                                  {w1.data(), s.bias ? b1.data() : nullptr},
-                                  {wd.data(), s.bias ? bd.data() : nullptr},
-                                  {w2.data(), s.bias ? b2.data() : nullptr},
+    const Tensor x = draw(std::size_t(s.batch) * tokens * s.channels, 1, 0.5), gamma = draw_floats(s.channels, 0.2, 1),
+                 beta = draw_floats(s.channels, 0.2);
+    const Tensor w1 = draw(std::size_t(s.hidden) * s.channels, std::pow(s.channels, -0.5)),
+                 b1 = draw_floats(s.hidden, 0.5);
+    const Tensor wd = draw(s.hidden * 9, 0.33), bd = draw_floats(s.hidden, 0.5);
+    const Tensor w2 = draw(std::size_t(s.hidden) * s.channels, std::pow(s.hidden, -0.5)),
+                 b2 = draw_floats(s.channels, 0.5), scale = draw(s.batch);
+    const pvt::MlpWeights weights{{gamma.floats(), beta.floats(), 1e-6f},
+                                  {w1.data(), s.bias ? b1.floats() : nullptr},
+                                  {wd.data(), s.bias ? bd.floats() : nullptr},
+                                  {w2.data(), s.bias ? b2.floats() : nullptr},
                                   s.channels,
                                   s.hidden,
                                   s.relu};
@@ -229,19 +235,19 @@ class Cases {
     const int tokens = s.height * s.width, c2 = s.channels * s.channels, kernel = s.linear ? 1 : s.sr;
     const bool reduce = s.linear || s.sr > 1;
     const double spread = std::pow(s.channels, -0.5);
-    const Tensor x = draw(std::size_t(s.batch) * tokens * s.channels, 1, 0.5), gamma = draw(s.channels, 0.2, 1),
-                 beta = draw(s.channels, 0.2), scale = draw(s.batch);
-    const Tensor wq = draw(c2, spread), bq = draw(s.channels, 0.5), wkv = draw(2 * c2, spread),
-                 bkv = draw(2 * s.channels, 0.5);
-    const Tensor wp = draw(c2, spread), bp = draw(s.channels, 0.5);
-    const Tensor ws = draw(std::size_t(c2) * kernel * kernel, spread / kernel), bs = draw(s.channels, 0.5);
-    const Tensor gs = draw(s.channels, 0.2, 1), es = draw(s.channels, 0.2);
+    const Tensor x = draw(std::size_t(s.batch) * tokens * s.channels, 1, 0.5), gamma = draw_floats(s.channels, 0.2, 1),
+                 beta = draw_floats(s.channels, 0.2), scale = draw(s.batch);
+    const Tensor wq = draw(c2, spread), bq = draw_floats(s.channels, 0.5), wkv = draw(2 * c2, spread),
+                 bkv = draw_floats(2 * s.channels, 0.5);
+    const Tensor wp = draw(c2, spread), bp = draw_floats(s.channels, 0.5);
+    const Tensor ws = draw(std::size_t(c2) * kernel * kernel, spread / kernel), bs = draw_floats(s.channels, 0.5);
+    const Tensor gs = draw_floats(s.channels, 0.2, 1), es = draw_floats(s.channels, 0.2);
     pvt::AttentionWeights w{};
-    w.norm = {gamma.data(), beta.data(), 1e-6f};
-    w.q = {wq.data(), s.bias ? bq.data() : nullptr};
-    w.kv = {wkv.data(), s.bias ? bkv.data() : nullptr};
-    w.proj = {wp.data(), s.bias ? bp.data() : nullptr};
-    if (reduce) w.sr = {ws.data(), s.bias ? bs.data() : nullptr}, w.sr_norm = {gs.data(), es.data(), 1e-5f};
+    w.norm = {gamma.floats(), beta.floats(), 1e-6f};
+    w.q = {wq.data(), s.bias ? bq.floats() : nullptr};
+    w.kv = {wkv.data(), s.bias ? bkv.floats() : nullptr};
+    w.proj = {wp.data(), s.bias ? bp.floats() : nullptr};
+    if (reduce) w.sr = {ws.data(), s.bias ? bs.floats() : nullptr}, w.sr_norm = {gs.floats(), es.floats(), 1e-5f};
     w.channels = s.channels, w.heads = s.heads, w.sr_ratio = kernel, w.linear = s.linear;
     w.scale = float(std::pow(s.channels / s.heads, -0.5));
     const std::shared_ptr<pvt::ResidualOp> op = factories_.attention(w);
@@ -297,12 +303,12 @@ class Cases {
           for (int x = 0; x < s.width; ++x) image.set(place(b, c, y, x), float(normal(random_)));
     image.seal();
     view.data = image.data();
-    const Tensor gamma = draw(s.channels, 0.2, 1), beta = draw(s.channels, 0.2);
+    const Tensor gamma = draw_floats(s.channels, 0.2, 1), beta = draw_floats(s.channels, 0.2);
     const Tensor weight =
         draw(std::size_t(s.channels) * s.in * s.kernel * s.kernel, 1.0 / (s.kernel * std::sqrt(s.in)));
-    const Tensor bias = draw(s.channels, 0.5);
+    const Tensor bias = draw_floats(s.channels, 0.5);
     const pvt::PatchEmbedWeights w{
-        {weight.data(), bias.data()}, {gamma.data(), beta.data(), 1e-5f}, s.in, s.channels, s.kernel, s.stride};
+        {weight.data(), bias.floats()}, {gamma.floats(), beta.floats(), 1e-5f}, s.in, s.channels, s.kernel, s.stride};
     const std::shared_ptr<pvt::PatchEmbed> op = factories_.patch_embed(w, s.channels_last);
     const auto expected = [=] {
       Values all;
@@ -321,9 +327,10 @@ class Cases {
   }
 
   Call norm(const RowsShape& s) {
-    const Tensor x = draw(std::size_t(s.batch) * s.tokens * s.channels, 1, 3), gamma = draw(s.channels, 0.2, 1),
-                 beta = draw(s.channels, 0.2);
-    const std::shared_ptr<pvt::LayerNorm> op = factories_.layer_norm({gamma.data(), beta.data(), 1e-6f}, s.channels);
+    const Tensor x = draw(std::size_t(s.batch) * s.tokens * s.channels, 1, 3), gamma = draw_floats(s.channels, 0.2, 1),
+                 beta = draw_floats(s.channels, 0.2);
+    const std::shared_ptr<pvt::LayerNorm> op =
+        factories_.layer_norm({gamma.floats(), beta.floats(), 1e-6f}, s.channels);
     const auto expected = [=] {
       Values all = slice(x, 0, int(x.size()));
       layer_norm(all, s.channels, gamma, beta, 1e-6);
@@ -336,9 +343,9 @@ class Cases {
   Call head(const RowsShape& s) {
     const Tensor x = draw(std::size_t(s.batch) * s.tokens * s.channels, 1, 3);
     const Tensor weight = draw(std::size_t(s.classes) * s.channels, std::pow(s.channels, -0.5)),
-                 bias = draw(s.classes, 0.5);
+                 bias = draw_floats(s.classes, 0.5);
     const std::shared_ptr<pvt::Head> op =
-        factories_.head(s.classes ? pvt::Linear{weight.data(), bias.data()} : pvt::Linear{}, s.channels, s.classes);
+        factories_.head(s.classes ? pvt::Linear{weight.data(), bias.floats()} : pvt::Linear{}, s.channels, s.classes);
     const auto expected = [=] {
       Values means(std::size_t(s.batch) * s.channels);
       for (std::size_t i = 0; i < x.size(); ++i)
@@ -352,7 +359,13 @@ class Cases {
 
  private:
   Tensor draw(std::size_t size, double deviation = 1, double mean = 0) {
-    Tensor drawn(size, dtype_, flush_, mean, deviation, random_);
+    return draw_as(dtype_, size, deviation, mean);
+  }
+  Tensor draw_floats(std::size_t size, double deviation = 1, double mean = 0) {
+    return draw_as(pvt::DType::f32, size, deviation, mean);
+  }
+  Tensor draw_as(pvt::DType dtype, std::size_t size, double deviation, double mean) {
+    Tensor drawn(size, dtype, flush_, mean, deviation, random_);
     drawn.seal();
     return drawn;
   }

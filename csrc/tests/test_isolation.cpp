@@ -74,9 +74,8 @@ class Test {
       items += isolated::take_count();
       failed += !faults.empty();
       for (const std::string& fault : faults)
-        std::printf("FAILED %s %s %s, %d threads, l2 %zu, order %d: %s\n", isa_.c_str(),
-                    dtype_ == pvt::DType::f32 ? "f32" : "bf16", call.name.c_str(), threads, l2, int(order),
-                    fault.c_str());
+        std::printf("FAILED %s %s %s, %d threads, l2 %zu, order %d: %s\n", isa_.c_str(), name_of(dtype_),
+                    call.name.c_str(), threads, l2, int(order), fault.c_str());
     }
   }
 
@@ -129,11 +128,11 @@ int main(int argc, char** argv) {
   if (isas.empty()) isas = pvt::runnable_isas();
   std::size_t failed = 0;
   for (const std::string& isa : isas)
-    for (pvt::DType dtype : {pvt::DType::f32, pvt::DType::bf16}) {
+    for (pvt::DType dtype : {pvt::DType::f32, pvt::DType::bf16, pvt::DType::mixed}) {
       Test test(isa, dtype);
       for (const Call& call : calls(test.cases_)) test.run(call);
-      std::printf("%-12s %-4s %4zu runs of %zu items, %zu failed\n", isa.c_str(),
-                  dtype == pvt::DType::f32 ? "f32" : "bf16", test.runs, test.items, test.failed);
+      std::printf("%-12s %-4s %4zu runs of %zu items, %zu failed\n", isa.c_str(), name_of(dtype), test.runs, test.items,
+                  test.failed);
       failed += test.failed;
     }
   return failed == 0 ? 0 : 1;

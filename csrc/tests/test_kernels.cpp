@@ -22,8 +22,8 @@ bool is_right(const std::string& isa, pvt::DType dtype, const Call& call, const 
   }
   const double bound = (dtype == pvt::DType::f32 ? 32 : 4) * unit * largest;
   if (actual.size() == expected.size() && error <= bound) return true;
-  std::printf("FAILED %s %s %s: error %.3e, bound %.3e\n", isa.c_str(), dtype == pvt::DType::f32 ? "f32" : "bf16",
-              call.name.c_str(), error, bound);
+  std::printf("FAILED %s %s %s: error %.3e, bound %.3e\n", isa.c_str(), name_of(dtype), call.name.c_str(), error,
+              bound);
   return false;
 }
 
@@ -87,7 +87,7 @@ int main(int argc, char** argv) {
   if (isas.empty()) isas = pvt::runnable_isas();
   int all = 0, failed = 0;
   for (const std::string& isa : isas)
-    for (pvt::DType dtype : {pvt::DType::f32, pvt::DType::bf16}) {
+    for (pvt::DType dtype : {pvt::DType::f32, pvt::DType::bf16, pvt::DType::mixed}) {
       int passed = 0;
       for (Flush flush : {Flush::end, Flush::begin}) {
         Cases cases(isa, dtype, flush);
@@ -100,7 +100,7 @@ int main(int argc, char** argv) {
           is_right(isa, dtype, call, out) ? ++passed : ++failed;
         }
       }
-      std::printf("%-12s %-4s %3d passed\n", isa.c_str(), dtype == pvt::DType::f32 ? "f32" : "bf16", passed);
+      std::printf("%-12s %-4s %3d passed\n", isa.c_str(), name_of(dtype), passed);
     }
   std::printf("%d passed, %d failed\n", all - failed, failed);
   return failed == 0 ? 0 : 1;

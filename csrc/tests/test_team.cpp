@@ -80,7 +80,7 @@ void exceptions() {
 // A model of two stages with drawn weights.
 class Model {
  public:
-  Model(const std::string& isa, pvt::DType dtype) : element_(dtype == pvt::DType::f32 ? 4 : 2) {
+  Model(const std::string& isa, pvt::DType dtype) : element_(pvt::element_size(dtype)) {
     const pvt::Factories& make = pvt::factories(isa, dtype);
     int in = 3;
     for (const int channels : {32, 64}) {
@@ -108,7 +108,7 @@ class Model {
     }
     ops.push_back(head_.get());
     forward_ = std::make_unique<pvt::Forward>(ops, element_);
-    image_ = draw(2 * 3 * kSide * kSide);
+    image_ = draw(2 * 3 * kSide * kSide, element_);
   }
 
   std::vector<char> run(int threads) const {
@@ -121,21 +121,23 @@ class Model {
  private:
   static constexpr int kSide = 70;
 
-  const void* draw(std::size_t count) {
+  // Values of `element` bytes: floats, or the upper halves of some.
+  const void* draw(std::size_t count, std::size_t element) {
     std::normal_distribution<float> normal(0, 0.1f);
-    auto values = std::make_unique<char[]>(count * element_);
+    auto values = std::make_unique<char[]>(count * element);
     for (std::size_t i = 0; i < count; ++i) {
       const float value = normal(random_);
       std::uint32_t bits;
       std::memcpy(&bits, &value, 4);
-      if (element_ == 2) bits >>= 16;
-      std::memcpy(&values[i * element_], &bits, element_);
+      if (element == 2) bits >>= 16;
+      std::memcpy(&values[i * element], &bits, element);
     }
     drawn_.push_back(std::move(values));
     return drawn_.back().get();
   }
-  pvt::Norm norm(int channels) { return {draw(channels), draw(channels), 1e-6f}; }
-  pvt::Linear linear(int out, int in) { return {draw(std::size_t(out) * in), draw(out)}; }
+  const float* floats(std::size_t count) { return static_cast<const float*>(draw(count, 4)); }
+  pvt::Norm norm(int channels) { return {floats(channels), floats(channels), 1e-6f}; }
+  pvt::Linear linear(int out, int in) { return {draw(std::size_t(out) * in, element_), floats(out)}; }
 
   std::size_t element_;
   std::mt19937 random_{7};
@@ -170,7 +172,7 @@ int main() {
   one_job_without_a_team();
   exceptions();
   for (const std::string& isa : pvt::runnable_isas())
-    for (const pvt::DType dtype : {pvt::DType::f32, pvt::DType::bf16}) forwards(isa, dtype);
+    for (const pvt::DType dtype : {pvt::DType::f32, pvt::DType::bf16, pvt::DType::mixed}) forwards(isa, dtype);
   std::printf("%s\n", failed == 0 ? "passed" : "failed");
   return failed == 0 ? 0 : 1;
 }

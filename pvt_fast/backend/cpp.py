@@ -210,15 +210,25 @@ def _packed(kind: str, key: tuple, w: Any, check: Callable[[Any], object], build
     """The packed op of weights `w`, a norm, a linear or a tuple of them.
 
     Where the op must be built, check(weights) sees the weights as they are, and build(weights) as the kernels read
-    them: `_readable` and contiguous. Both see aliases, which no other thread can change.
+    them. Both see aliases, which no other thread can change.
     """
+    alone = isinstance(w, (Norm, Linear))
+    parts = (w,) if alone else w
 
     def held(alias: Alias) -> Any:
-        return build(map_tensors(w, lambda tensor: _readable(alias(tensor)).contiguous()))
+        read = [None if part is None else _as_kernels_read(map_tensors(part, alias)) for part in parts]
+        return build(read[0] if alone else type(w)(*read))
 
-    parts = (w,) if isinstance(w, (Norm, Linear)) else w
     tensors = tuple([tensor for part in parts if part is not None for tensor in part[:2]])
     return packed(kind, key, tensors, held, lambda alias: check(map_tensors(w, alias)))
+
+
+def _as_kernels_read(part: Norm | Linear) -> Norm | Linear:
+    """Matrices and kernels `_readable`, norms and biases as floats, all contiguous."""
+    weight = _readable(part.weight)
+    if isinstance(part, Norm):
+        return Norm(weight.float().contiguous(), _readable(part.bias).float().contiguous(), part.eps)
+    return Linear(weight.contiguous(), None if part.bias is None else _readable(part.bias).float().contiguous())
 
 
 def _run_residual(op: Any, x: Tensor, hw: HW, residual_scale: Tensor | None) -> Tensor:
