@@ -119,18 +119,26 @@ Packed<pvt::ResidualOp> attention(const std::string& isa, pvt::DType dtype, cons
   return {from.factories(isa).attention(weights), from};
 }
 
-Packed<pvt::ResidualOp> mlp(const std::string& isa, pvt::DType dtype, const py::dict& w) {
-  const Weights from(dtype);
+pvt::MlpWeights mlp_weights(const Weights& from, const py::dict& w) {
   const int channels = w["channels"].cast<int>(), hidden = w["hidden"].cast<int>();
   require_positive({channels, hidden});
-  const pvt::MlpWeights weights{from.norm(w["norm"], channels),
-                                from.linear(w["fc1"], hidden, channels),
-                                from.linear(w["dwconv"], hidden, 9),
-                                from.linear(w["fc2"], channels, hidden),
-                                channels,
-                                hidden,
-                                w["relu"].cast<bool>()};
-  return {from.factories(isa).mlp(weights), from};
+  return {from.norm(w["norm"], channels),
+          from.linear(w["fc1"], hidden, channels),
+          from.linear(w["dwconv"], hidden, 9),
+          from.linear(w["fc2"], channels, hidden),
+          channels,
+          hidden,
+          w["relu"].cast<bool>()};
+}
+
+Packed<pvt::ResidualOp> mlp(const std::string& isa, pvt::DType dtype, const py::dict& w) {
+  const Weights from(dtype);
+  return {from.factories(isa).mlp(mlp_weights(from, w)), from};
+}
+
+Packed<pvt::ResidualGradients> mlp_gradients(const std::string& isa, pvt::DType dtype, const py::dict& w) {
+  const Weights from(dtype);
+  return {from.factories(isa).mlp_gradients(mlp_weights(from, w)), from};
 }
 
 Packed<pvt::LayerNorm> layer_norm(const std::string& isa, pvt::DType dtype, const py::tuple& norm, int channels) {
@@ -199,6 +207,34 @@ void run_residual(const Packed<pvt::ResidualOp>& packed, const Span& x, std::int
   const void* scale = residual_scale ? memory(*residual_scale, batch, packed.dtype, "residual_scale") : nullptr;
   const Running running;
   pvt::with_team([&] { op.run(from, {batch, height, width}, scale, to); });
+}
+
+// Where gradients go, in the order of the op's sizes; null for those that are not wanted.
+std::vector<float*> gradients(const std::vector<std::size_t>& sizes, const std::vector<std::optional<Span>>& to) {
+  require(to.size() == sizes.size(),
+          "gradients must be " + std::to_string(sizes.size()) + ", got " + std::to_string(to.size()));
+  std::vector<float*> addresses;
+  for (std::size_t i = 0; i < sizes.size(); ++i)
+    addresses.push_back(to[i] ? static_cast<float*>(memory(*to[i], std::int64_t(sizes[i]), pvt::DType::f32, "gradient"))
+                              : nullptr);
+  return addresses;
+}
+
+void run_residual_gradients(const Packed<pvt::ResidualGradients>& packed, const Span& x, std::int64_t batch, int height,
+                            int width, const std::optional<Span>& residual_scale, const Span& grad_out,
+                            const std::optional<Span>& grad_x, const std::vector<std::optional<Span>>& grads) {
+  const pvt::ResidualGradients& op = *packed.op;
+  require(std::min(height, width) >= op.min_side(), "ResidualGradients: map must be at least sr_ratio each way");
+  require(pvt::fits({batch, height, width}, op.channels()),
+          "ResidualGradients: map must have fewer than 2^31 elements");
+  const std::int64_t count = elements({batch, height, width, op.channels()});
+  const void* from = memory(x, count, packed.dtype, "x");
+  const void* grad = memory(grad_out, count, packed.dtype, "grad_out");
+  void* to = grad_x ? memory(*grad_x, count, packed.dtype, "grad_x") : nullptr;
+  const void* scale = residual_scale ? memory(*residual_scale, batch, packed.dtype, "residual_scale") : nullptr;
+  const std::vector<float*> addresses = gradients(op.sizes(), grads);
+  const Running running;
+  pvt::with_team([&] { op.run(from, {batch, height, width}, scale, grad, to, addresses.data()); });
 }
 
 void run_layer_norm(const Packed<pvt::LayerNorm>& packed, const Span& x, std::int64_t rows, const Span& out) {
@@ -283,6 +319,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Packed<pvt::Head>>(m, "Head").def(py::init(&head)).def("run", &run_head);
   m.def("attention", &attention);
   m.def("mlp", &mlp);
+  py::class_<Packed<pvt::ResidualGradients>>(m, "ResidualGradients").def("run", &run_residual_gradients);
+  m.def("mlp_gradients", &mlp_gradients);
   using pvt::AttributeSnapshot;
   py::class_<AttributeSnapshot>(m, "AttributeSnapshot")
       .def(py::init<std::vector<AttributeSnapshot::Object>, std::vector<AttributeSnapshot::Dict>,

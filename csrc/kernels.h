@@ -96,6 +96,18 @@ struct ResidualOp {
   virtual void run(const void* x, Map map, const void* residual_scale, void* out) const = 0;
 };
 
+// Gradients of a residual op by x and by its weights.
+struct ResidualGradients {
+  virtual ~ResidualGradients() = default;
+  virtual int channels() const = 0;
+  virtual int min_side() const = 0;
+  // Elements of each weight's gradient, a weight and its bias for each field of the op's weights that may have them.
+  virtual std::vector<std::size_t> sizes() const = 0;
+  // grads: as many addresses of floats, in torch's layouts; null, as grad_x may be, where one is not wanted.
+  virtual void run(const void* x, Map map, const void* residual_scale, const void* grad_out, void* grad_x,
+                   float* const* grads) const = 0;
+};
+
 // LayerNorm of rows.
 struct LayerNorm {
   virtual ~LayerNorm() = default;
@@ -118,6 +130,7 @@ struct Factories {
   std::unique_ptr<ResidualOp> (*mlp)(const MlpWeights&);
   std::unique_ptr<LayerNorm> (*layer_norm)(const Norm&, int channels);
   std::unique_ptr<Head> (*head)(const Linear& classifier, int channels, int classes);
+  std::unique_ptr<ResidualGradients> (*mlp_gradients)(const MlpWeights&);
 };
 
 // An instruction set: each file of isa/ registers one. `rank` orders them; an ISA without factories for an element type

@@ -21,6 +21,14 @@ PackedMatrix<E> pack_linear(const Linear& linear, int out, int in) {
       [&](int n) { return linear.bias ? linear.bias[n] : 0.0f; });
 }
 
+// The same as torch has it: rows = out, columns = in, for the gradient of its input.
+template <class E, class T>
+PackedMatrix<E> pack_backward(const Linear& linear, int out, int in) {
+  const T* weight = static_cast<const T*>(linear.weight);
+  return pack<E>(
+      out, in, [&](int k, int n) { return to_float(weight[std::size_t(k) * in + n]); }, [](int) { return 0.0f; });
+}
+
 // A torch convolution (out, in, kernel, kernel) whose input rows are [dy][dx][channel] (channels last, each pixel
 // padded with zeros to `pitch` elements) or [dy][channel][dx].
 template <class E, class T>

@@ -6,7 +6,10 @@
 #include "gemm/panels-inl.h"
 #include "gemm/pack-inl.h"
 #include "ops/rows-inl.h"
+#include "ops/depthwise-inl.h"
+#include "ops/gradients-inl.h"
 #include "ops/mlp-inl.h"
+#include "ops/mlp_gradients-inl.h"
 #include "ops/heads-inl.h"
 #include "ops/keys_values-inl.h"
 #include "ops/spatial_reduction-inl.h"
@@ -24,4 +27,4 @@ std::unique_ptr<Interface> make(Args... args) {
 // library is loaded, on CPUs without this ISA too.
 template <class T, class E>
 constexpr Factories kFactories{&make<PatchEmbedOp<T, E>>, &make<AttentionOp<T, E>>, &make<MlpOp<T, E>>,
-                               &make<LayerNormOp<T>>, &make<HeadOp<T, E>>};
+                               &make<LayerNormOp<T>>,     &make<HeadOp<T, E>>,      &make<MlpGradientsOp<T, E>>};

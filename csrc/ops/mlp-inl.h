@@ -20,16 +20,10 @@ class MlpOp final : public ResidualOp {
         norm_(w.norm, w.channels),
         fc1_(pack_linear<E, T>(w.fc1, w.hidden, w.channels)),
         fc2_(pack_linear<E, T>(w.fc2, w.channels, w.hidden)),
-        taps_(std::size_t(fc1_.panels()) * kTaps * kPanel) {
+        taps_(pack_taps<T>(w.dwconv, w.hidden, fc1_.panels())) {
     const T* taps = static_cast<const T*>(w.dwconv.weight);
-    for (int c = 0; c < hidden_; ++c) {
-      float* panel = taps_.data() + std::size_t(c / kPanel) * kTaps * kPanel + c % kPanel;
-      for (int i = 0; i < 9; ++i) {
-        panel[i * kPanel] = to_float(taps[c * 9 + i]);
-        finite_taps_ &= __builtin_isfinite(panel[i * kPanel]);
-      }
-      panel[9 * kPanel] = w.dwconv.bias ? w.dwconv.bias[c] : 0.0f;
-    }
+    finite_taps_ =
+        std::all_of(taps, taps + std::ptrdiff_t(hidden_) * 9, [](T tap) { return __builtin_isfinite(to_float(tap)); });
   }
 
   int channels() const override { return channels_; }
@@ -48,7 +42,7 @@ class MlpOp final : public ResidualOp {
   }
 
  private:
-  static constexpr int kTaps = 10;  // nine and the bias
+  static constexpr bool kPrecise = std::is_same_v<T, float> && std::is_same_v<E, float>;
   static constexpr int kStreamedTokens = 192;
 
   // Hidden rows of one panel have a zero column at either end: the convolution's padding. The matrix unit stores whole
@@ -69,7 +63,6 @@ class MlpOp final : public ResidualOp {
   bool large_weights() const { return (fc1_.data.size() + fc2_.data.size()) * sizeof(E) > l2_bytes() / 2; }
   std::size_t normed_width() const { return row_width(channels_); }
   static int normed_tokens(int width) { return width + 2 * kGap; }  // of one image row
-  static std::size_t hidden_row(int width) { return std::size_t(width + 2) * kPanel; }
   // The activated map is [panel][token][kPanel].
   std::size_t activated_size(std::size_t tokens) const { return row_room(tokens) * fc1_.panels() * kPanel; }
   static Rows<E> activated_rows(const E* activated, std::int64_t first, std::size_t tokens) {
@@ -97,7 +90,7 @@ class MlpOp final : public ResidualOp {
   class Groups {
    public:
     Groups(const MlpOp& op, const Call& call, int max_rows)
-        : op_(op), call_(call), width_(call.map.width), row_(hidden_row(call.map.width)) {
+        : op_(op), call_(call), width_(call.map.width), row_(padded_row(call.map.width)) {
       const std::size_t new_tokens = std::size_t(max_rows + 2) * normed_tokens(width_);
       const int panels = op.fc1_.panels();
       const std::size_t hidden_size = (max_rows + 2 + 2 * (panels + 1)) * row_;
@@ -190,7 +183,7 @@ class MlpOp final : public ResidualOp {
                    E* activated) const {
     const MatrixUnit unit;
     const int width = map.width, first = std::max(band.begin - 1, 0), last = std::min(band.end + 1, map.height);
-    const std::size_t row = hidden_row(width);
+    const std::size_t row = padded_row(width);
     const auto [hidden, rows] =
         thread_scratch().take(array<float>((band.rows() + 2) * row), array<const float*>(band.rows() + 2));
     std::memset(hidden, 0, (band.rows() + 2) * row * sizeof(float));
@@ -223,7 +216,7 @@ class MlpOp final : public ResidualOp {
     gemm_panel(a, rows * normed_tokens(width), fc1_.panel(p), 0, epilogue);
     for (int y = 0; kGap && y < rows; ++y)  // what came of the gaps
       for (int c = 0; c < kPanel; ++c)
-        hidden[y * hidden_row(width) + c] = hidden[(y + 1) * hidden_row(width) - kPanel + c] = 0;
+        hidden[y * padded_row(width) + c] = hidden[(y + 1) * padded_row(width) - kPanel + c] = 0;
   }
 
   // The epilogue of fc2 for the rows that start at element `at`.
@@ -237,18 +230,14 @@ class MlpOp final : public ResidualOp {
     const float* panel = taps_.data() + std::size_t(p) * kTaps * kPanel;
     if (!finite_taps_) return convolve_inside(panel, rows, band, map, out);
     for (int part = 0; part < fc1_.layout.width(p); part += kLanes) {
-      Vec taps[kTaps];
-      for (int i = 0; i < kTaps; ++i) taps[i] = load(panel + i * kPanel + part);
+      Vec taps[9];
+      for (int i = 0; i < 9; ++i) taps[i] = load(panel + i * kPanel + part);
+      const Vec bias = load(panel + 9 * kPanel + part);
       for (int y = 0; y < count; ++y) {
         const float* above[3] = {rows[y] + part, rows[y + 1] + part, rows[y + 2] + part};
         E* to = out + std::ptrdiff_t(y) * width * kPanel + part;
-        int c = 0;
-        for (; c + 4 <= width; c += 4) convolve_columns<4>(above, c, taps, to + c * kPanel);
-        if (c + 2 <= width) {
-          convolve_columns<2>(above, c, taps, to + c * kPanel);
-          c += 2;
-        }
-        if (c < width) convolve_columns<1>(above, c, taps, to + c * kPanel);
+        convolve_row(above, width, taps, bias,
+                     [&](int c, Vec sum) PVT_LAMBDA { store(to + c * kPanel, gelu<kPrecise>(sum)); });
       }
     }
   }
@@ -261,32 +250,14 @@ class MlpOp final : public ResidualOp {
       for (int c = 0; c < map.width; ++c, out += kPanel)
         for (int part = 0; part < kPanel; part += kLanes) {
           const float* above[3] = {rows[y] + part, rows[y + 1] + part, rows[y + 2] + part};
-          Vec taps[kTaps];
-          for (int i = 0; i < kTaps; ++i) taps[i] = load(panel + i * kPanel + part);
-          for (int i = 0; i < 9; ++i)
-            if (!inside(band.begin + y + i / 3 - 1, map.height) || !inside(c + i % 3 - 1, map.width)) taps[i] = Vec{};
-          convolve_columns<1>(above, c, taps, out + part);
+          Vec taps[9], sum[1];
+          for (int i = 0; i < 9; ++i) {
+            const bool used = inside(band.begin + y + i / 3 - 1, map.height) && inside(c + i % 3 - 1, map.width);
+            taps[i] = used ? load(panel + i * kPanel + part) : Vec{};
+          }
+          convolve_columns(above, c, taps, load(panel + 9 * kPanel + part), sum);
+          store(out + part, gelu<kPrecise>(sum[0]));
         }
-  }
-
-  // kColumns outputs of one row from column c on: each loaded value serves up to three of them.
-  template <int kColumns>
-  PVT_INLINE void convolve_columns(const float* const (&above)[3], int c, const Vec (&taps)[kTaps], E* out) const {
-    Vec acc[kColumns];
-    for (int i = 0; i < kColumns; ++i) acc[i] = taps[9];
-#pragma GCC unroll 3
-    for (int dy = 0; dy < 3; ++dy) {
-      const float* row = above[dy] + c * kPanel;
-#pragma GCC unroll 6
-      for (int j = 0; j < kColumns + 2; ++j) {
-        const Vec value = load(row + j * kPanel);
-#pragma GCC unroll 3
-        for (int dx = 0; dx < 3; ++dx)
-          if (j - dx >= 0 && j - dx < kColumns) acc[j - dx] += value * taps[dy * 3 + dx];
-      }
-    }
-    for (int i = 0; i < kColumns; ++i)
-      store(out + i * kPanel, gelu < std::is_same_v<T, float> && std::is_same_v < E, float >> (acc[i]));
   }
 
   int channels_, hidden_;

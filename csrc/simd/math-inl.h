@@ -38,12 +38,12 @@ PVT_INLINE Vec gelu_by_table(Vec x) {
   return x * 0.5f + h;
 }
 
-// GELU(x) = x Phi(x), with Phi(x) - 1/2 an odd polynomial of z = x / clip on [-1, 1], in t = 2 z^2 - 1 (a minimax fit,
-// weighted for the error of x Phi). kPrecise: 8e-7 at most on [-9, 9], as torch's erf in float (1.2e-6); else 3e-5,
-// a hundredth of bfloat16's rounding at 1. At z = +-1 the rounded sums are +-1/2 exactly: beyond, however far, GELU is
-// 0 or x; of minus infinity it is NaN, as torch's.
+// Phi(x) - 1/2 as an odd polynomial of z = x / clip on [-1, 1], in t = 2 z^2 - 1 (a minimax fit, weighted for the error
+// of GELU(x) = x Phi(x)). kPrecise: that is 8e-7 at most on [-9, 9], as torch's erf in float (1.2e-6); else 3e-5, a
+// hundredth of bfloat16's rounding at 1. At z = +-1 the rounded sums are +-1/2 exactly: beyond, however far, GELU is 0
+// or x; of minus infinity it is NaN, as torch's.
 template <bool kPrecise>
-PVT_INLINE Vec gelu_by_polynomial(Vec x) {
+PVT_INLINE Vec normal_distribution(Vec x) {
   constexpr float kClip = kPrecise ? 5.4f : 4.4f;
   const Vec z = max(min(x * (1 / kClip), splat(1)), splat(-1));
   const Vec t = z * z * 2.0f - 1.0f;
@@ -60,7 +60,7 @@ PVT_INLINE Vec gelu_by_polynomial(Vec x) {
                            0.04829125106334686f,  -0.0347604863345623f,  0.012175514362752438f};
     p = polynomial(c, t);
   }
-  return x * (z * p + 0.5f);
+  return z * p + 0.5f;
 }
 
 // kPrecise: for float; else for bfloat16.
@@ -69,7 +69,7 @@ PVT_INLINE Vec gelu(Vec x) {
   if constexpr (kLanes == GeluTable < kPrecise ? 4 : 2 > ::kNodes)
     return gelu_by_table<kPrecise>(x);
   else
-    return gelu_by_polynomial<kPrecise>(x);
+    return x * normal_distribution<kPrecise>(x);
 }
 
 // 2^x for x <= 0; exact 1 at 0, 0 from -127 on and not exact below -126; NaN stays NaN (hence the order inside max).
@@ -95,4 +95,14 @@ PVT_INLINE Vec exp2_nonpositive(Vec x) {
   }
   const VecInt exponent = reinterpret_cast<VecInt>(shifted) << 23;  // the low bits of `shifted` hold the integer
   return reinterpret_cast<Vec>(reinterpret_cast<VecInt>(fraction) + exponent);
+}
+
+// GELU and its derivative, Phi(x) + x phi(x).
+template <bool kPrecise>
+PVT_INLINE Vec gelu_and_slope(Vec x, Vec& slope) {
+  constexpr float kHalfLog2e = 0.72134752044448170f, kDensityAtZero = 0.39894228040143268f;
+  const Vec phi = exp2_nonpositive<kPrecise>(x * x * -kHalfLog2e) * kDensityAtZero,
+            share = normal_distribution<kPrecise>(x);
+  slope = share + x * phi;
+  return x * share;
 }

@@ -91,7 +91,7 @@ def patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tenso
     hw = check_patch_embed(image, w, stride, plain=True, packed=True)
     _require_runs("patch_embed", image)
     isa, given = _isa, image.detach()
-    image = _readable(given)
+    image = readable(given)
     channels, in_channels, kernel, _ = w.proj.weight.shape
     strides = image.stride()
     channels_last = strides[1] == 1 and strides[3] == in_channels
@@ -104,10 +104,10 @@ def patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tenso
 
     def build(held: Any) -> Any:
         sizes = (in_channels, channels, kernel, stride)
-        return _C.PatchEmbed(isa, _dtype(image), _linear(held.proj), _norm(held.norm), sizes, channels_last)
+        return _C.PatchEmbed(isa, kernel_dtype(image), _linear(held.proj), _norm(held.norm), sizes, channels_last)
 
     kind = "patch_embed channels_last" if channels_last else "patch_embed"
-    op = _packed(kind, key_of(isa, w, stride), w, check, build)
+    op = packed_op(kind, key_of(isa, w, stride), w, check, build)
     out = torch.empty((image.shape[0], hw[0] * hw[1], channels), dtype=image.dtype, device=image.device)
     op.run(span(image), (image.shape[0], *image.shape[2:]), strides, span(out))
     return out.to(given.dtype), hw
@@ -120,7 +120,7 @@ def attention(
     check_attention(x, hw, w, spec, residual_scale, plain=True, packed=True)
     _require_runs("attention", x, spec)
     isa, given = _isa, x.detach()
-    x = _readable(given).contiguous()
+    x = readable(given).contiguous()
 
     def check(weights: Any) -> None:
         check_attention(given, hw, weights, spec, None, plain=True)
@@ -134,9 +134,9 @@ def attention(
             "linear": spec.linear,
             "scale": spec.scale,
         }
-        return _C.attention(isa, _dtype(x), weights)
+        return _C.attention(isa, kernel_dtype(x), weights)
 
-    op = _packed("attention", key_of(isa, w, spec), w, check, build)
+    op = packed_op("attention", key_of(isa, w, spec), w, check, build)
     return _run_residual(op, x, hw, residual_scale).to(given.dtype)
 
 
@@ -145,21 +145,15 @@ def mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor 
     check_mlp(x, hw, w, spec, residual_scale, plain=True, packed=True)
     _require_runs("mlp", x, spec)
     isa, given = _isa, x.detach()
-    x = _readable(given).contiguous()
+    x = readable(given).contiguous()
 
     def check(weights: Any) -> None:
         check_mlp(given, hw, weights, spec, None, plain=True)
 
     def build(held: Any) -> Any:
-        weights = {
-            **_parts(held),
-            "channels": x.shape[2],
-            "hidden": held.fc1.weight.shape[0],
-            "relu": spec.relu,
-        }
-        return _C.mlp(isa, _dtype(x), weights)
+        return _C.mlp(isa, kernel_dtype(x), mlp_form(held, spec))
 
-    op = _packed("mlp", key_of(isa, w, spec), w, check, build)
+    op = packed_op("mlp", key_of(isa, w, spec), w, check, build)
     return _run_residual(op, x, hw, residual_scale).to(given.dtype)
 
 
@@ -168,15 +162,15 @@ def layer_norm(x: Tensor, w: Norm) -> Tensor:
     check_layer_norm(x, w, plain=True, packed=True)
     _require_runs("layer_norm", x)
     isa, given = _isa, x.detach()
-    x = _readable(given).contiguous()
+    x = readable(given).contiguous()
 
     def check(weights: Any) -> None:
         check_layer_norm(given, weights, plain=True)
 
     def build(held: Norm) -> Any:
-        return _C.LayerNorm(isa, _dtype(x), _norm(held), x.shape[-1])
+        return _C.LayerNorm(isa, kernel_dtype(x), _norm(held), x.shape[-1])
 
-    op = _packed("layer_norm", key_of(isa, w), w, check, build)
+    op = packed_op("layer_norm", key_of(isa, w), w, check, build)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     op.run(span(x), x.numel() // x.shape[-1], span(out))
     return out.to(given.dtype)
@@ -187,7 +181,7 @@ def head(x: Tensor, w: Linear | None) -> Tensor:
     check_head(x, w, plain=True, packed=True)
     _require_runs("head", x)
     isa, given = _isa, x.detach()
-    x = _readable(given).contiguous()
+    x = readable(given).contiguous()
     batch, tokens, channels = x.shape
     classes = channels if w is None else w.weight.shape[0]
 
@@ -195,18 +189,18 @@ def head(x: Tensor, w: Linear | None) -> Tensor:
         check_head(given, weights, plain=True)
 
     def build(held: Linear) -> Any:
-        return _C.Head(isa, _dtype(x), _linear(held), channels, classes)
+        return _C.Head(isa, kernel_dtype(x), _linear(held), channels, classes)
 
     if w is None:
-        op = _C.Head(isa, _dtype(x), None, channels, classes)
+        op = _C.Head(isa, kernel_dtype(x), None, channels, classes)
     else:
-        op = _packed("head", key_of(isa, w), w, check, build)
+        op = packed_op("head", key_of(isa, w), w, check, build)
     out = torch.empty((batch, classes), dtype=x.dtype, device=x.device)
     op.run(span(x), batch, tokens, span(out))
     return out.to(given.dtype)
 
 
-def _packed(kind: str, key: tuple, w: Any, check: Callable[[Any], object], build: Callable[[Any], Any]) -> Any:
+def packed_op(kind: str, key: tuple, w: Any, check: Callable[[Any], object], build: Callable[[Any], Any]) -> Any:
     """The packed op of weights `w`, a norm, a linear or a tuple of them.
 
     Where the op must be built, check(weights) sees the weights as they are, and build(weights) as the kernels read
@@ -224,16 +218,16 @@ def _packed(kind: str, key: tuple, w: Any, check: Callable[[Any], object], build
 
 
 def _as_kernels_read(part: Norm | Linear) -> Norm | Linear:
-    """Matrices and kernels `_readable`, norms and biases as floats, all contiguous."""
-    weight = _readable(part.weight)
+    """Matrices and kernels `readable`, norms and biases as floats, all contiguous."""
+    weight = readable(part.weight)
     if isinstance(part, Norm):
-        return Norm(weight.float().contiguous(), _readable(part.bias).float().contiguous(), part.eps)
-    return Linear(weight.contiguous(), None if part.bias is None else _readable(part.bias).float().contiguous())
+        return Norm(weight.float().contiguous(), readable(part.bias).float().contiguous(), part.eps)
+    return Linear(weight.contiguous(), None if part.bias is None else readable(part.bias).float().contiguous())
 
 
 def _run_residual(op: Any, x: Tensor, hw: HW, residual_scale: Tensor | None) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    scale = None if residual_scale is None else _readable(residual_scale.detach()).to(x.dtype).contiguous()
+    scale = None if residual_scale is None else readable(residual_scale.detach()).to(x.dtype).contiguous()
     op.run(span(x), x.shape[0], *hw, None if scale is None else span(scale), span(out))
     return out
 
@@ -243,7 +237,7 @@ def _require_runs(op: str, x: Tensor, spec: AttentionSpec | MlpSpec | None = Non
         _SUPPORT.require(op, x.device.type, x.dtype, spec)  # the same questions, slower, and the error
 
 
-def _readable(alias: Tensor) -> Tensor:
+def readable(alias: Tensor) -> Tensor:
     """The values as the kernels read them: float16 as float32, a negative-bit view with its values in memory. `alias`
     must be the caller's own, so that no other thread can put other memory into it.
     """
@@ -260,8 +254,8 @@ def log_float16() -> None:
     logger.info("backend 'cpp' computes float16 in float32, by conversion")
 
 
-def _dtype(x: Tensor) -> _C.DType:
-    """The kernels' name for the element type of x, which is `_readable`."""
+def kernel_dtype(x: Tensor) -> _C.DType:
+    """The kernels' name for the element type of x, which is `readable`."""
     return _KERNEL_DTYPES[x.dtype]
 
 
@@ -273,6 +267,12 @@ def _parts(w: AttentionWeights | MlpWeights) -> dict[str, tuple | None]:
     }
 
 
+def mlp_form(w: MlpWeights, spec: MlpSpec) -> dict[str, Any]:
+    """Weights as the extension takes them, with what else it wants to know."""
+    hidden, channels = w.fc1.weight.shape
+    return {**_parts(w), "channels": channels, "hidden": hidden, "relu": spec.relu}
+
+
 def _norm(w: Norm) -> tuple:
     return span(w.weight), span(w.bias), w.eps
 
@@ -281,4 +281,15 @@ def _linear(w: Linear) -> tuple:
     return span(w.weight), None if w.bias is None else span(w.bias)
 
 
-BACKEND = Backend(_SUPPORT, patch_embed, attention, mlp, layer_norm, head, whole=WholeForward(isa, _C.Forward))
+from . import cpp_gradients  # noqa: E402
+
+BACKEND = Backend(
+    _SUPPORT,
+    patch_embed,
+    attention,
+    mlp,
+    layer_norm,
+    head,
+    backward={"mlp": cpp_gradients.mlp},
+    whole=WholeForward(isa, _C.Forward),
+)

@@ -173,16 +173,16 @@ def _register(op: str, signature: Signature, name: str, names: Mapping[str, str]
         saved = iter(ctx.saved_tensors)
         *flat, named = (next(saved) if value is None else value[0] for value in ctx.rest)
         backend = dispatch.load(named.removesuffix(_IN_GRAPH), f"pvt_fast::{name}: backend")
-        own = backend.backward.get(op)
-        if own is None or torch.is_grad_enabled():  # the gradients are to be differentiated in their turn
+        tensors = [place for place, value in enumerate(flat) if isinstance(value, Tensor)]
+        own, found = backend.backward.get(op), None
+        if own is not None and not torch.is_grad_enabled():  # else they are to be differentiated in their turn
+            found = own(grad_output, [ctx.needs_input_grad[place] for place in tensors], *signature.arguments(flat))
+        if found is None:
 
             def recompute(*inputs: Any) -> Tensor:
                 return _tokens(getattr(reference, op)(*signature.arguments(inputs)))
 
             return *_reference_gradients(recompute, flat, ctx.needs_input_grad[:-1], grad_output), None
-        tensors = [place for place, value in enumerate(flat) if isinstance(value, Tensor)]
-        needed = [ctx.needs_input_grad[place] for place in tensors]
-        found = own(grad_output, needed, *signature.arguments(flat))
         if len(found) != len(tensors):
             raise ValueError(
                 f"{op}: the backward of backend {backend.name!r} must return {len(tensors)} gradients, got {len(found)}"

@@ -167,8 +167,9 @@ class Support:
             raise BackendUnavailable(f"{op}: {cannot_run(self.name, reason)}")
 
 
-# gradients(grad_output, needed, *arguments of the op) -> one for each of `tensors_in(arguments)`, None where not needed
-Backward = Callable[..., Sequence[Tensor | None]]
+# gradients(grad_output, needed, *arguments of the op) -> one for each of `tensors_in(arguments)`, None where not needed;
+# or None alone where it has none for such arguments: those are the reference's then
+Backward = Callable[..., Sequence[Tensor | None] | None]
 
 
 @dataclass(frozen=True)
