@@ -41,36 +41,102 @@ void transpose_rows(const E* from, std::ptrdiff_t ld, int rows, int columns, E* 
     std::fill(to + column * depth + rows, to + (column + 1) * depth, E{});
 }
 
-// Rows of kPanel elements as a panel whose k counts the rows. Floats are one as they stand; pairs of rows are woven in
-// `room`, of depth_of(rows) rows.
-PVT_INLINE Panel<float> panel_of_rows(const float* rows, int count, float*) { return {rows, count, kPanel, nullptr}; }
-PVT_INLINE Panel<bf16> panel_of_rows(const bf16* rows, int count, bf16* room) {
+// `width` columns of `count` rows, `ld` apart, as a panel whose k counts the rows: made in `room`, of
+// panel_room<E>(count) elements, where they do not lie like one.
+inline Panel<float> panel_of_rows(const float* rows, std::ptrdiff_t ld, int count, int width, float* room) {
+  if (ld == width) return {rows, count, width, nullptr};
+  for (int row = 0; row < count; ++row) std::memcpy(room + row * width, rows + row * ld, width * sizeof(float));
+  return {room, count, width, nullptr};
+}
+// Pairs of rows are woven.
+inline Panel<bf16> panel_of_rows(const bf16* rows, std::ptrdiff_t ld, int count, int width, bf16* room) {
   const int depth = depth_of<bf16>(count);
   const auto bits = [&](int row, int column) PVT_LAMBDA {
     VecHalf half{};
-    if (row < count) std::memcpy(&half, rows + std::ptrdiff_t(row) * kPanel + column, sizeof half);
+    if (row < count) std::memcpy(&half, rows + row * ld + column, sizeof half);
     return widen(half);
   };
   for (int row = 0; row < depth; row += 2)
-    for (int column = 0; column < kPanel; column += kLanes) {
+    for (int column = 0; column < width; column += kLanes) {
       const VecBits pairs = bits(row, column) | bits(row + 1, column) << 16;
-      std::memcpy(room + std::ptrdiff_t(row) * kPanel + 2 * column, &pairs, sizeof pairs);
+      std::memcpy(room + std::ptrdiff_t(row) * width + 2 * column, &pairs, sizeof pairs);
     }
-  return {room, depth, kPanel, nullptr};
+  return {room, depth, width, nullptr};
 }
-// Elements of that room.
 template <class E>
 constexpr std::size_t panel_room(int rows) {
-  return std::is_same_v<E, float> ? 0 : std::size_t(depth_of<E>(rows)) * kPanel;
+  return std::size_t(depth_of<E>(rows)) * kPanel;
 }
 
-// sums (rows of `a`, kPanel) += a * panel.
+// sums (rows of `a`, columns of the panel), `ld` apart, += a * panel.
 template <class E>
-void add_product(const Rows<E>& a, int rows, const Panel<E>& panel, const float* zeros, float* sums) {
-  Epilogue<float> epilogue = store_rows(sums, kPanel, zeros);
+void add_product(const Rows<E>& a, int rows, const Panel<E>& panel, const float* zeros, float* sums,
+                 std::size_t ld = kPanel) {
+  Epilogue<float> epilogue = store_rows(sums, ld, zeros);
+  epilogue.columns = panel.width;
   epilogue.residual = sums;
   gemm_panel(a, rows, panel, 0, epilogue);
 }
+
+// The gradient of a matrix: the transposed of (tokens, rows) times (tokens, columns). The first comes transposed, in
+// bands of tokens; both widths are whole narrow panels.
+template <class E>
+class MatrixGradient {
+ public:
+  MatrixGradient(std::int64_t tokens, std::size_t rows, std::size_t columns)
+      : tokens_(tokens), rows_(rows), columns_(columns) {
+    panels_ = (columns + kPanel - 1) / kPanel;
+    parts_ =
+        std::clamp<std::int64_t>((gradient_items() + panels_ - 1) / panels_, 1, std::max<std::int64_t>(bands(), 1));
+  }
+
+  std::int64_t bands() const { return (tokens_ + kTokens - 1) / kTokens; }
+  std::size_t transposed_size() const { return bands() * band_size(); }
+  std::size_t sums_size() const { return parts_ * panels_ * rows_ * kPanel; }
+
+  // Rows of `width` elements, of which `rows` (the width of this gradient) count.
+  void transpose(const E* from, E* transposed) const {
+    parallel_for(bands(), [&](std::int64_t band) {
+      transpose_rows(from + band * kTokens * rows_, rows_, count(band), int(rows_), transposed + band * band_size());
+    });
+  }
+
+  // finish(panel, its columns, (rows, kPanel) of the gradient), on all threads; b: rows, `ld` apart.
+  template <class Finish>
+  void run(const E* transposed, const E* b, std::ptrdiff_t ld, const float* zeros, float* sums,
+           const Finish& finish) const {
+    const std::size_t size = rows_ * kPanel;
+    parallel_for(panels_ * parts_, [&](std::int64_t item) {
+      const MatrixUnit unit;
+      const std::int64_t panel = item / parts_, part = item % parts_;
+      E* room = std::get<0>(thread_scratch().take(array<E>(panel_room<E>(kTokens))));
+      float* to = sums + item * size;
+      std::memset(to, 0, size * sizeof(float));
+      for (std::int64_t band = part * bands() / parts_; band < (part + 1) * bands() / parts_; ++band) {
+        const Panel<E> rows =
+            panel_of_rows(b + band * kTokens * ld + panel * kPanel, ld, count(band), columns(panel), room);
+        add_product(Rows<E>{transposed + band * band_size(), depth_of<E>(count(band))}, int(rows_), rows, zeros, to);
+      }
+    });
+    parallel_for(panels_, [&](std::int64_t panel) {
+      float* total = sums + panel * parts_ * size;
+      for (std::int64_t part = 1; part < parts_; ++part)
+        for (std::size_t i = 0; i < size; ++i) total[i] += total[part * size + i];
+      finish(int(panel), columns(panel), total);
+    });
+  }
+
+ private:
+  static constexpr int kTokens = 256;
+
+  std::size_t band_size() const { return row_room(rows_) * depth_of<E>(kTokens); }
+  int count(std::int64_t band) const { return int(std::min<std::int64_t>(kTokens, tokens_ - band * kTokens)); }
+  int columns(std::int64_t panel) const { return int(std::min<std::size_t>(kPanel, columns_ - panel * kPanel)); }
+
+  std::int64_t tokens_;
+  std::size_t rows_, columns_;
+  std::int64_t panels_, parts_;
+};
 
 // to[i] = sum over `parts` of from[part * stride + i], in order; may be null: then nothing.
 inline void add_parts(const float* from, std::int64_t parts, std::size_t stride, std::size_t count, float* to) {
@@ -144,3 +210,41 @@ void scale_rows(const T* x, int rows, int channels, float scale, E* out, std::si
     for (; c < int(width); c += kLanes) store(out + c, c < channels ? load_first(x + c, channels - c) * scale : Vec{});
   }
 }
+
+// The end of a residual op's backward: LayerNorm's gradient and the residual's, by rows, and the sums over all rows of
+// the gradients of the norm's weight and bias and of the last bias.
+template <class T, class E>
+class RowGradients {
+ public:
+  RowGradients(std::int64_t tokens, std::size_t width)
+      : tokens_(tokens), tiles_(std::clamp<std::int64_t>(tokens / 64, 1, 4 * gradient_items())), width_(width) {}
+
+  std::size_t sums_size() const { return tiles_ * 3 * width_; }
+
+  // normed(token): the gradient of its LayerNorm; scaled(token): that of the op's output, scaled. May be null: grad_x,
+  // and any of grads: norm's weight and bias, last bias.
+  template <class Normed, class Scaled>
+  void run(const PackedNorm& norm, const T* x, const T* grad_out, const Normed& normed, const Scaled& scaled,
+           float* all, T* grad_x, std::array<float*, 3> grads) const {
+    parallel_for(tiles_, [&](std::int64_t tile) {
+      float *weight = all + tile * 3 * width_, *bias = weight + width_, *last = bias + width_;
+      std::memset(weight, 0, 3 * width_ * sizeof(float));
+      for (std::int64_t t = tile * tokens_ / tiles_; t < (tile + 1) * tokens_ / tiles_; ++t) {
+        const std::ptrdiff_t at = t * norm.channels;
+        const float* gradient = normed(t);
+        norm_gradient(
+            norm, x + at, [&](int c) PVT_LAMBDA { return load(gradient + c); }, weight, bias,
+            [&](int c, int count, Vec value) PVT_LAMBDA {
+              if (grad_x) store_columns(grad_x + at + c, load_columns(grad_out + at + c, count) + value, count);
+            });
+        const E* from = scaled(t);
+        for (std::size_t c = 0; c < width_; c += kLanes) store(last + c, load(last + c) + load(from + c));
+      }
+    });
+    for (int i = 0; i < 3; ++i) add_parts(all + i * width_, tiles_, 3 * width_, norm.channels, grads[i]);
+  }
+
+ private:
+  std::int64_t tokens_, tiles_;
+  std::size_t width_;
+};

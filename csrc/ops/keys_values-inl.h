@@ -24,7 +24,7 @@ struct KeysValues {
       count = std::min({width - i, heads.width - n, kPanel - n % kPanel});
       const std::int64_t head = image * heads.count + (column + i) / heads.width / 2;
       const E* from = rows + i;
-      if ((column + i) / heads.width % 2 == 0) {
+      if ((column + i) / heads.width % 2 == turned) {
         E* to_key = all_k + head * k.size();
         const int end = last ? k.columns : cut.end;
         for (int start = cut.begin, stop; start < end; start = stop) {
@@ -67,6 +67,7 @@ struct KeysValues {
   Heads heads;
   int keys;             // of an image
   PanelLayout<E> k, v;  // of one head
+  int turned = 0;       // which of a head's two is packed as keys are: 1 for what the gradients want
   E *all_k = nullptr, *all_v = nullptr;
   float* zeros = nullptr;  // the bias of products that have none: as wide as scores and heads
 };

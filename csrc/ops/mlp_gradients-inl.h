@@ -63,7 +63,7 @@ class MlpGradientsOp final : public ResidualGradients {
       // panels of a block: their matrices, gradients and carried rows take half of the cache
       const std::size_t panel_bytes =
           kPanel * op.width() * (3 * sizeof(E) + 2 * sizeof(float)) + 4 * padded_row(row) * sizeof(float);
-      block = int(std::clamp<std::size_t>(l2_bytes() / 2 / panel_bytes, 1, std::min(panels, 128 / kPanel * 2)));
+      block = int(std::clamp<std::size_t>(l2_bytes() / 2 / panel_bytes, std::min(panels, 2), std::min(panels, 8)));
       blocks = (panels + block - 1) / block;
       block = (panels + blocks - 1) / blocks;
       blocks = (panels + block - 1) / block;
@@ -109,9 +109,8 @@ class MlpGradientsOp final : public ResidualGradients {
     float* grad_normed = nullptr;                      // (groups, tokens, width)
     float* matrices = nullptr;                         // (chunks, panels, 2, width, kPanel): of fc1 and fc2, transposed
     float* sums = nullptr;                             // (chunks, panels, kSums, kPanel)
-    float* rows = nullptr;  // (row tiles, 3, width): of the norm's weight and bias, fc2's bias
+    float* rows = nullptr;                             // for RowGradients
     float* zeros = nullptr;
-    std::int64_t tiles = 0;
 
     std::int64_t tokens() const { return map.batch * map.tokens(); }
     float scale(std::int64_t image) const { return residual_scale ? to_float(residual_scale[image]) : 1.0f; }
@@ -134,14 +133,14 @@ class MlpGradientsOp final : public ResidualGradients {
   void take_buffers(Call& call) const {
     const std::size_t tokens = row_room(call.tokens()), bands = call.map.batch * call.plan.bands;
     const std::size_t panels = fc1_.panels(), chunks = call.plan.chunks;
-    call.tiles = std::max<std::int64_t>(1, std::min<std::int64_t>(call.tokens() / 64, 4 * gradient_items()));
     std::tie(call.normed, call.grad, call.normed_bands, call.grad_bands, call.grad_normed, call.matrices, call.sums,
              call.rows, call.zeros) =
         shared_scratch().take(
             array<E>(tokens * width()), array<E>(tokens * width()), array<E>(bands * call.band_size(width())),
             array<E>(bands * call.band_size(width())), array<float>(call.plan.groups * call.tokens() * width()),
             array<float>(chunks * panels * 2 * width() * kPanel), array<float>(chunks * panels * kSums * kPanel),
-            array<float>(call.tiles * 3 * width()), array<float>(std::max<std::size_t>(width(), kPanel)));
+            array<float>(RowGradients<T, E>(call.tokens(), width()).sums_size()),
+            array<float>(std::max<std::size_t>(width(), kPanel)));
     std::memset(call.zeros, 0, std::max<std::size_t>(width(), kPanel) * sizeof(float));
   }
 
@@ -179,10 +178,11 @@ class MlpGradientsOp final : public ResidualGradients {
       first_block_ = int(group * plan.blocks / plan.groups), last_block_ = int((group + 1) * plan.blocks / plan.groups);
       const int rows = plan.most_rows(call.map) + 3;
       tokens_ = plan.most_rows(call.map) * width_;
-      std::tie(hidden_, grad_, gelu_, grad_hidden_, woven_, carried_, places_) = thread_scratch().take(
-          array<float>(rows * row_), array<float>(rows * row_), array<E>(row_room(tokens_) * kPanel),
-          array<E>(row_room(tokens_) * kPanel * plan.block), array<E>(panel_room<E>(tokens_)),
-          array<float>(4 * row_ * plan.block), array<int>(rows * width_));
+      std::tie(hidden_, grad_, gelu_, grad_hidden_, woven_, carried_, places_) =
+          thread_scratch().take(array<float>(rows * row_), array<float>(rows * row_),
+                                array<E>(row_room(tokens_) * kPanel), array<E>(row_room(tokens_) * kPanel * plan.block),
+                                array<E>(std::is_same_v<E, float> ? 0 : panel_room<E>(tokens_)),
+                                array<float>(4 * row_ * plan.block), array<int>(rows * width_));
       std::memset(hidden_, 0, rows * row_ * sizeof(float));
       std::memset(grad_, 0, rows * row_ * sizeof(float));
       for (int y = 0; y < rows; ++y)
@@ -225,14 +225,14 @@ class MlpGradientsOp final : public ResidualGradients {
         const int inner = (band.inner_end - band.inner_begin) * width_;
         // a band of one row at the end of an image has no row of its own here
         if (inner > 0)
-          add_product(Rows<E>{gradient, depth_of<E>(inner)}, int(size), panel_of_rows(gelu_, inner, woven_),
-                      call_.zeros, matrix(p, 1));
+          add_product(Rows<E>{gradient, depth_of<E>(inner)}, int(size),
+                      panel_of_rows(gelu_, kPanel, inner, kPanel, woven_), call_.zeros, matrix(p, 1));
         E* grad_hidden = grad_hidden_ + (p - begin_) * row_room(tokens_) * kPanel;
         gradient_of_hidden(p, band, grad_hidden);
         const int outer = (band.end - band.begin) * width_;
         E* normed = call_.normed_bands + index * call_.band_size(size);
-        add_product(Rows<E>{normed, depth_of<E>(outer)}, int(size), panel_of_rows(grad_hidden, outer, woven_),
-                    call_.zeros, matrix(p, 0));
+        add_product(Rows<E>{normed, depth_of<E>(outer)}, int(size),
+                    panel_of_rows(grad_hidden, kPanel, outer, kPanel, woven_), call_.zeros, matrix(p, 0));
         carry(p, band);
       }
       add_to_input(band);
@@ -400,31 +400,19 @@ class MlpGradientsOp final : public ResidualGradients {
     });
   }
 
-  // LayerNorm's gradient, the residual's, and the sums over all rows.
   void finish_rows(const Call& call, T* grad_x, float* const* grads) const {
-    const std::size_t size = width();
-    parallel_for(call.tiles, [&](std::int64_t tile) {
-      float *sums = call.rows + tile * 3 * size, *weight = sums, *bias = sums + size, *out_bias = sums + 2 * size;
-      std::memset(sums, 0, 3 * size * sizeof(float));
-      const std::int64_t end = (tile + 1) * call.tokens() / call.tiles;
-      for (std::int64_t t = tile * call.tokens() / call.tiles; t < end; ++t) {
-        const T *x = call.x + t * channels_, *grad = call.grad_out + t * channels_;
-        float* normed = call.grad_normed + t * size;
-        for (std::int64_t g = 1; g < call.plan.groups; ++g)
-          for (std::size_t c = 0; c < size; c += kLanes)
-            store(normed + c, load(normed + c) + load(normed + g * call.tokens() * size + c));
-        norm_gradient(
-            norm_, x, [&](int c) PVT_LAMBDA { return load(normed + c); }, weight, bias,
-            [&](int c, int count, Vec value) PVT_LAMBDA {
-              if (grad_x) store_columns(grad_x + t * channels_ + c, load_columns(grad + c, count) + value, count);
-            });
-        const E* scaled = call.grad + t * size;
-        for (std::size_t c = 0; c < size; c += kLanes) store(out_bias + c, load(out_bias + c) + load(scaled + c));
-      }
-    });
-    add_parts(call.rows, call.tiles, 3 * size, channels_, grads[kNormWeight]);
-    add_parts(call.rows + size, call.tiles, 3 * size, channels_, grads[kNormBias]);
-    add_parts(call.rows + 2 * size, call.tiles, 3 * size, channels_, grads[kFc2Bias]);
+    const std::size_t size = width(), map = call.tokens() * size;
+    const auto normed = [&](std::int64_t token) {
+      float* total = call.grad_normed + token * size;
+      for (std::int64_t group = 1; group < call.plan.groups; ++group)
+        for (std::size_t c = 0; c < size; c += kLanes)
+          store(total + c, load(total + c) + load(total + group * map + c));
+      return total;
+    };
+    const auto scaled = [&](std::int64_t token) { return call.grad + token * size; };
+    RowGradients<T, E>(call.tokens(), size)
+        .run(norm_, call.x, call.grad_out, normed, scaled, call.rows, grad_x,
+             {grads[kNormWeight], grads[kNormBias], grads[kFc2Bias]});
   }
 
   int channels_, hidden_;
