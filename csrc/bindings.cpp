@@ -96,8 +96,7 @@ Packed<pvt::PatchEmbed> patch_embed(const std::string& isa, pvt::DType dtype, co
   return {from.factories(isa).patch_embed(w, channels_last), from};
 }
 
-Packed<pvt::ResidualOp> attention(const std::string& isa, pvt::DType dtype, const py::dict& w) {
-  const Weights from(dtype);
+pvt::AttentionWeights attention_weights(const Weights& from, const py::dict& w) {
   pvt::AttentionWeights weights{};
   const int channels = weights.channels = w["channels"].cast<int>();
   weights.heads = w["heads"].cast<int>();
@@ -116,7 +115,17 @@ Packed<pvt::ResidualOp> attention(const std::string& isa, pvt::DType dtype, cons
     weights.sr = from.linear(w["sr"], channels, elements({channels, weights.sr_ratio, weights.sr_ratio}));
     weights.sr_norm = from.norm(w["sr_norm"], channels);
   }
-  return {from.factories(isa).attention(weights), from};
+  return weights;
+}
+
+Packed<pvt::ResidualOp> attention(const std::string& isa, pvt::DType dtype, const py::dict& w) {
+  const Weights from(dtype);
+  return {from.factories(isa).attention(attention_weights(from, w)), from};
+}
+
+Packed<pvt::ResidualGradients> attention_gradients(const std::string& isa, pvt::DType dtype, const py::dict& w) {
+  const Weights from(dtype);
+  return {from.factories(isa).attention_gradients(attention_weights(from, w)), from};
 }
 
 pvt::MlpWeights mlp_weights(const Weights& from, const py::dict& w) {
@@ -320,6 +329,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention", &attention);
   m.def("mlp", &mlp);
   py::class_<Packed<pvt::ResidualGradients>>(m, "ResidualGradients").def("run", &run_residual_gradients);
+  m.def("attention_gradients", &attention_gradients);
   m.def("mlp_gradients", &mlp_gradients);
   using pvt::AttributeSnapshot;
   py::class_<AttributeSnapshot>(m, "AttributeSnapshot")

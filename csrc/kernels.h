@@ -130,6 +130,7 @@ struct Factories {
   std::unique_ptr<ResidualOp> (*mlp)(const MlpWeights&);
   std::unique_ptr<LayerNorm> (*layer_norm)(const Norm&, int channels);
   std::unique_ptr<Head> (*head)(const Linear& classifier, int channels, int classes);
+  std::unique_ptr<ResidualGradients> (*attention_gradients)(const AttentionWeights&);
   std::unique_ptr<ResidualGradients> (*mlp_gradients)(const MlpWeights&);
 };
 

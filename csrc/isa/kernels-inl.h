@@ -13,7 +13,9 @@
 #include "ops/heads-inl.h"
 #include "ops/keys_values-inl.h"
 #include "ops/spatial_reduction-inl.h"
+#include "ops/reduction_gradients-inl.h"
 #include "ops/attention-inl.h"
+#include "ops/attention_gradients-inl.h"
 #include "ops/patches-inl.h"
 #include "ops/patch_embed-inl.h"
 #include "ops/head-inl.h"
@@ -26,5 +28,6 @@ std::unique_ptr<Interface> make(Args... args) {
 // T: element of activations and weights; E: element that the ISA multiplies. A constant, as code would run while the
 // library is loaded, on CPUs without this ISA too.
 template <class T, class E>
-constexpr Factories kFactories{&make<PatchEmbedOp<T, E>>, &make<AttentionOp<T, E>>, &make<MlpOp<T, E>>,
-                               &make<LayerNormOp<T>>,     &make<HeadOp<T, E>>,      &make<MlpGradientsOp<T, E>>};
+constexpr Factories kFactories{&make<PatchEmbedOp<T, E>>,  &make<AttentionOp<T, E>>, &make<MlpOp<T, E>>,
+                               &make<LayerNormOp<T>>,      &make<HeadOp<T, E>>,      &make<AttentionGradientsOp<T, E>>,
+                               &make<MlpGradientsOp<T, E>>};

@@ -147,7 +147,7 @@ class AttentionOp final : public ResidualOp {
   // Keys and values of all images, packed.
   void make_keys(const Wave& wave) const {
     const SpatialReduction<T, E>& reduction = inputs_.reduction;
-    if (reduction.reduces()) reduction.run(wave.map, wave.normed, wave.kv.zeros, wave.sums, wave.reduced);
+    if (reduction.reduces()) reduction.run(wave.map, wave.normed, wave.kv.zeros, wave.sums, wave.reduced, wave.reduced);
     const E* source = reduction.reduces() ? wave.reduced : wave.normed;
     inputs_.make_keys(wave.map, source,
                       [&](std::int64_t image, int column, int width, const E* rows, const Split::Tile& cut) {

@@ -79,32 +79,34 @@ void add_product(const Rows<E>& a, int rows, const Panel<E>& panel, const float*
 }
 
 // The gradient of a matrix: the transposed of (tokens, rows) times (tokens, columns). The first comes transposed, in
-// bands of tokens; both widths are whole narrow panels.
+// bands of tokens of an image; both widths are whole narrow panels.
 template <class E>
 class MatrixGradient {
  public:
-  MatrixGradient(std::int64_t tokens, std::size_t rows, std::size_t columns)
-      : tokens_(tokens), rows_(rows), columns_(columns) {
+  // tokens: of each image.
+  MatrixGradient(std::int64_t images, std::int64_t tokens, std::size_t rows, std::size_t columns)
+      : images_(images), tokens_(tokens), rows_(rows), columns_(columns) {
     panels_ = (columns + kPanel - 1) / kPanel;
     parts_ =
         std::clamp<std::int64_t>((gradient_items() + panels_ - 1) / panels_, 1, std::max<std::int64_t>(bands(), 1));
   }
 
-  std::int64_t bands() const { return (tokens_ + kTokens - 1) / kTokens; }
   std::size_t transposed_size() const { return bands() * band_size(); }
   std::size_t sums_size() const { return parts_ * panels_ * rows_ * kPanel; }
 
-  // Rows of `width` elements, of which `rows` (the width of this gradient) count.
+  // From dense rows of as many elements as the gradient has rows.
   void transpose(const E* from, E* transposed) const {
     parallel_for(bands(), [&](std::int64_t band) {
-      transpose_rows(from + band * kTokens * rows_, rows_, count(band), int(rows_), transposed + band * band_size());
+      transpose_rows(from + (image(band) * tokens_ + first(band)) * rows_, rows_, count(band), int(rows_),
+                     transposed + band * band_size());
     });
   }
 
-  // finish(panel, its columns, (rows, kPanel) of the gradient), on all threads; b: rows, `ld` apart.
+  // finish(panel, its columns, (rows, kPanel) of the gradient), on all threads. b: rows, `ld` apart, those of another
+  // image `image_size` further.
   template <class Finish>
-  void run(const E* transposed, const E* b, std::ptrdiff_t ld, const float* zeros, float* sums,
-           const Finish& finish) const {
+  void run(const E* transposed, const E* b, std::ptrdiff_t ld, std::ptrdiff_t image_size, const float* zeros,
+           float* sums, const Finish& finish) const {
     const std::size_t size = rows_ * kPanel;
     parallel_for(panels_ * parts_, [&](std::int64_t item) {
       const MatrixUnit unit;
@@ -113,8 +115,8 @@ class MatrixGradient {
       float* to = sums + item * size;
       std::memset(to, 0, size * sizeof(float));
       for (std::int64_t band = part * bands() / parts_; band < (part + 1) * bands() / parts_; ++band) {
-        const Panel<E> rows =
-            panel_of_rows(b + band * kTokens * ld + panel * kPanel, ld, count(band), columns(panel), room);
+        const Panel<E> rows = panel_of_rows(b + image(band) * image_size + first(band) * ld + panel * kPanel, ld,
+                                            count(band), columns(panel), room);
         add_product(Rows<E>{transposed + band * band_size(), depth_of<E>(count(band))}, int(rows_), rows, zeros, to);
       }
     });
@@ -129,11 +131,15 @@ class MatrixGradient {
  private:
   static constexpr int kTokens = 256;
 
+  std::int64_t image_bands() const { return (tokens_ + kTokens - 1) / kTokens; }
+  std::int64_t bands() const { return images_ * image_bands(); }
+  std::int64_t image(std::int64_t band) const { return band / image_bands(); }
+  std::int64_t first(std::int64_t band) const { return band % image_bands() * kTokens; }
   std::size_t band_size() const { return row_room(rows_) * depth_of<E>(kTokens); }
-  int count(std::int64_t band) const { return int(std::min<std::int64_t>(kTokens, tokens_ - band * kTokens)); }
+  int count(std::int64_t band) const { return int(std::min<std::int64_t>(kTokens, tokens_ - first(band))); }
   int columns(std::int64_t panel) const { return int(std::min<std::size_t>(kPanel, columns_ - panel * kPanel)); }
 
-  std::int64_t tokens_;
+  std::int64_t images_, tokens_;
   std::size_t rows_, columns_;
   std::int64_t panels_, parts_;
 };

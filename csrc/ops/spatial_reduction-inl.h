@@ -34,7 +34,9 @@ class SpatialReduction {
 
   // Else keys and values come from the map itself.
   bool reduces() const { return reduces_; }
+  bool linear() const { return linear_; }
   int ratio() const { return ratio_; }
+  const PackedNorm& norm() const { return norm_; }
   int min_side() const { return linear_ ? 1 : ratio_; }
   int keys(const Map& map) const { return linear_ ? kPool * kPool : (map.height / ratio_) * (map.width / ratio_); }
 
@@ -44,10 +46,11 @@ class SpatialReduction {
   std::size_t reduced_size(std::size_t rows) const { return reduces_ ? row_room(rows) * width() : 0; }
   std::size_t sums_size(std::size_t rows) const { return reduced_size(rows) * parts(); }
 
-  // From normalised tokens (batch, tokens, width) in PatchOrder to `reduced` (batch, keys, width), by way of `sums`.
-  void run(const Map& map, const E* normed, const float* zeros, float* sums, E* reduced) const {
-    if (linear_) pool(map, normed, reduced);
-    convolve(map, linear_ ? reduced : normed, zeros, sums);
+  // From normalised tokens (batch, tokens, width) in PatchOrder to `reduced` (batch, keys, width), by way of `pooled`
+  // in the linear form, which may be the same memory, and `sums`: these keep what the norm is taken of.
+  void run(const Map& map, const E* normed, const float* zeros, float* sums, E* pooled, E* reduced) const {
+    if (linear_) pool(map, normed, pooled);
+    convolve(map, linear_ ? pooled : normed, zeros, sums);
     const std::int64_t rows = map.batch * keys(map);
     const Split split = split_light(1, rows, width());
     parallel_for(split.tiles, [&](std::int64_t item) {
@@ -60,31 +63,55 @@ class SpatialReduction {
     });
   }
 
+  // Adds to the gradient of normalised tokens what that of the pooled ones, (batch, keys, width), gives.
+  void unpool(const Map& map, const float* pooled, float* normed) const {
+    parallel_for(map.batch * map.height, [&](std::int64_t item) {
+      const int y = int(item % map.height);
+      const float* from = pooled + item / map.height * kPool * kPool * width();
+      for (int bin = 0; bin < kPool * kPool; ++bin) {
+        const Bin at(bin, map);
+        if (y < at.y0 || y >= at.y1) continue;
+        for (int x = at.x0; x < at.x1; ++x) {
+          float* to = normed + (item * map.width + x) * width();
+          for (std::size_t i = 0; i < width(); i += kLanes)
+            store(to + i, load(to + i) + load(from + bin * width() + i) * at.share());
+        }
+      }
+    });
+  }
+
  private:
   static constexpr int kPool = 7;
+
+  // What torch's adaptive pooling takes the mean of: bins overlap where 7 does not divide.
+  struct Bin {
+    Bin(int index, const Map& map) {
+      const int y = index / kPool, x = index % kPool;
+      y0 = y * map.height / kPool, y1 = ((y + 1) * map.height + kPool - 1) / kPool;
+      x0 = x * map.width / kPool, x1 = ((x + 1) * map.width + kPool - 1) / kPool;
+    }
+    float share() const { return 1.0f / ((y1 - y0) * (x1 - x0)); }
+    int y0, y1, x0, x1;
+  };
   static constexpr int kPartDepth = 1024;
 
   std::size_t width() const { return row_width(channels_); }
   int parts() const { return (conv_.layout.depth + kPartDepth - 1) / kPartDepth; }
 
-  // The means of torch's adaptive pooling of normalised tokens: bins overlap where 7 does not divide.
+  // The means of normalised tokens.
   void pool(const Map& map, const E* normed, E* pooled) const {
-    const int height = map.height, columns = map.width;
     parallel_for(map.batch * kPool * kPool, [&](std::int64_t item) {
-      const int y = int(item / kPool % kPool), x = int(item % kPool);
-      const int y0 = y * height / kPool, y1 = ((y + 1) * height + kPool - 1) / kPool;
-      const int x0 = x * columns / kPool, x1 = ((x + 1) * columns + kPool - 1) / kPool;
+      const Bin bin(int(item % (kPool * kPool)), map);
       const E* from = normed + item / (kPool * kPool) * map.tokens() * width();
-      const float share = 1.0f / ((y1 - y0) * (x1 - x0));
       for (std::size_t i = 0; i < width(); i += kLanes) {
         Vec total{};
-        for (int row = y0; row < y1; ++row) {
+        for (int row = bin.y0; row < bin.y1; ++row) {
           Vec some{};
-          for (int column = x0; column < x1; ++column)
-            some += load(from + (std::int64_t(row) * columns + column) * width() + i);
+          for (int column = bin.x0; column < bin.x1; ++column)
+            some += load(from + (std::int64_t(row) * map.width + column) * width() + i);
           total += some;
         }
-        store(pooled + item * width() + i, total * share);
+        store(pooled + item * width() + i, total * bin.share());
       }
     });
   }

@@ -126,15 +126,7 @@ def attention(
         check_attention(given, hw, weights, spec, None, plain=True)
 
     def build(held: Any) -> Any:
-        weights = {
-            **_parts(held),
-            "channels": x.shape[2],
-            "heads": spec.num_heads,
-            "sr_ratio": 1 if held.sr is None else held.sr.weight.shape[2],
-            "linear": spec.linear,
-            "scale": spec.scale,
-        }
-        return _C.attention(isa, kernel_dtype(x), weights)
+        return _C.attention(isa, kernel_dtype(x), attention_form(held, spec))
 
     op = packed_op("attention", key_of(isa, w, spec), w, check, build)
     return _run_residual(op, x, hw, residual_scale).to(given.dtype)
@@ -267,6 +259,18 @@ def _parts(w: AttentionWeights | MlpWeights) -> dict[str, tuple | None]:
     }
 
 
+def attention_form(w: AttentionWeights, spec: AttentionSpec) -> dict[str, Any]:
+    """Weights as the extension takes them, with what else it wants to know."""
+    return {
+        **_parts(w),
+        "channels": w.q.weight.shape[0],
+        "heads": spec.num_heads,
+        "sr_ratio": 1 if w.sr is None else w.sr.weight.shape[2],
+        "linear": spec.linear,
+        "scale": spec.scale,
+    }
+
+
 def mlp_form(w: MlpWeights, spec: MlpSpec) -> dict[str, Any]:
     """Weights as the extension takes them, with what else it wants to know."""
     hidden, channels = w.fc1.weight.shape
@@ -290,6 +294,6 @@ BACKEND = Backend(
     mlp,
     layer_norm,
     head,
-    backward={"mlp": cpp_gradients.mlp},
+    backward={"attention": cpp_gradients.attention, "mlp": cpp_gradients.mlp},
     whole=WholeForward(isa, _C.Forward),
 )

@@ -13,9 +13,31 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..ops import HW, MlpSpec, MlpWeights, tensors_in
+from ..ops import HW, AttentionSpec, AttentionWeights, MlpSpec, MlpWeights, tensors_in
 from ..ops.packing import key_of, span
 from . import cpp
+
+
+def attention(
+    grad_output: Tensor,
+    needed: Sequence[bool],
+    x: Tensor,
+    hw: HW,
+    w: AttentionWeights,
+    spec: AttentionSpec,
+    residual_scale: Tensor | None = None,
+) -> list[Tensor | None] | None:
+    """Gradients of `cpp.attention` by x and the weights, where `needed`; None where one by residual_scale is."""
+    if residual_scale is not None and needed[-1]:
+        return None
+
+    def build(held: Any) -> Any:
+        return _C.attention_gradients(
+            cpp.isa(), cpp.kernel_dtype(cpp.readable(x.detach())), cpp.attention_form(held, spec)
+        )
+
+    op = cpp.packed_op("attention gradients", key_of(cpp.isa(), w, spec), w, lambda weights: None, build)
+    return _residual(op, grad_output, needed, x, hw, w, residual_scale)
 
 
 def mlp(

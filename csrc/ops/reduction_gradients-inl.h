@@ -1,0 +1,138 @@
+// Gradients of the spatial reduction, see spatial_reduction-inl.h.
+// Compiled once per ISA: included by isa/kernels-inl.h, which says how.
+
+template <class T, class E>
+class ReductionGradients {
+ public:
+  ReductionGradients(const AttentionWeights& w, const SpatialReduction<T, E>& reduction)
+      : channels_(w.channels), kernel_(reduction.ratio()) {
+    if (!reduction.reduces()) return;
+    const T* weight = static_cast<const T*>(w.sr.weight);
+    const int pitch = int(row_width(channels_));
+    conv_back_ = pack<E>(
+        channels_, kernel_ * kernel_ * pitch,
+        [&](int k, int n) {
+          const int c = n % pitch, place = n / pitch;
+          return c < channels_ ? to_float(weight[(std::size_t(k) * channels_ + c) * kernel_ * kernel_ + place]) : 0.0f;
+        },
+        [](int) { return 0.0f; });
+  }
+
+  // What a call wants, and its sizes.
+  struct Buffers {
+    float* sums = nullptr;    // (keys of all images, width) of the convolution, and of its parts
+    E* pooled = nullptr;      // (keys, width), in the linear form
+    E* reduced = nullptr;     // (keys, width)
+    E* gradient = nullptr;    // (keys, width) of the convolution's output
+    E* transposed = nullptr;  // of that
+    float *matrix_sums = nullptr, *row_sums = nullptr;
+  };
+  struct Sizes {
+    std::size_t sums, pooled, reduced, gradient, transposed, matrix_sums, row_sums;
+  };
+  Sizes sizes(const SpatialReduction<T, E>& reduction, const Map& map) const {
+    if (!reduction.reduces()) return {};
+    const std::size_t rows = map.batch * reduction.keys(map), size = reduction.reduced_size(rows);
+    const MatrixGradient<E> gradient = matrix(reduction, map);
+    return {reduction.sums_size(rows),
+            reduction.linear() ? size : 0,
+            size,
+            size,
+            gradient.transposed_size(),
+            gradient.sums_size(),
+            std::size_t(kTiles) * 3 * row_width(channels_)};
+  }
+
+  // From `grad_reduced` to what is added to `grad_normed`, tokens in PatchOrder; grads: of the convolution's weight and
+  // bias, of the norm's weight and bias.
+  void run(const SpatialReduction<T, E>& reduction, const Map& map, const Buffers& at, const E* normed,
+           const float* zeros, float* grad_reduced, float* grad_normed, float* const* grads) const {
+    const int keys = reduction.keys(map);
+    const std::int64_t rows = map.batch * keys;
+    norm_gradients(reduction, rows, at, grad_reduced, grads);
+    if (float* to = grads[0]) {
+      const MatrixGradient<E> gradient = matrix(reduction, map);
+      gradient.transpose(at.gradient, at.transposed);
+      const auto store = [&](int panel, int columns, const float* found) {
+        for (int j = 0; j < columns; ++j) {
+          const int c = (panel * kPanel + j) % int(width()), place = (panel * kPanel + j) / int(width());
+          for (int n = 0; n < channels_ && c < channels_; ++n)
+            to[(std::size_t(n) * channels_ + c) * kernel_ * kernel_ + place] = found[n * kPanel + j];
+        }
+      };
+      if (reduction.linear())
+        gradient.run(at.transposed, at.pooled, width(), keys * width(), zeros, at.matrix_sums, store);
+      else
+        gradient.run(at.transposed, normed, reduction.patch_width(), map.tokens() * width(), zeros, at.matrix_sums,
+                     store);
+    }
+    if (reduction.linear()) {
+      convolve_back(at.gradient, map.batch, keys, zeros, grad_reduced, keys * width(), false);
+      reduction.unpool(map, grad_reduced, grad_normed);
+    } else {
+      convolve_back(at.gradient, map.batch, keys, zeros, grad_normed, map.tokens() * width(), true);
+    }
+  }
+
+ private:
+  static constexpr int kTiles = 16;
+
+  std::size_t width() const { return row_width(channels_); }
+  MatrixGradient<E> matrix(const SpatialReduction<T, E>& reduction, const Map& map) const {
+    return {map.batch, reduction.keys(map), width(), reduction.patch_width()};
+  }
+
+  // Through GELU, where there is one, and the norm: the gradient of the convolution's output.
+  void norm_gradients(const SpatialReduction<T, E>& reduction, std::int64_t rows, const Buffers& at,
+                      float* grad_reduced, float* const* grads) const {
+    const PackedNorm& norm = reduction.norm();
+    constexpr bool kPrecise = std::is_same_v<E, float>;
+    parallel_for(kTiles, [&](std::int64_t tile) {
+      float *weight = at.row_sums + tile * 3 * width(), *bias = weight + width(), *last = bias + width();
+      std::memset(weight, 0, 3 * width() * sizeof(float));
+      for (std::int64_t row = tile * rows / kTiles; row < (tile + 1) * rows / kTiles; ++row) {
+        const float* sums = at.sums + row * width();
+        float* gradient = grad_reduced + row * width();
+        if (reduction.linear()) {
+          float* normed = std::get<0>(thread_scratch().take(array<float>(width())));
+          norm_rows<Activation::none>(norm, sums, width(), 1, normed, int(width()));
+          for (std::size_t c = 0; c < width(); c += kLanes) {
+            Vec slope;
+            gelu_and_slope<kPrecise>(load(normed + c), slope);
+            store(gradient + c, load(gradient + c) * slope);
+          }
+        }
+        E* to = at.gradient + row * width();
+        std::fill(to, to + width(), E{});
+        norm_gradient(
+            norm, sums, [&](int c) PVT_LAMBDA { return load(gradient + c); }, weight, bias,
+            [&](int c, int count, Vec value) PVT_LAMBDA {
+              store_columns(to + c, value, count);
+              store(last + c, load(last + c) + load(to + c));
+            });
+      }
+    });
+    const auto total = [&](int which, float* to) {
+      add_parts(at.row_sums + which * width(), kTiles, 3 * width(), channels_, to);
+    };
+    total(2, grads[1]);
+    total(0, grads[2]);
+    total(1, grads[3]);
+  }
+
+  // to (images, keys, patch) = or += gradient * conv; images of `to` are `image_size` apart.
+  void convolve_back(const E* gradient, std::int64_t images, int keys, const float* zeros, float* to,
+                     std::size_t image_size, bool add) const {
+    const std::size_t patch = conv_back_.layout.columns;
+    for_panels(images, conv_back_, keys, 1, [&](int p, std::int64_t image, Split::Tile cut, int) {
+      float* out = to + image * image_size + cut.begin * patch;
+      Epilogue<float> epilogue = store_rows(out, patch, zeros);
+      if (add) epilogue.residual = out;
+      gemm_panel(rows_of(gradient, image * keys + cut.begin, width()), cut.rows(), conv_back_.panel(p), p * kPanel,
+                 epilogue);
+    });
+  }
+
+  int channels_, kernel_;
+  PackedMatrix<E> conv_back_;
+};
