@@ -204,15 +204,24 @@ class AttentionGradientsOp final : public ResidualGradients {
                   kv.zeros, to + column, width);
   }
 
-  // P * (grad P - sum of P * grad P), rows of `columns`; columns past the keys have no probability.
+  // P * (grad P - sum of P * grad P), rows of `columns`; columns past the keys have no probability. That sum is divided
+  // by the sum of P, which is not quite one: what all scores have in common gets no gradient, whatever P was rounded to.
   static void softmax_gradient(const E* probabilities, const float* gradient, int rows, int columns, E* out) {
+    const auto total = [](Vec v) PVT_LAMBDA {
+      float lanes[kLanes], sum = 0;
+      store(lanes, v);
+      for (float lane : lanes) sum += lane;
+      return sum;
+    };
     for (int r = 0; r < rows; ++r, probabilities += columns, gradient += columns, out += columns) {
-      Vec along{};
-      for (int c = 0; c < columns; c += kLanes) along += load(probabilities + c) * load(gradient + c);
-      float lanes[kLanes], total = 0;
-      store(lanes, along);
-      for (float lane : lanes) total += lane;
-      for (int c = 0; c < columns; c += kLanes) store(out + c, load(probabilities + c) * (load(gradient + c) - total));
+      Vec along{}, all{};
+      for (int c = 0; c < columns; c += kLanes) {
+        const Vec p = load(probabilities + c);
+        along += p * load(gradient + c);
+        all += p;
+      }
+      const float mean = total(along) / total(all);
+      for (int c = 0; c < columns; c += kLanes) store(out + c, load(probabilities + c) * (load(gradient + c) - mean));
     }
   }
 
