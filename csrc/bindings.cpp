@@ -82,18 +82,29 @@ void require_positive(std::initializer_list<int> sizes) {
   for (const int size : sizes) require(size >= 1, "sizes must be at least 1");
 }
 
-Packed<pvt::PatchEmbed> patch_embed(const std::string& isa, pvt::DType dtype, const py::tuple& proj,
-                                    const py::tuple& norm, std::tuple<int, int, int, int> sizes, bool channels_last) {
+pvt::PatchEmbedWeights patch_embed_weights(const Weights& from, const py::tuple& proj, const py::tuple& norm,
+                                           std::tuple<int, int, int, int> sizes) {
   const auto [in_channels, channels, kernel, stride] = sizes;
   require_positive({in_channels, channels, kernel, stride});
+  return {from.linear(proj, channels, elements({in_channels, kernel, kernel})),
+          from.norm(norm, channels),
+          in_channels,
+          channels,
+          kernel,
+          stride};
+}
+
+Packed<pvt::PatchEmbed> patch_embed(const std::string& isa, pvt::DType dtype, const py::tuple& proj,
+                                    const py::tuple& norm, std::tuple<int, int, int, int> sizes, bool channels_last) {
   const Weights from(dtype);
-  const pvt::PatchEmbedWeights w{from.linear(proj, channels, elements({in_channels, kernel, kernel})),
-                                 from.norm(norm, channels),
-                                 in_channels,
-                                 channels,
-                                 kernel,
-                                 stride};
-  return {from.factories(isa).patch_embed(w, channels_last), from};
+  return {from.factories(isa).patch_embed(patch_embed_weights(from, proj, norm, sizes), channels_last), from};
+}
+
+Packed<pvt::PatchEmbedGradients> patch_embed_gradients(const std::string& isa, pvt::DType dtype, const py::tuple& proj,
+                                                       const py::tuple& norm, std::tuple<int, int, int, int> sizes,
+                                                       bool channels_last) {
+  const Weights from(dtype);
+  return {from.factories(isa).patch_embed_gradients(patch_embed_weights(from, proj, norm, sizes), channels_last), from};
 }
 
 pvt::AttentionWeights attention_weights(const Weights& from, const py::dict& w) {
@@ -164,6 +175,21 @@ Packed<pvt::Head> head(const std::string& isa, pvt::DType dtype, const std::opti
   return {from.factories(isa).head(linear, channels, classes), from};
 }
 
+Packed<pvt::LayerNormGradients> layer_norm_gradients(const std::string& isa, pvt::DType dtype, const py::tuple& norm,
+                                                     int channels) {
+  require_positive({channels});
+  const Weights from(dtype);
+  return {from.factories(isa).layer_norm_gradients(from.norm(norm, channels), channels), from};
+}
+
+Packed<pvt::HeadGradients> head_gradients(const std::string& isa, pvt::DType dtype,
+                                          const std::optional<py::tuple>& classifier, int channels, int classes) {
+  require_positive({channels, classes});
+  const Weights from(dtype);
+  const pvt::Linear linear = classifier ? from.linear(*classifier, classes, channels) : pvt::Linear{};
+  return {from.factories(isa).head_gradients(linear, channels, classes), from};
+}
+
 // While an op runs: other Python threads may, too; and what a huge image needed is given back.
 struct Running {
   py::gil_scoped_release release;
@@ -193,16 +219,24 @@ pvt::Image view(const char* op, const Span& image, const Size& size, const Strid
           stride_column};
 }
 
-void run_patch_embed(const Packed<pvt::PatchEmbed>& packed, const Span& image, const Size& size, const Strides& strides,
-                     const Span& out) {
-  const pvt::PatchEmbed& op = *packed.op;
+// The image, and what the tokens that come of it take.
+template <class Op>
+std::pair<pvt::Image, std::int64_t> embedded(const Packed<Op>& packed, const Span& image, const Size& size,
+                                             const Strides& strides) {
+  const Op& op = *packed.op;
   const pvt::Image from = view("PatchEmbed", image, size, strides, op.in_channels(), packed.dtype);
   require(op.accepts(from), "PatchEmbed: image strides must fit the packed layout");
   const pvt::Map map = op.map(from);
   require(pvt::fits(map, op.channels()), "PatchEmbed: map must have fewer than 2^31 elements");
-  void* to = memory(out, elements({map.batch, map.height, map.width, op.channels()}), packed.dtype, "out");
+  return {from, elements({map.batch, map.height, map.width, op.channels()})};
+}
+
+void run_patch_embed(const Packed<pvt::PatchEmbed>& packed, const Span& image, const Size& size, const Strides& strides,
+                     const Span& out) {
+  const auto [from, count] = embedded(packed, image, size, strides);
+  void* to = memory(out, count, packed.dtype, "out");
   const Running running;
-  op.run(from, to);
+  packed.op->run(from, to);
 }
 
 void run_residual(const Packed<pvt::ResidualOp>& packed, const Span& x, std::int64_t batch, int height, int width,
@@ -227,6 +261,46 @@ std::vector<float*> gradients(const std::vector<std::size_t>& sizes, const std::
     addresses.push_back(to[i] ? static_cast<float*>(memory(*to[i], std::int64_t(sizes[i]), pvt::DType::f32, "gradient"))
                               : nullptr);
   return addresses;
+}
+
+void run_patch_embed_gradients(const Packed<pvt::PatchEmbedGradients>& packed, const Span& image, const Size& size,
+                               const Strides& strides, const Span& grad_out, const std::optional<Span>& grad_image,
+                               const std::vector<std::optional<Span>>& grads) {
+  const pvt::PatchEmbedGradients& op = *packed.op;
+  const auto [from, count] = embedded(packed, image, size, strides);
+  const void* grad = memory(grad_out, count, packed.dtype, "grad_out");
+  const std::int64_t pixels = elements({from.batch, from.height, from.width, op.in_channels()});
+  void* to = grad_image ? memory(*grad_image, pixels, packed.dtype, "grad_image") : nullptr;
+  const std::vector<float*> addresses = gradients(op.sizes(), grads);
+  const Running running;
+  pvt::with_team([&, from = from] { op.run(from, grad, to, addresses.data()); });
+}
+
+void run_layer_norm_gradients(const Packed<pvt::LayerNormGradients>& packed, const Span& x, std::int64_t rows,
+                              const Span& grad_out, const std::optional<Span>& grad_x,
+                              const std::vector<std::optional<Span>>& grads) {
+  require(rows < pvt::kMaxElements, "LayerNormGradients: x must have fewer than 2^31 rows");
+  const std::int64_t count = elements({rows, packed.op->channels()});
+  const void* from = memory(x, count, packed.dtype, "x");
+  const void* grad = memory(grad_out, count, packed.dtype, "grad_out");
+  void* to = grad_x ? memory(*grad_x, count, packed.dtype, "grad_x") : nullptr;
+  const std::vector<float*> addresses = gradients(packed.op->sizes(), grads);
+  const Running running;
+  packed.op->run(from, rows, grad, to, addresses.data());
+}
+
+void run_head_gradients(const Packed<pvt::HeadGradients>& packed, const Span& x, std::int64_t batch,
+                        std::int64_t tokens, const Span& grad_out, const std::optional<Span>& grad_x,
+                        const std::vector<std::optional<Span>>& grads) {
+  const pvt::HeadGradients& op = *packed.op;
+  require(batch < pvt::kMaxElements / std::max(op.channels(), op.classes()), "HeadGradients: batch must be smaller");
+  const std::int64_t count = elements({batch, tokens, op.channels()});
+  const void* from = memory(x, count, packed.dtype, "x");
+  const void* grad = memory(grad_out, elements({batch, op.classes()}), packed.dtype, "grad_out");
+  void* to = grad_x ? memory(*grad_x, count, packed.dtype, "grad_x") : nullptr;
+  const std::vector<float*> addresses = gradients(op.sizes(), grads);
+  const Running running;
+  pvt::with_team([&] { op.run(from, batch, tokens, grad, to, addresses.data()); });
 }
 
 void run_residual_gradients(const Packed<pvt::ResidualGradients>& packed, const Span& x, std::int64_t batch, int height,
@@ -329,6 +403,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention", &attention);
   m.def("mlp", &mlp);
   py::class_<Packed<pvt::ResidualGradients>>(m, "ResidualGradients").def("run", &run_residual_gradients);
+  py::class_<Packed<pvt::PatchEmbedGradients>>(m, "PatchEmbedGradients")
+      .def(py::init(&patch_embed_gradients))
+      .def("run", &run_patch_embed_gradients);
+  py::class_<Packed<pvt::LayerNormGradients>>(m, "LayerNormGradients")
+      .def(py::init(&layer_norm_gradients))
+      .def("run", &run_layer_norm_gradients);
+  py::class_<Packed<pvt::HeadGradients>>(m, "HeadGradients")
+      .def(py::init(&head_gradients))
+      .def("run", &run_head_gradients);
   m.def("attention_gradients", &attention_gradients);
   m.def("mlp_gradients", &mlp_gradients);
   using pvt::AttributeSnapshot;

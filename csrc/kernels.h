@@ -96,14 +96,26 @@ struct ResidualOp {
   virtual void run(const void* x, Map map, const void* residual_scale, void* out) const = 0;
 };
 
-// Gradients of a residual op by x and by its weights.
+// Gradients of an op by its input and by its weights: sizes() are the elements of each weight's gradient, a weight and
+// its bias for each field of the op's weights that may have them; `grads` as many addresses of floats, in torch's
+// layouts; null, as the input's may be, where one is not wanted. Gradients of activations are as activations are.
+
+// grad_image: dense, channels last if the image is packed so.
+struct PatchEmbedGradients {
+  virtual ~PatchEmbedGradients() = default;
+  virtual int in_channels() const = 0;
+  virtual int channels() const = 0;
+  virtual Map map(const Image& image) const = 0;
+  virtual bool accepts(const Image& image) const = 0;
+  virtual std::vector<std::size_t> sizes() const = 0;
+  virtual void run(const Image& image, const void* grad_out, void* grad_image, float* const* grads) const = 0;
+};
+
 struct ResidualGradients {
   virtual ~ResidualGradients() = default;
   virtual int channels() const = 0;
   virtual int min_side() const = 0;
-  // Elements of each weight's gradient, a weight and its bias for each field of the op's weights that may have them.
   virtual std::vector<std::size_t> sizes() const = 0;
-  // grads: as many addresses of floats, in torch's layouts; null, as grad_x may be, where one is not wanted.
   virtual void run(const void* x, Map map, const void* residual_scale, const void* grad_out, void* grad_x,
                    float* const* grads) const = 0;
 };
@@ -123,6 +135,22 @@ struct Head {
   virtual void run(const void* x, std::int64_t batch, std::int64_t tokens, void* out) const = 0;
 };
 
+struct LayerNormGradients {
+  virtual ~LayerNormGradients() = default;
+  virtual int channels() const = 0;
+  virtual std::vector<std::size_t> sizes() const = 0;
+  virtual void run(const void* x, std::int64_t rows, const void* grad_out, void* grad_x, float* const* grads) const = 0;
+};
+
+struct HeadGradients {
+  virtual ~HeadGradients() = default;
+  virtual int channels() const = 0;
+  virtual int classes() const = 0;
+  virtual std::vector<std::size_t> sizes() const = 0;
+  virtual void run(const void* x, std::int64_t batch, std::int64_t tokens, const void* grad_out, void* grad_x,
+                   float* const* grads) const = 0;
+};
+
 // One instruction set's factories for one element type.
 struct Factories {
   std::unique_ptr<PatchEmbed> (*patch_embed)(const PatchEmbedWeights&, bool channels_last);
@@ -130,8 +158,11 @@ struct Factories {
   std::unique_ptr<ResidualOp> (*mlp)(const MlpWeights&);
   std::unique_ptr<LayerNorm> (*layer_norm)(const Norm&, int channels);
   std::unique_ptr<Head> (*head)(const Linear& classifier, int channels, int classes);
+  std::unique_ptr<PatchEmbedGradients> (*patch_embed_gradients)(const PatchEmbedWeights&, bool channels_last);
   std::unique_ptr<ResidualGradients> (*attention_gradients)(const AttentionWeights&);
   std::unique_ptr<ResidualGradients> (*mlp_gradients)(const MlpWeights&);
+  std::unique_ptr<LayerNormGradients> (*layer_norm_gradients)(const Norm&, int channels);
+  std::unique_ptr<HeadGradients> (*head_gradients)(const Linear& classifier, int channels, int classes);
 };
 
 // An instruction set: each file of isa/ registers one. `rank` orders them; an ISA without factories for an element type

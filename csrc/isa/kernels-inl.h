@@ -18,7 +18,9 @@
 #include "ops/attention_gradients-inl.h"
 #include "ops/patches-inl.h"
 #include "ops/patch_embed-inl.h"
+#include "ops/patch_embed_gradients-inl.h"
 #include "ops/head-inl.h"
+#include "ops/head_gradients-inl.h"
 
 template <class Op, class Interface, class... Args>
 std::unique_ptr<Interface> make(Args... args) {
@@ -28,6 +30,13 @@ std::unique_ptr<Interface> make(Args... args) {
 // T: element of activations and weights; E: element that the ISA multiplies. A constant, as code would run while the
 // library is loaded, on CPUs without this ISA too.
 template <class T, class E>
-constexpr Factories kFactories{&make<PatchEmbedOp<T, E>>,  &make<AttentionOp<T, E>>, &make<MlpOp<T, E>>,
-                               &make<LayerNormOp<T>>,      &make<HeadOp<T, E>>,      &make<AttentionGradientsOp<T, E>>,
-                               &make<MlpGradientsOp<T, E>>};
+constexpr Factories kFactories{&make<PatchEmbedOp<T, E>>,
+                               &make<AttentionOp<T, E>>,
+                               &make<MlpOp<T, E>>,
+                               &make<LayerNormOp<T>>,
+                               &make<HeadOp<T, E>>,
+                               &make<PatchEmbedGradientsOp<T, E>>,
+                               &make<AttentionGradientsOp<T, E>>,
+                               &make<MlpGradientsOp<T, E>>,
+                               &make<LayerNormGradientsOp<T>>,
+                               &make<HeadGradientsOp<T, E>>};

@@ -67,7 +67,7 @@ class AttentionGradientsOp final : public ResidualGradients {
     const T *x, *grad_out, *residual_scale;
     KeysValues<E> kv, turned;  // keys and values as the forward packs them, and the other way round
     MatrixGradient<E> over_tokens, over_keys;
-    RowGradients<T, E> rows;
+    NormGradients<E> rows;
     int tile;                                      // tokens that are worked on together
     std::int64_t parts;                            // items of an image
     E *normed = nullptr, *grad = nullptr;          // (tokens, width): LayerNorm(x), scale * grad_out
@@ -205,7 +205,8 @@ class AttentionGradientsOp final : public ResidualGradients {
   }
 
   // P * (grad P - sum of P * grad P), rows of `columns`; columns past the keys have no probability. That sum is divided
-  // by the sum of P, which is not quite one: what all scores have in common gets no gradient, whatever P was rounded to.
+  // by the sum of P, which is not quite one: what all scores have in common gets no gradient, whatever P was rounded
+  // to.
   static void softmax_gradient(const E* probabilities, const float* gradient, int rows, int columns, E* out) {
     const auto total = [](Vec v) PVT_LAMBDA {
       float lanes[kLanes], sum = 0;
@@ -316,9 +317,10 @@ class AttentionGradientsOp final : public ResidualGradients {
       return (token - within + order.place(within / call.map.width, within % call.map.width)) * width();
     };
     call.rows.run(
-        inputs_.norm, call.x, call.grad_out, [&](std::int64_t token) { return call.grad_normed + place(token); },
-        [&](std::int64_t token) { return call.grad + place(token); }, call.row_sums, grad_x,
-        {grads[kNormWeight], grads[kNormBias], grads[kProjBias]});
+        inputs_.norm, [&](std::int64_t token) { return call.x + token * channels(); },
+        [&](std::int64_t token) { return call.grad_normed + place(token); },
+        add_residual(call.grad_out, grad_x, channels()), [&](std::int64_t token) { return call.grad + place(token); },
+        call.row_sums, {grads[kNormWeight], grads[kNormBias], grads[kProjBias]});
   }
 
   AttentionInputs<T, E> inputs_;

@@ -197,16 +197,6 @@ PVT_INLINE void norm_gradient(const PackedNorm& norm, const In* x, const Grad& g
   });
 }
 
-// to[c] = value for a vector of columns, or the first `count`.
-template <class T>
-PVT_INLINE void store_columns(T* to, Vec value, int count) {
-  count == kLanes ? store(to, value) : store_first(to, value, count);
-}
-template <class T>
-PVT_INLINE Vec load_columns(const T* from, int count) {
-  return count == kLanes ? load(from) : load_first(from, count);
-}
-
 // out (rows, width) = scale * x (rows, channels), zero past the channels.
 template <class T, class E>
 void scale_rows(const T* x, int rows, int channels, float scale, E* out, std::size_t width) {
@@ -217,40 +207,47 @@ void scale_rows(const T* x, int rows, int channels, float scale, E* out, std::si
   }
 }
 
-// The end of a residual op's backward: LayerNorm's gradient and the residual's, by rows, and the sums over all rows of
-// the gradients of the norm's weight and bias and of the last bias.
-template <class T, class E>
-class RowGradients {
+// LayerNorm's gradient by rows, and the sums over all rows of three gradients: of its weight, of its bias, and of a
+// bias beside it, whose gradient is rows of its own.
+template <class E>
+class NormGradients {
  public:
-  RowGradients(std::int64_t tokens, std::size_t width)
-      : tokens_(tokens), tiles_(std::clamp<std::int64_t>(tokens / 64, 1, 4 * gradient_items())), width_(width) {}
+  NormGradients(std::int64_t rows, std::size_t width)
+      : rows_(rows), tiles_(std::clamp<std::int64_t>(rows / 64, 1, 4 * gradient_items())), width_(width) {}
 
   std::size_t sums_size() const { return tiles_ * 3 * width_; }
 
-  // normed(token): the gradient of its LayerNorm; scaled(token): that of the op's output, scaled. May be null: grad_x,
-  // and any of grads: norm's weight and bias, last bias.
-  template <class Normed, class Scaled>
-  void run(const PackedNorm& norm, const T* x, const T* grad_out, const Normed& normed, const Scaled& scaled,
-           float* all, T* grad_x, std::array<float*, 3> grads) const {
+  // x(row), grad(row): the norm's input, and its output's gradient, which is either padded to whole vectors or dense;
+  // take(row, column, count, gradient) of the input. beside(row): rows of E, or null. Any of grads may be null.
+  template <class X, class Grad, class Take, class Beside>
+  void run(const PackedNorm& norm, const X& x, const Grad& grad, const Take& take, const Beside& beside, float* all,
+           std::array<float*, 3> grads) const {
     parallel_for(tiles_, [&](std::int64_t tile) {
       float *weight = all + tile * 3 * width_, *bias = weight + width_, *last = bias + width_;
       std::memset(weight, 0, 3 * width_ * sizeof(float));
-      for (std::int64_t t = tile * tokens_ / tiles_; t < (tile + 1) * tokens_ / tiles_; ++t) {
-        const std::ptrdiff_t at = t * norm.channels;
-        const float* gradient = normed(t);
+      for (std::int64_t row = tile * rows_ / tiles_; row < (tile + 1) * rows_ / tiles_; ++row) {
+        const auto* gradient = grad(row);
         norm_gradient(
-            norm, x + at, [&](int c) PVT_LAMBDA { return load(gradient + c); }, weight, bias,
-            [&](int c, int count, Vec value) PVT_LAMBDA {
-              if (grad_x) store_columns(grad_x + at + c, load_columns(grad_out + at + c, count) + value, count);
-            });
-        const E* from = scaled(t);
-        for (std::size_t c = 0; c < width_; c += kLanes) store(last + c, load(last + c) + load(from + c));
+            norm, x(row),
+            [&](int c) PVT_LAMBDA { return load_columns(gradient + c, std::min(kLanes, norm.channels - c)); }, weight,
+            bias, [&](int c, int count, Vec value) PVT_LAMBDA { take(row, c, count, value); });
+        if (const E* from = beside(row))
+          for (std::size_t c = 0; c < width_; c += kLanes) store(last + c, load(last + c) + load(from + c));
       }
     });
     for (int i = 0; i < 3; ++i) add_parts(all + i * width_, tiles_, 3 * width_, norm.channels, grads[i]);
   }
 
  private:
-  std::int64_t tokens_, tiles_;
+  std::int64_t rows_, tiles_;
   std::size_t width_;
 };
+
+// The end of a residual op's backward: what comes through its norm, and the residual's gradient.
+template <class T>
+auto add_residual(const T* grad_out, T* grad_x, int channels) {
+  return [=](std::int64_t row, int c, int count, Vec value) PVT_LAMBDA {
+    const std::ptrdiff_t at = row * channels + c;
+    if (grad_x) store_columns(grad_x + at, load_columns(grad_out + at, count) + value, count);
+  };
+}

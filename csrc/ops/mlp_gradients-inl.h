@@ -109,7 +109,7 @@ class MlpGradientsOp final : public ResidualGradients {
     float* grad_normed = nullptr;                      // (groups, tokens, width)
     float* matrices = nullptr;                         // (chunks, panels, 2, width, kPanel): of fc1 and fc2, transposed
     float* sums = nullptr;                             // (chunks, panels, kSums, kPanel)
-    float* rows = nullptr;                             // for RowGradients
+    float* rows = nullptr;                             // for NormGradients
     float* zeros = nullptr;
 
     std::int64_t tokens() const { return map.batch * map.tokens(); }
@@ -139,7 +139,7 @@ class MlpGradientsOp final : public ResidualGradients {
             array<E>(tokens * width()), array<E>(tokens * width()), array<E>(bands * call.band_size(width())),
             array<E>(bands * call.band_size(width())), array<float>(call.plan.groups * call.tokens() * width()),
             array<float>(chunks * panels * 2 * width() * kPanel), array<float>(chunks * panels * kSums * kPanel),
-            array<float>(RowGradients<T, E>(call.tokens(), width()).sums_size()),
+            array<float>(NormGradients<E>(call.tokens(), width()).sums_size()),
             array<float>(std::max<std::size_t>(width(), kPanel)));
     std::memset(call.zeros, 0, std::max<std::size_t>(width(), kPanel) * sizeof(float));
   }
@@ -410,8 +410,9 @@ class MlpGradientsOp final : public ResidualGradients {
       return total;
     };
     const auto scaled = [&](std::int64_t token) { return call.grad + token * size; };
-    RowGradients<T, E>(call.tokens(), size)
-        .run(norm_, call.x, call.grad_out, normed, scaled, call.rows, grad_x,
+    NormGradients<E>(call.tokens(), size)
+        .run(norm_, [&](std::int64_t token) { return call.x + token * channels_; }, normed,
+             add_residual(call.grad_out, grad_x, channels_), scaled, call.rows,
              {grads[kNormWeight], grads[kNormBias], grads[kFc2Bias]});
   }
 

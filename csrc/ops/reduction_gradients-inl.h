@@ -34,13 +34,8 @@ class ReductionGradients {
     if (!reduction.reduces()) return {};
     const std::size_t rows = map.batch * reduction.keys(map), size = reduction.reduced_size(rows);
     const MatrixGradient<E> gradient = matrix(reduction, map);
-    return {reduction.sums_size(rows),
-            reduction.linear() ? size : 0,
-            size,
-            size,
-            gradient.transposed_size(),
-            gradient.sums_size(),
-            std::size_t(kTiles) * 3 * row_width(channels_)};
+    return {reduction.sums_size(rows), reduction.linear() ? size : 0, size, size, gradient.transposed_size(),
+            gradient.sums_size(),      over_rows(rows).sums_size()};
   }
 
   // From `grad_reduced` to what is added to `grad_normed`, tokens in PatchOrder; grads: of the convolution's weight and
@@ -75,9 +70,8 @@ class ReductionGradients {
   }
 
  private:
-  static constexpr int kTiles = 16;
-
   std::size_t width() const { return row_width(channels_); }
+  NormGradients<E> over_rows(std::int64_t rows) const { return {rows, width()}; }
   MatrixGradient<E> matrix(const SpatialReduction<T, E>& reduction, const Map& map) const {
     return {map.batch, reduction.keys(map), width(), reduction.patch_width()};
   }
@@ -86,38 +80,24 @@ class ReductionGradients {
   void norm_gradients(const SpatialReduction<T, E>& reduction, std::int64_t rows, const Buffers& at,
                       float* grad_reduced, float* const* grads) const {
     const PackedNorm& norm = reduction.norm();
-    constexpr bool kPrecise = std::is_same_v<E, float>;
-    parallel_for(kTiles, [&](std::int64_t tile) {
-      float *weight = at.row_sums + tile * 3 * width(), *bias = weight + width(), *last = bias + width();
-      std::memset(weight, 0, 3 * width() * sizeof(float));
-      for (std::int64_t row = tile * rows / kTiles; row < (tile + 1) * rows / kTiles; ++row) {
-        const float* sums = at.sums + row * width();
+    if (reduction.linear())
+      parallel_for(rows, [&](std::int64_t row) {
+        float* normed = std::get<0>(thread_scratch().take(array<float>(width())));
+        norm_rows<Activation::none>(norm, at.sums + row * width(), width(), 1, normed, int(width()));
         float* gradient = grad_reduced + row * width();
-        if (reduction.linear()) {
-          float* normed = std::get<0>(thread_scratch().take(array<float>(width())));
-          norm_rows<Activation::none>(norm, sums, width(), 1, normed, int(width()));
-          for (std::size_t c = 0; c < width(); c += kLanes) {
-            Vec slope;
-            gelu_and_slope<kPrecise>(load(normed + c), slope);
-            store(gradient + c, load(gradient + c) * slope);
-          }
+        for (std::size_t c = 0; c < width(); c += kLanes) {
+          Vec slope;
+          gelu_and_slope<std::is_same_v<E, float>>(load(normed + c), slope);
+          store(gradient + c, load(gradient + c) * slope);
         }
-        E* to = at.gradient + row * width();
-        std::fill(to, to + width(), E{});
-        norm_gradient(
-            norm, sums, [&](int c) PVT_LAMBDA { return load(gradient + c); }, weight, bias,
-            [&](int c, int count, Vec value) PVT_LAMBDA {
-              store_columns(to + c, value, count);
-              store(last + c, load(last + c) + load(to + c));
-            });
-      }
-    });
-    const auto total = [&](int which, float* to) {
-      add_parts(at.row_sums + which * width(), kTiles, 3 * width(), channels_, to);
-    };
-    total(2, grads[1]);
-    total(0, grads[2]);
-    total(1, grads[3]);
+      });
+    std::fill(at.gradient, at.gradient + rows * width(), E{});
+    const auto to = [&](std::int64_t row) { return at.gradient + row * width(); };
+    over_rows(rows).run(
+        norm, [&](std::int64_t row) { return at.sums + row * width(); },
+        [&](std::int64_t row) { return grad_reduced + row * width(); },
+        [&](std::int64_t row, int c, int count, Vec value) PVT_LAMBDA { store_columns(to(row) + c, value, count); }, to,
+        at.row_sums, {grads[2], grads[3], grads[1]});
   }
 
   // to (images, keys, patch) = or += gradient * conv; images of `to` are `image_size` apart.

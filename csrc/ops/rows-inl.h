@@ -17,6 +17,16 @@ struct PackedNorm {
   }
 };
 
+// A vector of columns, or its first `count`.
+template <class T>
+PVT_INLINE void store_columns(T* to, Vec value, int count) {
+  count == kLanes ? store(to, value) : store_first(to, value, count);
+}
+template <class T>
+PVT_INLINE Vec load_columns(const T* from, int count) {
+  return count == kLanes ? load(from) : load_first(from, count);
+}
+
 enum class Activation { none, gelu };
 
 // Combines of `reduce`.
