@@ -263,7 +263,9 @@ def attention(
     # the fused kernel goes through a row's heads itself; else few tiles of rows want a program for each head
     rows_only = block_sizes.fuses_projection(x.shape[2], call.dtype, chip)
     many = rows_only or block_sizes.fills(x.shape[0] * triton.cdiv(x.shape[1], block_sizes.QUERIES), chip)
-    if first_time(("attention", x.shape[2], spec, call.ratio, call.reduces, x.dtype, call.dtype, residual_scale is None)):
+    if first_time(
+        ("attention", x.shape[2], spec, call.ratio, call.reduces, x.dtype, call.dtype, residual_scale is None)
+    ):
         for form in product((False, True), (many,) if rows_only else (False, True)):
             _attention(warm, call, *form, rows_only, chip)
     _attention(launch, call, one_block, many, rows_only, chip)

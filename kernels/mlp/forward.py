@@ -309,7 +309,9 @@ def _pack(w: MlpWeights, dtype: torch.dtype) -> _Packed:
     if half:
         taps, taps_bias, fc2_t = (taps / 4).half(), (taps_bias / 4).half(), (fc2_t.float() * 4).half()
     fc2, fc2_t = fc2_t.t().contiguous(), fc2_t.contiguous()
-    return _Packed(half, grow(weight).to(dtype).contiguous(), bias(w.fc1.bias), taps.contiguous(), taps_bias, fc2, fc2_t)
+    return _Packed(
+        half, grow(weight).to(dtype).contiguous(), bias(w.fc1.bias), taps.contiguous(), taps_bias, fc2, fc2_t
+    )
 
 
 class _Call(NamedTuple):

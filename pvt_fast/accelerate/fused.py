@@ -122,7 +122,9 @@ class Fused:
                 plain = plain and tensor.dtype is dtype and tensor.shape == shape
                 plain = plain and (torch.compiler.is_compiling() or _is_dense(tensor))
             if not plain or (tensor is not None and tensor.device != device):
-                return f"{name} of a {type(module).__name__} is no longer a plain {shape} tensor, or not one like {like}"
+                return (
+                    f"{name} of a {type(module).__name__} is no longer a plain {shape} tensor, or not one like {like}"
+                )
         if products is not None and dtype is not None:
             for op in self.names:
                 if (reason := unfit_dtypes(op, device.type, x.dtype, dtype, products)) is not None:
@@ -433,8 +435,8 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _residual_scale(module: nn.Module | None, x: Tensor, products: torch.dtype | None) -> Tensor | None:
-    """Stochastic depth's factor per sample (B,), by the block's own module, so that it draws what it always drew: on the
-    dtype of a branch's result.
+    """Stochastic depth's factor per sample (B,), by the block's own module, so that it draws what it always drew, in
+    the dtype of a branch's result.
     """
     if module is None or not module.training or not getattr(module, "drop_prob", 0.0):
         return None

@@ -1,8 +1,8 @@
 """Backend "cpp": the ops of the contract on C++ kernels (csrc/), float32 and bfloat16 on CPUs.
 
 float16 is computed in float32: an op converts its activations on entry and its result on return, and packs its weights
-for the float32 kernels. So are products of float16. With products of bfloat16 an op runs in bfloat16 throughout where its
-activations are that, and else on kernels that read and write float32; either packs the parameters as they are, once.
+for the float32 kernels. So are products of float16. With products of bfloat16 an op runs in bfloat16 throughout where
+its activations are that, and else on kernels that read and write float32; parameters are converted as they are packed.
 
 The instruction set is chosen once, at import: the best that this CPU runs, capped by the environment variable
 PVT_FAST_ISA. Weights are packed for it at first use and kept until they change (see `ops.packing`).
@@ -255,8 +255,8 @@ def head(x: Tensor, w: Linear | None, products: torch.dtype | None = None) -> Te
 def _packed(
     kind: str, kernels: _Kernels, key: tuple, w: Any, check: Callable[[Any], object], build: Callable[[Any], Any]
 ) -> Any:
-    """The packed op of weights `w`, a norm, a linear or a tuple of them. What is packed for other kernels is kept beside
-    it: evaluation may run without the autocast of training.
+    """The packed op of weights `w`, a norm, a linear or a tuple of them. What is packed for other kernels is kept
+    beside it: evaluation may run without the autocast of training.
 
     Where the op must be built, check(weights) sees the weights as they are, and build(weights) as the kernels read
     them. Both see aliases, which no other thread can change.

@@ -248,7 +248,9 @@ def _tokens(output: Tensor | tuple[Tensor, HW]) -> Tensor:
 SIGNATURES = {op: Signature(getattr(reference, op)) for op in ops.NAMES}
 _OPS = {op: _register(op, signature, op, {}) for op, signature in SIGNATURES.items()}
 _MIXED_OPS = {
-    op: _register(op, signature, f"mixed_{op}", {}, mixed=True) for op, signature in SIGNATURES.items() if signature.mixes
+    op: _register(op, signature, f"mixed_{op}", {}, mixed=True)
+    for op, signature in SIGNATURES.items()
+    if signature.mixes
 }
 for _name, _op in _earlier.OPS.items():
     _register(_op, SIGNATURES[_op], _name, _EARLIER_ARGUMENTS[_op])

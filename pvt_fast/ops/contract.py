@@ -231,7 +231,8 @@ def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-# gradients(grad_output, needed, *all arguments of the op) -> one for each of `tensors_in(arguments)`, None where not needed
+# gradients(grad_output, needed, *arguments of the op, with its products) -> one for each of `tensors_in(arguments)`, None
+# where not needed
 Backward = Callable[..., Sequence[Tensor | None]]
 
 
