@@ -114,8 +114,8 @@ class MlpSpec(NamedTuple):
 # -- mixed precision ---------------------------------------------------------------------------------------------------
 #
 # With `products`, bfloat16 or float16: activations are float32 or of that dtype; parameters have one dtype among
-# themselves, whatever it is of these three (of an optimizer it is float32). Operands of matrix products and
-# convolutions are rounded to `products`, or kept more precise; sums are float32, and so are norms. The result's dtype is
+# themselves, any of these three (float32 where an optimizer has them). Operands of matrix products and
+# convolutions are rounded to `products`, or kept more precise; sums are float32, and so are norms. The result has
 # `result_dtype`: what torch's own modules give under torch.autocast, whose rules depend on the type of device.
 
 PRODUCTS = (torch.bfloat16, torch.float16)
@@ -231,8 +231,8 @@ def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-# gradients(grad_output, needed, *arguments of the op, with its products) -> one for each of `tensors_in(arguments)`, None
-# where not needed
+# gradients(grad_output, needed, *arguments of the op, with its products) -> one for each of `tensors_in(arguments)`,
+# None where not needed
 Backward = Callable[..., Sequence[Tensor | None]]
 
 
