@@ -189,6 +189,12 @@ def test_weights_are_packed_once_and_changes_are_seen(kind):
     assert_parity(changed, exact(model, x), theirs)
 
 
+def test_accelerated_within_autocast():
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model = MODELS["accelerated"]().eval()  # strict: all of its blocks
+        assert_parity(model(image()), exact(model, image()), plain(lambda: model(image())))
+
+
 def test_a_whole_forward_follows_autocast():
     model, x = own().eval(), image()
     with torch.no_grad():
