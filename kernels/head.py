@@ -8,12 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pvt_fast.ops import Linear, Norm, check_head, check_layer_norm
+from pvt_fast.ops import Linear, Norm, check_head, check_layer_norm, result_dtype
 
 from . import block_sizes
 from .launch import launch, operands
 from .primitives import bound, load_rows, norm_tile, round_to, row_offsets
-from .weights import dense
+from .weights import dense, in_products
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -59,14 +59,18 @@ def layer_norm(x: Tensor, w: Norm) -> Tensor:
     return out
 
 
-def head(x: Tensor, w: Linear | None) -> Tensor:
+def head(x: Tensor, w: Linear | None, products: torch.dtype | None = None) -> Tensor:
     """See `pvt_fast.ops`. The classifier is torch's: one product of (B, C) by (C, num_classes)."""
-    check_head(x, w, plain=True)
+    check_head(x, w, products, plain=True)
     x, _ = operands("head", x)
     images, tokens, channels = x.shape
-    mean = torch.empty((images, channels), dtype=x.dtype, device=x.device)
+    dtype = result_dtype("head", x.device.type, x.dtype, products, classifies=w is not None)
+    mean = torch.empty((images, channels), dtype=dtype, device=x.device)
     if mean.numel():
         shape = block_sizes.token_mean(channels)
         grid = (images, triton.cdiv(channels, shape["BLOCK_C"]))
         launch(token_mean_kernel, grid, x, x, mean, tokens, C=channels, **shape)
-    return mean if w is None else F.linear(mean, w.weight, w.bias)
+    if w is None:
+        return mean
+    weight, bias = in_products(w, products)
+    return F.linear(mean, weight, None if bias is None else bias.to(dtype))

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from pvt_fast.ops import AttentionSpec, MlpSpec, Support
+from pvt_fast.ops import PRODUCTS, AttentionSpec, MlpSpec, Support
 
 from .chip import PRETENDED, Chip, device_chip
 
@@ -90,7 +90,7 @@ def _unsupported_gpu() -> str | None:
     return None
 
 
-SUPPORT = Support("triton", (torch.float32, torch.bfloat16, torch.float16), _unsupported_device)
+SUPPORT = Support("triton", (torch.float32, torch.bfloat16, torch.float16), _unsupported_device, PRODUCTS)
 
 
 def require_runs(op: str, x: Tensor, spec: AttentionSpec | MlpSpec | None = None) -> None:

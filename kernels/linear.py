@@ -109,21 +109,22 @@ def linear(start: Callable, a: Tensor, w: Linear, out: Tensor, x: Tensor, scale:
     columns, inner = w.weight.shape
     rows = a.shape[0] * a.shape[1]
     pointers = (a, *dense(*w), x, scale, out)
-    meta = {"N": columns, "K": inner, "SCALED": scale is not None, "PRECISION": dot_precision(x.dtype)}
-    shape = block_sizes.linear(columns, inner, x.dtype, chip_of(a.device))
+    meta = {"N": columns, "K": inner, "SCALED": scale is not None, "PRECISION": dot_precision(a.dtype)}
+    shape = block_sizes.linear(columns, inner, a.dtype, chip_of(a.device))
     grid = (triton.cdiv(rows, shape["BLOCK_M"]), triton.cdiv(columns, shape["BLOCK_N"]))
     start(linear_kernel, grid, a, *pointers, rows, a.shape[1], **meta, **shape)
 
 
 def norm_linear(start: Callable, x: Tensor, norm: Norm, w: Linear) -> Tensor:
-    """LayerNorm(x) @ W^T + b; x (B, N, C)."""
+    """LayerNorm(x) @ W^T + b, in the weight's dtype; x (B, N, C)."""
     columns, channels = w.weight.shape
     rows = x.shape[0] * x.shape[1]
-    out = torch.empty((*x.shape[:2], columns), dtype=x.dtype, device=x.device)
+    dtype = w.weight.dtype
+    out = torch.empty((*x.shape[:2], columns), dtype=dtype, device=x.device)
     chip = chip_of(x.device)
     pointers = (x, *dense(*norm[:2], *w), out)
-    meta = {"N": columns, "C": channels, "PRECISION": dot_precision(x.dtype)}
-    shape = block_sizes.norm_linear(channels, columns, x.dtype, chip)
+    meta = {"N": columns, "C": channels, "PRECISION": dot_precision(dtype)}
+    shape = block_sizes.norm_linear(channels, columns, dtype, chip)
     tiles, blocks = triton.cdiv(rows, shape["BLOCK_M"]), triton.cdiv(columns, shape["BLOCK_N"])
     per_program = block_sizes.columns_per_program(tiles, blocks, chip)
     grid = (tiles, triton.cdiv(blocks, per_program))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pvt_fast.ops import HW, PatchEmbedWeights, check_patch_embed
+from pvt_fast.ops import HW, PatchEmbedWeights, check_patch_embed, result_dtype
 
 from . import block_sizes
 from .launch import chip_of, dot_precision, launch, require_runs
@@ -27,7 +27,7 @@ from .primitives import (
     row_offsets,
     split_index,
 )
-from .weights import dense, inputs_last, packed_off_capture
+from .weights import dense, in_products, inputs_last, packed_off_capture
 from .workspace import workspace
 
 _SIZES = ["images", "height", "width", "out_height", "out_width", "parts"]
@@ -164,21 +164,26 @@ pixel_embed_kernel = triton.jit(
 )
 
 
-def patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
+def patch_embed(
+    image: Tensor, w: PatchEmbedWeights, stride: int, products: torch.dtype | None = None
+) -> tuple[Tensor, HW]:
     """See `pvt_fast.ops`."""
-    hw = check_patch_embed(image, w, stride, plain=True)
+    hw = check_patch_embed(image, w, stride, products, plain=True)
     require_runs("patch_embed", image)
-    image = image.resolve_neg()
+    dtype = result_dtype("patch_embed", image.device.type, image.dtype, products)
+    image = image.resolve_neg().to(products or image.dtype)
     images, in_channels = image.shape[:2]
     channels, _, kernel, _ = w.proj.weight.shape
-    out = torch.empty((images, hw[0] * hw[1], channels), dtype=image.dtype, device=image.device)
+    out = torch.empty((images, hw[0] * hw[1], channels), dtype=dtype, device=image.device)
     if out.numel() == 0:
         return out, hw
     chip = chip_of(image.device)
     shape = block_sizes.patch_embed(in_channels, channels, image.dtype, chip)
     weight = w.proj.weight
     if shape["PER_TAP"]:
-        weight = packed_off_capture("patch_embed", (weight,), lambda: inputs_last(w.proj.weight))
+        weight = packed_off_capture("patch_embed", (weight,), lambda: inputs_last(w.proj.weight, image.dtype), products)
+    else:
+        weight = in_products(w.proj, products).weight
     pointers = (image, *dense(weight, w.proj.bias, *w.norm[:2]))
     summed = not shape["WHOLE_ROWS"]
     tiles = (triton.cdiv(images * hw[0] * hw[1], shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))

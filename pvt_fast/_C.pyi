@@ -18,6 +18,7 @@ class DType:
 
     f32: DType
     bf16: DType
+    mixed: DType  # activations f32, the operands of products bf16
 
 class PatchEmbed:
     def __init__(

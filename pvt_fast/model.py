@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .accelerate.fused import Fused, Settings, StandIn
-from .accelerate.guard import Kinds
+from .accelerate.guard import Kinds, products_now
 from .arguments import flag, function, instance, number, shown
 from .backend import dispatch
 from .checkpoints.pretrained import HubMixin
@@ -201,7 +201,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
             x.device.type,
             x.dtype,
             dropout=self.training and (config.drop_rate > 0 or config.attn_drop_rate > 0),
-            autocast=not x.is_meta and torch.is_autocast_enabled(x.device.type),
+            products=products_now(x),
         )
 
     # -- forward ---------------------------------------------------------------------------------------------------
@@ -316,11 +316,7 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
     def _check_dtype(self, image: Tensor) -> None:
         first = getattr(self.patch_embed1, "proj", None)
         weight = first._parameters.get("weight") if type(first) is nn.Conv2d else None
-        if (
-            weight is not None
-            and weight.dtype != image.dtype
-            and (image.is_meta or not torch.is_autocast_enabled(image.device.type))
-        ):
+        if weight is not None and weight.dtype != image.dtype and products_now(image) is None:
             raise TypeError(
                 f"PVT_V2: image must have the dtype of patch_embed1.proj.weight, {weight.dtype}, got {image.dtype}"
             )

@@ -148,7 +148,7 @@ def compilations(
     """
     found: dict[str, Compilation] = {}
     for fits_half in {dtype == torch.bfloat16, False}:
-        with mock.patch.object(mlp, "_fits_half", lambda _, fits=fits_half: fits):
+        with mock.patch.object(mlp, "_fits_half", lambda *_, fits=fits_half: fits):
             for made in _compilations(variants, dtype, chip, batches, sizes, whole):
                 found.setdefault(made.key(), made)
     return list(found.values())

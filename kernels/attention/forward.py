@@ -37,7 +37,7 @@ from ..primitives import (
     row_offsets,
     rows_product,
 )
-from ..weights import dense
+from ..weights import dense, in_products
 from .reduction import reduce_map, reduced_keys
 
 _LOG2_E = 1.4426950408889634
@@ -84,8 +84,9 @@ def attention_kernel(
     row_mask = offs_m < tokens
     offs_row = row_offsets(image * tokens + offs_m, C)
     offs_c, offs_d = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
+    dtype: tl.constexpr = q_weight_ptr.dtype.element_ty
     x = load_rows(x_ptr, offs_row, row_mask, offs_c, C)
-    y = round_to(norm_tile(x.to(tl.float32), (norm_weight_ptr, norm_bias_ptr, eps), offs_c, C), x.dtype)
+    y = round_to(norm_tile(x.to(tl.float32), (norm_weight_ptr, norm_bias_ptr, eps), offs_c, C), dtype)
     kv_image_ptr = kv_ptr + row_offsets(image, keys * (2 * C))
     acc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for head in range(C // HEAD_DIM):
@@ -93,7 +94,7 @@ def attention_kernel(
         q = dot(y, w, tl.zeros([BLOCK_M, BLOCK_D], tl.float32), PRECISION)
         if q_bias_ptr is not None:
             q += head_slice(q_bias_ptr, head, C, HEAD_DIM, BLOCK_D)[None, :]
-        z = attend(round_to(q * score_scale, x.dtype), kv_image_ptr, keys, head * HEAD_DIM, META)
+        z = attend(round_to(q * score_scale, dtype), kv_image_ptr, keys, head * HEAD_DIM, META)
         w = load_weight(proj_weight_ptr + head * HEAD_DIM, offs_c, offs_d, C, C, HEAD_DIM)
         acc = dot(z, w, acc, PRECISION)
     if proj_bias_ptr is not None:
@@ -166,7 +167,7 @@ def head_attention_kernel(
     SOURCE: "kv", keys and values (B, keys, 2 C); "sums", the reduced map in fp32 parts (parts, B, keys, C) of which
     each program makes its heads' keys and values; "self", the same of the queries' own rows, at most BLOCK_M.
     """
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    dtype: tl.constexpr = q_weight_ptr.dtype.element_ty
     NORM: tl.constexpr = (C, BLOCK_K, False, False, dtype, HELD)
     KV_NORM: tl.constexpr = (C, BLOCK_K, LINEAR, dtype == tl.float32, dtype, HELD)
     tiles = tl.cdiv(tokens, BLOCK_M)
@@ -213,7 +214,7 @@ def head_attention_kernel(
             x = load_rows(x_ptr, offs_row, row_mask, offs_n, C)
             out = add_residual(x, acc, scale_ptr, image + offs_m * 0, row_mask, SCALED)
             ptrs = out_ptr + offs_row[:, None] + offs_n[None, :]
-            tl.store(ptrs, round_to(out, dtype), mask=row_mask[:, None] & (offs_n < C)[None, :])
+            tl.store(ptrs, round_to(out, out_ptr.dtype.element_ty), mask=row_mask[:, None] & (offs_n < C)[None, :])
 
 
 class _Call(NamedTuple):
@@ -225,6 +226,12 @@ class _Call(NamedTuple):
     spec: AttentionSpec
     scale: Tensor | None
     out: Tensor
+    products: torch.dtype | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the products."""
+        return self.products or self.x.dtype
 
     @property
     def ratio(self) -> int:
@@ -236,21 +243,29 @@ class _Call(NamedTuple):
 
 
 def attention(
-    x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, residual_scale: Tensor | None = None
+    x: Tensor,
+    hw: HW,
+    w: AttentionWeights,
+    spec: AttentionSpec,
+    residual_scale: Tensor | None = None,
+    products: torch.dtype | None = None,
 ) -> Tensor:
     """See `pvt_fast.ops`."""
-    check_attention(x, hw, w, spec, residual_scale, plain=True)
+    check_attention(x, hw, w, spec, residual_scale, products, plain=True)
     x, residual_scale = operands("attention", x, residual_scale, spec)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    call = _Call(x, hw, w, spec, residual_scale, out)
+    w = w._replace(q=in_products(w.q, products), proj=in_products(w.proj, products))
+    call = _Call(x, hw, w, spec, residual_scale, out, products)
     chip = chip_of(x.device)
     one_block = block_sizes.fits_one_block(reduced_keys(hw, spec, call.ratio))
     # the fused kernel goes through a row's heads itself; else few tiles of rows want a program for each head
-    rows_only = block_sizes.fuses_projection(x.shape[2], x.dtype, chip)
+    rows_only = block_sizes.fuses_projection(x.shape[2], call.dtype, chip)
     many = rows_only or block_sizes.fills(x.shape[0] * triton.cdiv(x.shape[1], block_sizes.QUERIES), chip)
-    if first_time(("attention", x.shape[2], spec, call.ratio, call.reduces, x.dtype, residual_scale is None)):
+    if first_time(
+        ("attention", x.shape[2], spec, call.ratio, call.reduces, x.dtype, call.dtype, residual_scale is None)
+    ):
         for form in product((False, True), (many,) if rows_only else (False, True)):
             _attention(warm, call, *form, rows_only, chip)
     _attention(launch, call, one_block, many, rows_only, chip)
@@ -261,14 +276,14 @@ def _attention(start: Callable, call: _Call, one_block: bool, many: bool, rows_o
     """Keys and values of one block or more; many or few tiles of rows."""
     x, w = call.x, call.w
     # few tiles repeat little when each makes its heads' keys and values; with GELU before, registers do not suffice
-    own_keys = not (call.reduces and (many or call.spec.linear)) and block_sizes.makes_own_keys(x.dtype, chip)
+    own_keys = not (call.reduces and (many or call.spec.linear)) and block_sizes.makes_own_keys(call.dtype, chip)
     in_place = one_block and not rows_only and own_keys
     source: Tensor | None = x
     if call.reduces:
-        reduced = reduce_map(start, x, call.hw, w, call.spec, to_kv=not in_place)
+        reduced = reduce_map(start, x, call.hw, w, call.spec, not in_place, call.products)
         source = reduced.sums if in_place else reduced.kv
     elif not in_place:
-        source = norm_linear(start, x, w.norm, w.kv)
+        source = norm_linear(start, x, w.norm, in_products(w.kv, call.products))
     assert source is not None
     if rows_only:
         _fused(start, call, source, one_block, chip)
@@ -285,7 +300,7 @@ def _fused(start: Callable, call: _Call, kv: Tensor, one_block: bool, chip: Chip
     channels, tokens = x.shape[2], x.shape[1]
     head_dim = channels // call.spec.num_heads
     pointers = (x, *dense(*w.norm[:2], *w.q), kv)
-    shape = block_sizes.attention(channels, head_dim, one_block, x.dtype, chip)
+    shape = block_sizes.attention(channels, head_dim, one_block, call.dtype, chip)
     start(
         attention_kernel,
         (x.shape[0] * triton.cdiv(tokens, shape["BLOCK_M"]),),
@@ -295,7 +310,7 @@ def _fused(start: Callable, call: _Call, kv: Tensor, one_block: bool, chip: Chip
         C=channels,
         HEAD_DIM=head_dim,
         SCALED=call.scale is not None,
-        PRECISION=dot_precision(x.dtype),
+        PRECISION=dot_precision(call.dtype),
         **shape,
     )
 
@@ -305,13 +320,13 @@ def _heads(start: Callable, call: _Call, source: Tensor, kind: str, one_block: b
     x, w = call.x, call.w
     images, tokens, channels = x.shape
     head_dim = channels // call.spec.num_heads
-    heads = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    heads = torch.empty(x.shape, dtype=call.dtype, device=x.device)
     kv_norm = w.norm if w.sr_norm is None else w.sr_norm
     per_program = call.spec.num_heads if many else 1
     queries = (x, *dense(*w.norm[:2], *w.q))
-    keys = (source, *dense(*kv_norm[:2], *w.kv))
+    keys = (source, *dense(*kv_norm[:2], *in_products(w.kv, call.products)))
     parts = source.shape[0] if kind == "sums" else 1
-    shape = block_sizes.attention(channels, head_dim, one_block, x.dtype, chip)
+    shape = block_sizes.attention(channels, head_dim, one_block, call.dtype, chip)
     start(
         head_attention_kernel,
         (images * triton.cdiv(tokens, shape["BLOCK_M"]), triton.cdiv(call.spec.num_heads, per_program)),
@@ -324,7 +339,7 @@ def _heads(start: Callable, call: _Call, source: Tensor, kind: str, one_block: b
         SOURCE=kind,
         LINEAR=call.spec.linear,
         SCALED=call.scale is not None,
-        PRECISION=dot_precision(x.dtype),
+        PRECISION=dot_precision(call.dtype),
         **shape,
     )
     return heads

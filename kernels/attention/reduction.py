@@ -36,7 +36,7 @@ from ..primitives import (
     split_index,
     tile_moments,
 )
-from ..weights import dense, inputs_last, packed_off_capture
+from ..weights import dense, in_products, inputs_last, packed_off_capture
 from ..workspace import workspace
 
 
@@ -174,21 +174,31 @@ def reduced_keys(hw: HW, spec: AttentionSpec, ratio: int) -> int:
     return LINEAR_POOL_SIZE**2 if spec.linear else (hw[0] // ratio) * (hw[1] // ratio)
 
 
-def reduce_map(start: Callable, x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, to_kv: bool) -> Reduced:
+def reduce_map(
+    start: Callable,
+    x: Tensor,
+    hw: HW,
+    w: AttentionWeights,
+    spec: AttentionSpec,
+    to_kv: bool,
+    products: torch.dtype | None,
+) -> Reduced:
     """Keys and values of contiguous tokens x (B, H * W, C), or without `to_kv` the reduced map in parts."""
     assert w.sr is not None
     assert w.sr_norm is not None
     images, _, channels = x.shape
-    dtype, chip = x.dtype, chip_of(x.device)
+    dtype, chip = products or x.dtype, chip_of(x.device)
     ratio = w.sr.weight.shape[2]
     keys = reduced_keys(hw, spec, ratio)
     sr_weight = w.sr.weight
-    weight = packed_off_capture("attention", (sr_weight,), lambda: inputs_last(sr_weight))
-    source = _pool(x, hw, w.norm) if spec.linear and start is launch else x  # to compile, any of its type will do
+    weight = packed_off_capture("attention", (sr_weight,), lambda: inputs_last(sr_weight, dtype), products)
+    source = x
+    if spec.linear:  # to compile, any of its type will do
+        source = _pool(x, hw, w.norm, dtype) if start is launch else x.new_empty(x.shape, dtype=dtype)
     size = (LINEAR_POOL_SIZE, LINEAR_POOL_SIZE) if spec.linear else hw
     kv = torch.empty((images, keys, 2 * channels), dtype=dtype, device=x.device) if to_kv else x
     weights = dense(*w.norm[:2], weight, w.sr.bias)
-    kv_weights = dense(*w.sr_norm[:2], *w.kv)
+    kv_weights = dense(*w.sr_norm[:2], *in_products(w.kv, products))
     eps = (w.norm.eps, w.sr_norm.eps)
     shape = block_sizes.spatial_reduction(channels, dtype, to_kv, spec.linear, chip)
     tiles = (triton.cdiv(images * keys, shape["BLOCK_M"]), triton.cdiv(channels, shape["BLOCK_N"]))
@@ -211,10 +221,10 @@ def reduce_map(start: Callable, x: Tensor, hw: HW, w: AttentionWeights, spec: At
     return Reduced(kv, None) if to_kv else Reduced(None, sums.view(parts, images, keys, channels))
 
 
-def _pool(x: Tensor, hw: HW, norm: Norm) -> Tensor:
+def _pool(x: Tensor, hw: HW, norm: Norm, dtype: torch.dtype) -> Tensor:
     """LayerNorm then adaptive average pooling: (B, 49, C)."""
     images, _, channels = x.shape
-    out = torch.empty((images, LINEAR_POOL_SIZE**2, channels), dtype=x.dtype, device=x.device)
+    out = torch.empty((images, LINEAR_POOL_SIZE**2, channels), dtype=dtype, device=x.device)
     grid = (images * LINEAR_POOL_SIZE**2,)
     meta = {"C": channels, "BINS": LINEAR_POOL_SIZE, **block_sizes.pool(channels)}
     launch(pool_kernel, grid, x, x, *dense(*norm[:2]), out, *hw, norm.eps, **meta)

@@ -277,9 +277,9 @@ def hidden_bound(w: MlpWeights) -> Tensor:
     return spread + (shift if w.fc1.bias is None else shift + w.fc1.bias.detach().float()).abs()
 
 
-def _fits_half(w: MlpWeights) -> bool:
+def _fits_half(w: MlpWeights, dtype: torch.dtype) -> bool:
     """Whether fp16 holds every value of the hidden map and of its convolution, and the digits of taps and fc2."""
-    if w.fc1.weight.dtype != torch.bfloat16:
+    if dtype != torch.bfloat16:
         return False
     if w.fc1.weight.is_meta:
         return True
@@ -290,11 +290,12 @@ def _fits_half(w: MlpWeights) -> bool:
     return bool((largest < _HALF_LIMIT).all() & (torch.stack([fc2, taps.max()]) >= _HALF_MIN).all())
 
 
-def _pack(w: MlpWeights) -> _Packed:
+def _pack(w: MlpWeights, dtype: torch.dtype) -> _Packed:
+    """dtype: of the products."""
     hidden = len(w.fc1.weight)
     extra = block_sizes.padded_hidden(hidden) - hidden
     weight = w.fc1.weight.detach()
-    half = _fits_half(w)
+    half = _fits_half(w, dtype)
 
     def grow(tensor: Tensor) -> Tensor:  # along its first dimension
         return torch.cat([tensor, tensor.new_zeros(extra, *tensor.shape[1:])]) if extra else tensor
@@ -304,10 +305,13 @@ def _pack(w: MlpWeights) -> _Packed:
 
     taps = grow(w.dwconv.weight.detach().float().reshape(hidden, 9)).t()
     taps_bias, fc2_t = bias(w.dwconv.bias).float(), grow(w.fc2.weight.detach().t())
+    fc2_t = fc2_t if half else fc2_t.to(dtype)
     if half:
         taps, taps_bias, fc2_t = (taps / 4).half(), (taps_bias / 4).half(), (fc2_t.float() * 4).half()
     fc2, fc2_t = fc2_t.t().contiguous(), fc2_t.contiguous()
-    return _Packed(half, grow(weight).contiguous(), bias(w.fc1.bias), taps.contiguous(), taps_bias, fc2, fc2_t)
+    return _Packed(
+        half, grow(weight).to(dtype).contiguous(), bias(w.fc1.bias), taps.contiguous(), taps_bias, fc2, fc2_t
+    )
 
 
 class _Call(NamedTuple):
@@ -322,8 +326,13 @@ class _Call(NamedTuple):
     size: tuple[int, int, int, int]  # images, height, width, padded_height
 
     @property
+    def dtype(self) -> torch.dtype:
+        """That of the products."""
+        return self.pack.fc1.dtype
+
+    @property
     def exact(self) -> bool:
-        return self.x.dtype == torch.float32
+        return self.dtype == torch.float32
 
     def tiles(self, shape: block_sizes.BlockSizes) -> int:
         """Tiles of ROWS rows by BLOCK_P columns."""
@@ -331,15 +340,23 @@ class _Call(NamedTuple):
         return triton.cdiv(images * triton.cdiv(height, shape["ROWS"]) * width, shape["BLOCK_P"])
 
 
-def mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None) -> Tensor:
+def mlp(
+    x: Tensor,
+    hw: HW,
+    w: MlpWeights,
+    spec: MlpSpec,
+    residual_scale: Tensor | None = None,
+    products: torch.dtype | None = None,
+) -> Tensor:
     """See `pvt_fast.ops`."""
-    check_mlp(x, hw, w, spec, residual_scale, plain=True)
+    check_mlp(x, hw, w, spec, residual_scale, products, plain=True)
     x, residual_scale = operands("mlp", x, residual_scale, spec)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     weights = (w.norm.weight, w.norm.bias, w.fc1.weight, w.fc1.bias, w.dwconv.weight, w.dwconv.bias, w.fc2.weight)
-    pack = packed_off_capture("mlp", weights, lambda: _pack(w))
+    dtype = products or x.dtype
+    pack = packed_off_capture("mlp", weights, lambda: _pack(w, dtype), products)
     chip = chip_of(x.device)
     padded_height = -(-hw[0] // block_sizes.DWCONV_ROWS) * block_sizes.DWCONV_ROWS + 2
     hidden = _hidden_map(x, hw, w, spec, pack, padded_height, chip)
@@ -347,10 +364,10 @@ def mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor 
     if block_sizes.fits_row(x.shape[2]):
         _fused(launch, call, chip)
         return out
-    shape = block_sizes.dwconv_fc2(x.shape[2], x.dtype, pack.half, chip)
+    shape = block_sizes.dwconv_fc2(x.shape[2], dtype, pack.half, chip)
     few = call.tiles(shape) * triton.cdiv(x.shape[2], shape["BLOCK_C"]) <= chip.processors
     chosen, other = (_fused, _unfused) if few else (_unfused, _fused)
-    if first_time(("mlp", x.shape[2], hidden.shape[3], x.dtype, pack.half, residual_scale is None)):
+    if first_time(("mlp", x.shape[2], hidden.shape[3], x.dtype, dtype, pack.half, residual_scale is None)):
         other(warm, call, chip)
     chosen(launch, call, chip)
     return out
@@ -361,7 +378,7 @@ def _fused(start: Callable, call: _Call, chip: Chip) -> None:
     channels, hidden = call.x.shape[2], call.hidden.shape[3]
     pointers = (call.x, call.hidden, call.pack.taps, call.pack.taps_bias, call.pack.fc2_t, *dense(call.w.fc2.bias))
     meta = {"C": channels, "HID": hidden, "SCALED": call.scale is not None, "EXACT": call.exact}
-    shape = block_sizes.dwconv_fc2(channels, call.x.dtype, call.pack.half, chip)
+    shape = block_sizes.dwconv_fc2(channels, call.dtype, call.pack.half, chip)
     tiles = (call.tiles(shape), triton.cdiv(channels, shape["BLOCK_C"]))
     parts = block_sizes.parts(tiles[0] * tiles[1], hidden // shape["BLOCK_H"], chip)
     split = parts > 1
@@ -373,7 +390,7 @@ def _fused(start: Callable, call: _Call, chip: Chip) -> None:
         *pointers,
         *(call.scale, call.out, partial, counter),
         *(*call.size, parts),
-        PRECISION=dot_precision(call.x.dtype),
+        PRECISION=dot_precision(call.dtype),
         **meta,
         **shape,
     )
@@ -396,12 +413,13 @@ def _hidden_map(
     """h with its border: (B, padded_height, W + 2, HID)."""
     images, _, channels = x.shape
     width = pack.fc1.shape[0]
-    dtype = torch.float16 if pack.half else x.dtype
-    h = torch.empty((images, padded_height, hw[1] + 2, width), dtype=dtype, device=x.device)
+    dtype = pack.fc1.dtype
+    stored = torch.float16 if pack.half else dtype
+    h = torch.empty((images, padded_height, hw[1] + 2, width), dtype=stored, device=x.device)
     border = images * (padded_height * (hw[1] + 2) - hw[0] * hw[1])
     pointers = (x, *dense(*w.norm[:2]), pack.fc1, pack.fc1_bias, h)
-    meta = {"C": channels, "HID": width, "RELU": spec.relu, "PRECISION": dot_precision(x.dtype)}
-    shape = block_sizes.norm_linear(channels, width, x.dtype, chip)
+    meta = {"C": channels, "HID": width, "RELU": spec.relu, "PRECISION": dot_precision(dtype)}
+    shape = block_sizes.norm_linear(channels, width, dtype, chip)
     tiles = triton.cdiv(x.shape[0] * x.shape[1], shape["BLOCK_M"]) + triton.cdiv(border, shape["BLOCK_M"])
     columns = triton.cdiv(width, shape["BLOCK_N"])
     per_program = block_sizes.columns_per_program(tiles, columns, chip)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backend import dispatch, registered
-from ..ops import HW, PLAIN, Facts, PatchEmbedWeights, to_map, to_tokens
+from ..ops import HW, PLAIN, Facts, PatchEmbedWeights, norms_give_float32, to_map, to_tokens, unfit_dtypes
 from ..ops.traceable import constant_while_traced, exporting_to_onnx
 from . import read
 from .block_names import (
@@ -35,7 +35,7 @@ from .block_names import (
     required_parameters,
     takes_tokens_only,
 )
-from .guard import NOW, Guard, When, ambient, edges
+from .guard import NOW, Guard, When, ambient, edges, products_now
 from .halves import AttentionHalf, MlpHalf, Part, linear_of, norm_of
 from .peers import PVT_FAST
 
@@ -80,7 +80,7 @@ class Fused:
             backend = self.settings.backend
             if torch.compiler.is_compiling():
                 backend = registered.requested(backend)
-            name = _choose(x.device.type, x.dtype, backend)
+            name = _choose(x.device.type, x.dtype, backend, products_now(x))
             if name is not None:
                 return name
             obstacle = "no backend is faster than plain torch here"
@@ -104,14 +104,14 @@ class Fused:
             return reason
         if not torch.compiler.is_compiling() and not _is_dense(x):
             return "its input has no plain values in memory"
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            return "autocast is on"
         # a forward may ask any of the modules for its mode
         if any(getattr(module, name) for module, name in self.dropouts) and (
             owner.training or any(child.training for _, child in self.guard.modules)
         ):
             return "dropout is in force"
-        dtype, device = x.dtype, x.device
+        device, products = x.device, products_now(x)
+        # under autocast parameters may have another dtype than x, but have one
+        dtype, like = (x.dtype, "x") if products is None else (self.dtype(), "the others")
         for module, name, shape in self.parameters:
             tensor = module._parameters.get(name)
             if tensor is None:
@@ -122,8 +122,20 @@ class Fused:
                 plain = plain and tensor.dtype is dtype and tensor.shape == shape
                 plain = plain and (torch.compiler.is_compiling() or _is_dense(tensor))
             if not plain or (tensor is not None and tensor.device != device):
-                return f"{name} of a {type(module).__name__} is no longer a plain {shape} tensor, or not one like x"
+                return (
+                    f"{name} of a {type(module).__name__} is no longer a plain {shape} tensor, or not one like {like}"
+                )
+        if products is not None and dtype is not None:
+            for op in self.names:
+                if (reason := unfit_dtypes(op, device.type, x.dtype, dtype, products)) is not None:
+                    return f"autocast is on, and {reason}"
         return self.disturbance(owner)
+
+    def dtype(self) -> torch.dtype | None:
+        """That of the first parameter."""
+        module, name, _ = self.parameters[0]
+        tensor = module._parameters.get(name)
+        return None if tensor is None else tensor.dtype
 
     def calls(self, when: When = NOW) -> list[tuple]:
         """Of each op that a call runs: its weights, then the numbers that their packed form depends on."""
@@ -154,7 +166,7 @@ class Fused:
         reason = self.obstacle(owner, like)
         if reason is not None:
             return None, reason
-        name = _choose(like.device.type, like.dtype, self.settings.backend)
+        name = _choose(like.device.type, like.dtype, self.settings.backend, products_now(like))
         return name, "" if name else "no backend is faster than plain torch here"
 
 
@@ -204,6 +216,7 @@ class FusedBlock(Fused):
 
     def compute(self, block: nn.Module, backend: str, x: Tensor, hw: HW) -> Tensor:
         """tokens x (B, N, C) -> (B, N, C)."""
+        products = products_now(x)
         for name, names in (("attention", self.layout.attention), ("mlp", self.layout.mlp)):
             half = self.halves.get(name)
             # derived weights are computed in a compiled graph, so that an opaque op would pack them at each call
@@ -213,7 +226,8 @@ class FusedBlock(Fused):
             else:  # the half before may have brought gradients
                 needs = self.needs_gradients(x)
                 fresh = needs or torch.compiler.is_compiling()
-                x = half.run(ops_of(backend, needs), x, hw, _residual_scale(self.drop_paths[name], x), fresh)
+                scale = _residual_scale(self.drop_paths[name], x, products)
+                x = half.run(ops_of(backend, needs), x, hw, scale, fresh, products)
         return x
 
     def wrap(self, x: Tensor, hw: HW) -> Any:
@@ -291,7 +305,7 @@ class FusedEmbed(Fused):
         ops = self.ops(embed, image)
         if ops is None:
             return None
-        x, hw = ops.patch_embed(image, *self.calls()[0])
+        x, hw = ops.patch_embed(image, *self.calls()[0], products_now(image))
         return x, *hw
 
     def calls(self, when: When = NOW) -> list[tuple]:
@@ -314,7 +328,11 @@ class FusedNorm(Fused):
         """Tokens (B, N, C) -> (B, N, C); or None."""
         (x,) = args
         ops = self.ops(owner, x)
-        return None if ops is None else ops.layer_norm(x, norm_of(self.norm))
+        if ops is None:
+            return None
+        if products_now(x) is not None and norms_give_float32(x.device.type):
+            x = x.float()
+        return ops.layer_norm(x, norm_of(self.norm))
 
     def calls(self, when: When = NOW) -> list[tuple]:
         return [(norm_of(self.norm, when),)]
@@ -335,7 +353,7 @@ class FusedHead(Fused):
         """Tokens (B, N, C) -> logits (B, classes); or None."""
         (x,) = args
         ops = self.ops(owner, x)
-        return None if ops is None else ops.head(x, linear_of(self.linear))
+        return None if ops is None else ops.head(x, linear_of(self.linear), products_now(x))
 
     def calls(self, when: When = NOW) -> list[tuple]:
         return [(linear_of(self.linear, when),)]
@@ -416,17 +434,19 @@ def _is_dense(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not tensor.is_neg()
 
 
-def _residual_scale(module: nn.Module | None, x: Tensor) -> Tensor | None:
-    """Stochastic depth's factor per sample (B,), by the block's own module, so that it draws what it always drew."""
+def _residual_scale(module: nn.Module | None, x: Tensor, products: torch.dtype | None) -> Tensor | None:
+    """Stochastic depth's factor per sample (B,), by the block's own module, so that it draws what it always drew, in
+    the dtype of a branch's result.
+    """
     if module is None or not module.training or not getattr(module, "drop_prob", 0.0):
         return None
-    return module(x.new_ones((x.shape[0], 1, 1))).flatten()
+    return module(x.new_ones((x.shape[0], 1, 1), dtype=products or x.dtype)).flatten()
 
 
 @constant_while_traced
-def _choose(device: str, dtype: torch.dtype, backend: str) -> str | None:
+def _choose(device: str, dtype: torch.dtype, backend: str, products: torch.dtype | None) -> str | None:
     """Name of the backend that runs; None where "auto" finds none but the reference."""
-    name = dispatch.select(Facts(device, dtype), backend).name
+    name = dispatch.select(Facts(device, dtype, products=products), backend).name
     return None if name == "reference" and dispatch.requested(backend) == "auto" else name
 
 

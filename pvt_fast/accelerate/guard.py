@@ -81,6 +81,13 @@ def ambient() -> str | None:
     return None
 
 
+def products_now(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives products on the device of x; None where it is off."""
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def hooks_on_all_modules() -> bool:
     return any(GLOBAL_HOOKS)
 

@@ -115,9 +115,17 @@ class AttentionHalf:
         scale = when.setting(*self.scale) if self.scale else (self.norm.shapes[0][0] // heads) ** -0.5
         return AttentionSpec(heads, scale, self.linear)
 
-    def run(self, ops: Any, x: Tensor, hw: HW, residual_scale: Tensor | None, fresh: bool) -> Tensor:
+    def run(
+        self,
+        ops: Any,
+        x: Tensor,
+        hw: HW,
+        residual_scale: Tensor | None,
+        fresh: bool,
+        products: torch.dtype | None = None,
+    ) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
-        return ops.attention(x, hw, self.weights(fresh), self.spec(), residual_scale)
+        return ops.attention(x, hw, self.weights(fresh), self.spec(), residual_scale, products)
 
     def min_size(self) -> int:
         """The fewest rows and columns of a map that it takes."""
@@ -144,9 +152,17 @@ class MlpHalf:
     def spec(self, when: When = NOW) -> MlpSpec:
         return MlpSpec(self.relu)
 
-    def run(self, ops: Any, x: Tensor, hw: HW, residual_scale: Tensor | None, fresh: bool) -> Tensor:
+    def run(
+        self,
+        ops: Any,
+        x: Tensor,
+        hw: HW,
+        residual_scale: Tensor | None,
+        fresh: bool,
+        products: torch.dtype | None = None,
+    ) -> Tensor:
         """x (B, N, C) -> (B, N, C)."""
-        return ops.mlp(x, hw, self.weights(fresh), self.spec(), residual_scale)
+        return ops.mlp(x, hw, self.weights(fresh), self.spec(), residual_scale, products)
 
     def min_size(self) -> int:
         """The fewest rows and columns of a map that it takes."""

@@ -80,6 +80,7 @@ def _scales_samples(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # which may be on where a model is accelerated
 def verify(block: nn.Module, forward: Any, fused: FusedBlock) -> bool:
     """`forward(block, ...)`, on a `clone`, against the ops of `fused`; whether it returns a tuple. Raises Refusal."""
     depths = [module for module in fused.drop_paths.values() if module is not None]

@@ -6,6 +6,7 @@ alive, not its inner activations. Without gradients eager code calls a backend's
 costs microseconds a call.
 
 An op's schema is derived from the reference's function and the tuples of the contract: no weight has a name here.
+Those with products of their own (mixed precision) are ops beside them, so that exported programs keep theirs.
 `registered(name)` answers the ops of the contract: for "reference" that itself, so that a compiler sees plain torch and
 fuses it, else the registered ones, opaque to the compiler, which hand on to the backend named in their last argument.
 
@@ -132,17 +133,21 @@ class Signature:
     """The arguments of an op, as the contract has them and flat. All that types tell is read once, here."""
 
     def __init__(self, function: Callable) -> None:
-        hints = {name: hint for name, hint in get_type_hints(function).items() if name != "return"}
+        hints = get_type_hints(function)
+        del hints["return"]
+        # the last: an op that is called with them has a schema of its own, and hands them on itself
+        self.mixes = hints.pop("products", None) is not None
         parsed = [_parsed(hint, (i,), (name,)) for i, (name, hint) in enumerate(hints.items())]
         leaves = [leaf for part in parsed for leaf in _leaves(part)]
         self._leaves = tuple(sorted(leaves, key=lambda leaf: leaf.order))
         places = {leaf.path: place for place, leaf in enumerate(self._leaves)}
         self._parts = [_placed(part, places) for part in parsed]
 
-    def schema(self, names: Mapping[str, str]) -> str:
-        """names: other ones for some of the leaves."""
+    def schema(self, names: Mapping[str, str], mixed: bool = False) -> str:
+        """names: other ones for some of the leaves. mixed: with products."""
         flat = [f"{leaf.type} {names.get(leaf.name, leaf.name)}" for leaf in self._leaves]
-        return f"({', '.join([*flat, 'str backend'])}) -> Tensor"
+        last = ["str backend", "ScalarType products"] if mixed else ["str backend"]
+        return f"({', '.join([*flat, *last])}) -> Tensor"
 
     def flat(self, arguments: Sequence[Any]) -> list[Any]:
         return [_at(arguments, leaf) for leaf in self._leaves]
@@ -154,15 +159,22 @@ class Signature:
 # -- the registered ops ------------------------------------------------------------------------------------------------
 
 
-def _register(op: str, signature: Signature, name: str, names: Mapping[str, str]) -> torch.library.CustomOpDef:
-    """Register the contract's `op` as `pvt_fast::<name>`."""
+def _register(
+    op: str, signature: Signature, name: str, names: Mapping[str, str], mixed: bool = False
+) -> torch.library.CustomOpDef:
+    """Register the contract's `op` as `pvt_fast::<name>`; mixed: with products."""
 
-    def run(*flat: Any) -> Tensor:
+    def read(inputs: Sequence[Any]) -> tuple[list[Any], str, tuple]:
+        """The flat arguments, the backend's name, and the argument that follows the others in the contract."""
+        *flat, named = inputs[:-1] if mixed else inputs
+        return flat, named, ((inputs[-1] if mixed else None),) if signature.mixes else ()
+
+    def run(*inputs: Any) -> Tensor:
         ops.refuse_forward_mode(f"pvt_fast::{name}")
-        *given, named = flat
+        flat, named, products = read(inputs)
         backend = dispatch.load(named.removesuffix(_IN_GRAPH), f"pvt_fast::{name}: backend")
         with within_graph() if named.endswith(_IN_GRAPH) else nullcontext():
-            output = getattr(backend, op)(*signature.arguments(given))
+            output = getattr(backend, op)(*signature.arguments(flat), *products)
         return _tokens(output).contiguous()  # the fake implementations promise compact strides
 
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -171,29 +183,34 @@ def _register(op: str, signature: Signature, name: str, names: Mapping[str, str]
 
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         saved = iter(ctx.saved_tensors)
-        *flat, named = (next(saved) if value is None else value[0] for value in ctx.rest)
+        flat, named, products = read([next(saved) if value is None else value[0] for value in ctx.rest])
+        no_gradients = (None,) * (len(ctx.rest) - len(flat))
         backend = dispatch.load(named.removesuffix(_IN_GRAPH), f"pvt_fast::{name}: backend")
         tensors = [place for place, value in enumerate(flat) if isinstance(value, Tensor)]
         own, found = backend.backward.get(op), None
         if own is not None and not torch.is_grad_enabled():  # else they are to be differentiated in their turn
-            found = own(grad_output, [ctx.needs_input_grad[place] for place in tensors], *signature.arguments(flat))
+            needed = [ctx.needs_input_grad[place] for place in tensors]
+            found = own(grad_output, needed, *signature.arguments(flat), *products)
         if found is None:
 
             def recompute(*inputs: Any) -> Tensor:
-                return _tokens(getattr(reference, op)(*signature.arguments(inputs)))
+                return _tokens(getattr(reference, op)(*signature.arguments(inputs), *products))
 
-            return *_reference_gradients(recompute, flat, ctx.needs_input_grad[:-1], grad_output), None
+            return *_reference_gradients(recompute, flat, ctx.needs_input_grad[: len(flat)], grad_output), *no_gradients
         if len(found) != len(tensors):
             raise ValueError(
                 f"{op}: the backward of backend {backend.name!r} must return {len(tensors)} gradients, got {len(found)}"
             )
         gradients = dict(zip(tensors, found, strict=True))
-        return *(gradients.get(place) for place in range(len(flat))), None
+        return *(gradients.get(place) for place in range(len(flat))), *no_gradients
 
-    def fake(*flat: Any) -> Tensor:
-        return flat[0].new_empty(ops.output_shape(op, *signature.arguments(flat[:-1])))
+    def fake(*inputs: Any) -> Tensor:
+        flat, _, products = read(inputs)
+        shape, dtype = ops.output_like(op, *signature.arguments(flat), *products)
+        return flat[0].new_empty(shape, dtype=dtype)
 
-    registered = torch.library.custom_op(f"pvt_fast::{name}", run, mutates_args=(), schema=signature.schema(names))
+    schema = signature.schema(names, mixed)
+    registered = torch.library.custom_op(f"pvt_fast::{name}", run, mutates_args=(), schema=schema)
     registered.register_fake(fake)
     registered.register_autograd(backward, setup_context=setup_context)
     return registered
@@ -231,6 +248,11 @@ def _tokens(output: Tensor | tuple[Tensor, HW]) -> Tensor:
 
 SIGNATURES = {op: Signature(getattr(reference, op)) for op in ops.NAMES}
 _OPS = {op: _register(op, signature, op, {}) for op, signature in SIGNATURES.items()}
+_MIXED_OPS = {
+    op: _register(op, signature, f"mixed_{op}", {}, mixed=True)
+    for op, signature in SIGNATURES.items()
+    if signature.mixes
+}
 for _name, _op in _earlier.OPS.items():
     _register(_op, SIGNATURES[_op], _name, _EARLIER_ARGUMENTS[_op])
 
@@ -244,32 +266,51 @@ class RegisteredOps:
     def __init__(self, backend: str) -> None:
         self.backend = backend
 
-    def patch_embed(self, image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
-        hw = ops.check_patch_embed(image, w, stride)
-        return self._run("patch_embed", image, w, stride), hw
+    def patch_embed(
+        self, image: Tensor, w: PatchEmbedWeights, stride: int, products: torch.dtype | None = None
+    ) -> tuple[Tensor, HW]:
+        hw = ops.check_patch_embed(image, w, stride, products)
+        return self._run("patch_embed", image, w, stride, products=products), hw
 
     def attention(
-        self, x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, residual_scale: Tensor | None = None
+        self,
+        x: Tensor,
+        hw: HW,
+        w: AttentionWeights,
+        spec: AttentionSpec,
+        residual_scale: Tensor | None = None,
+        products: torch.dtype | None = None,
     ) -> Tensor:
-        ops.check_attention(x, hw, w, spec, residual_scale)
+        ops.check_attention(x, hw, w, spec, residual_scale, products)
         self._refuse_dropout("attention", spec)
-        return self._run("attention", x, hw, w, spec, residual_scale)
+        return self._run("attention", x, hw, w, spec, residual_scale, products=products)
 
-    def mlp(self, x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None) -> Tensor:
-        ops.check_mlp(x, hw, w, spec, residual_scale)
+    def mlp(
+        self,
+        x: Tensor,
+        hw: HW,
+        w: MlpWeights,
+        spec: MlpSpec,
+        residual_scale: Tensor | None = None,
+        products: torch.dtype | None = None,
+    ) -> Tensor:
+        ops.check_mlp(x, hw, w, spec, residual_scale, products)
         self._refuse_dropout("mlp", spec)
-        return self._run("mlp", x, hw, w, spec, residual_scale)
+        return self._run("mlp", x, hw, w, spec, residual_scale, products=products)
 
     def layer_norm(self, x: Tensor, w: Norm) -> Tensor:
         ops.check_layer_norm(x, w)
         return self._run("layer_norm", x, w)
 
-    def head(self, x: Tensor, w: Linear | None) -> Tensor:
-        ops.check_head(x, w)
-        return self._run("head", x, w)
+    def head(self, x: Tensor, w: Linear | None, products: torch.dtype | None = None) -> Tensor:
+        ops.check_head(x, w, products)
+        return self._run("head", x, w, products=products)
 
-    def _run(self, op: str, *arguments: Any) -> Tensor:
-        return _OPS[op](*SIGNATURES[op].flat(arguments), self.backend)
+    def _run(self, op: str, *arguments: Any, products: torch.dtype | None = None) -> Tensor:
+        flat = SIGNATURES[op].flat(arguments)
+        if products is None:
+            return _OPS[op](*flat, self.backend)
+        return _MIXED_OPS[op](*flat, self.backend, products)
 
     def _refuse_dropout(self, op: str, spec: AttentionSpec | MlpSpec) -> None:
         if spec.drops:

@@ -10,6 +10,7 @@ import copy
 import itertools
 import sys
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .. import ops
-from ..accelerate.guard import ambient
+from ..accelerate.guard import ambient, products_now
 from ..backend import dispatch
 from ..backend.registered import requested
 from ..ops.packing import within_graph
@@ -39,9 +40,23 @@ def number(model: PVT_V2) -> int:
     return given
 
 
-def _run_model(image: Tensor, parameters: list[Tensor], model: int, classes: int) -> Tensor:
+def _run_model(
+    image: Tensor, parameters: list[Tensor], model: int, classes: int, products: torch.dtype | None = None
+) -> Tensor:
     ops.refuse_forward_mode("pvt_fast::run_model")
     whole = models[model]
+    with _autocast(image, products):
+        return _logits(whole, image, parameters)
+
+
+def _autocast(image: Tensor, products: torch.dtype | None) -> AbstractContextManager:
+    """What was on where the graph was traced: it runs without, or under another that began within it."""
+    if products == products_now(image):
+        return nullcontext()
+    return torch.autocast(image.device.type, products, enabled=products is not None)
+
+
+def _logits(whole: PVT_V2, image: Tensor, parameters: list[Tensor]) -> Tensor:
     if not parameters:  # the model's own, whatever they are by now
         return whole.published_forward(image)
     with within_graph():
@@ -84,11 +99,15 @@ class _Clones(threading.local):
 _clones = _Clones()
 
 _library = torch.library.Library("pvt_fast", "FRAGMENT")
-_library.define("run_model(Tensor image, Tensor[] parameters, int model, int classes) -> Tensor")
+_library.define(
+    "run_model(Tensor image, Tensor[] parameters, int model, int classes, ScalarType? products=None) -> Tensor"
+)
 _library.impl("run_model", _run_model, "CompositeExplicitAutograd")
 torch.library.register_fake(
     "pvt_fast::run_model",
-    lambda image, parameters, model, classes: image.new_empty((image.shape[0], classes)),
+    lambda image, parameters, model, classes, products=None: image.new_empty(
+        (image.shape[0], classes), dtype=products or image.dtype
+    ),
     lib=_library,
 )
 
@@ -126,4 +145,4 @@ def run_whole(model: PVT_V2, image: Tensor) -> Tensor | None:
         return None
     parameters = [] if _is_all_that_is_traced(model.graph_number) else list(model.parameters())
     classes = model.head.weight.shape[0]  # type: ignore[index]
-    return torch.ops.pvt_fast.run_model(image, parameters, model.graph_number, classes)
+    return torch.ops.pvt_fast.run_model(image, parameters, model.graph_number, classes, products_now(image))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..accelerate.guard import products_now
 from ..arguments import instance
 from ..ops.packing import collected, is_plain
 from .state import Recorded, State
@@ -23,13 +24,14 @@ class CapturedModel:
 
     Its input and output lie in memory of its own: an image is copied in, and the logits that a call returns are
     overwritten by the next call (`.clone()` keeps them). Some kernels read parameters, others what was made of them: a
-    call raises RuntimeError where the model has changed since, in its weights, modules, hooks or settings; capture it
-    again then. Not for several threads or streams at once.
+    call raises RuntimeError where the model has changed since, in its weights, modules, hooks or settings, or where
+    autocast is another; capture it again then. Not for several threads or streams at once.
     """
 
     def __init__(self, model: PVT_V2, example: Tensor) -> None:
         _check_capturable(model, example)
         self._model = model
+        self._products = products_now(example)
         # before the kernels read it; weights of other kinds than packed ones are read by their own modules
         self._recorded = Recorded(State(model), [p for p in model.parameters() if is_plain(p)])
         with torch.inference_mode(False):
@@ -51,6 +53,7 @@ class CapturedModel:
     def __call__(self, image: Tensor) -> Tensor:
         """Logits (B, num_classes) of an image of the example's shape, dtype and device, in any memory layout."""
         check_like("captured model", image, self._image)
+        check_products("captured model", products_now(image), self._products)
         self._require_unchanged()
         self._image.copy_(image.detach(), non_blocking=True)
         self._graph.replay()
@@ -71,6 +74,13 @@ def check_like(op: str, image: Tensor, example: Tensor) -> None:
         raise TypeError(f"{op}: image must have the captured dtype {example.dtype}, got {image.dtype}")
     if image.device != example.device:
         raise ValueError(f"{op}: image must be on the captured device {example.device}, got {image.device}")
+
+
+def check_products(op: str, now: torch.dtype | None, captured: torch.dtype | None) -> None:
+    """Raise RuntimeError unless autocast is as it was at the capture: the graph's kernels are of its dtypes."""
+    if now != captured:
+        was, is_ = (f"on, to {dtype}" if dtype is not None else "off" for dtype in (captured, now))
+        raise RuntimeError(f"{op}: autocast must be as at the capture, {was}, got {is_}")
 
 
 def _check_capturable(model: PVT_V2, example: Tensor) -> None:

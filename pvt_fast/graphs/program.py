@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..accelerate.fused import Fused
-from ..accelerate.guard import Moment, ambient
+from ..accelerate.guard import Moment, ambient, products_now
 from ..backend import dispatch
 from ..ops import WholeForward, is_plain, packing, tensors_in
 from . import compiled
@@ -50,7 +50,12 @@ class Whole:
         backend = dispatch.select(model.facts(image), model.backend)
         if backend.whole is None or model.training or ambient() is not None:
             return None
-        if _needs_gradients(model, image) or not fits(model, image):
+        if _needs_gradients(model, image):
+            return None
+        products = products_now(image)
+        if products is torch.bfloat16 and image.dtype is torch.float32:
+            image = image.to(products)  # as autocast does for the first convolution: all maps then have this dtype
+        if products not in (None, image.dtype) or not fits(model, image):
             return None
         program, variant = self.program, backend.whole.variant()
         if program is not None and program.holds(model, image, variant):
@@ -130,8 +135,8 @@ class Program:
 
 
 def _kind_of(image: Tensor, variant: str) -> tuple:
-    """What of an image and of an instruction set a program is for."""
-    return variant, image.dtype, _layout(image), image.shape[1]
+    """What of an image, of an instruction set and of autocast a program is for."""
+    return variant, image.dtype, products_now(image), _layout(image), image.shape[1]
 
 
 def fits(model: PVT_V2, image: Tensor) -> bool:

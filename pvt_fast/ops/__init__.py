@@ -7,12 +7,13 @@ from .checks import (
     check_mlp,
     check_patch_embed,
     forward_mode,
-    output_shape,
+    output_like,
     refuse_forward_mode,
 )
 from .contract import (
     HW,
     NAMES,
+    PRODUCTS,
     AttentionSpec,
     AttentionWeights,
     Backend,
@@ -28,9 +29,12 @@ from .contract import (
     WholeForward,
     cannot_run,
     map_tensors,
+    norms_give_float32,
+    result_dtype,
     tensors_in,
     to_map,
     to_tokens,
+    unfit_dtypes,
 )
 from .packing import PLAIN, is_plain
 
@@ -38,6 +42,7 @@ __all__ = [
     "HW",
     "NAMES",
     "PLAIN",
+    "PRODUCTS",
     "AttentionSpec",
     "AttentionWeights",
     "Backend",
@@ -60,9 +65,12 @@ __all__ = [
     "forward_mode",
     "is_plain",
     "map_tensors",
-    "output_shape",
+    "norms_give_float32",
+    "output_like",
     "refuse_forward_mode",
+    "result_dtype",
     "tensors_in",
     "to_map",
     "to_tokens",
+    "unfit_dtypes",
 ]

@@ -18,7 +18,19 @@ from torch.autograd import forward_ad
 
 from ..arguments import MAX_INT, flag, integer
 from ..config import conv_size
-from .contract import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
+from .contract import (
+    HW,
+    PRODUCTS,
+    AttentionSpec,
+    AttentionWeights,
+    Linear,
+    MlpSpec,
+    MlpWeights,
+    Norm,
+    PatchEmbedWeights,
+    result_dtype,
+    unfit_dtypes,
+)
 from .packing import available, extent, is_plain
 
 Size = str | int  # the name of a size, or a number
@@ -87,7 +99,13 @@ def refuse_forward_mode(op: str) -> None:
 
 
 def check_patch_embed(
-    image: Tensor, w: PatchEmbedWeights, stride: int, *, plain: bool = False, packed: bool = False
+    image: Tensor,
+    w: PatchEmbedWeights,
+    stride: int,
+    products: torch.dtype | None = None,
+    *,
+    plain: bool = False,
+    packed: bool = False,
 ) -> HW:
     """Check the arguments of `patch_embed`; return the size of the output map."""
     op = "patch_embed"
@@ -99,9 +117,9 @@ def check_patch_embed(
         raise ValueError(f"{op}: w.proj.weight must have shape (C, Cin, k, k), got {tuple(weight.shape)}")
     if image.shape[1] != weight.shape[1]:
         raise ValueError(f"{op}: image must have {weight.shape[1]} channels, got {image.shape[1]}")
-    _check_like(op, "image", image, weight, "the weights'")
+    _check_dtypes(op, "image", image, weight, products)
     channels, in_channels, kernel, _ = weight.shape
-    _check_weights(op, w, {"C": channels, "Cin": in_channels, "k": kernel}, "image", image, plain, packed)
+    _check_weights(op, w, {"C": channels, "Cin": in_channels, "k": kernel}, "image", image, plain, packed, products)
     hw = (conv_size(image.shape[2], kernel, stride), conv_size(image.shape[3], kernel, stride))
     # not by min(), which a compiler takes for a comparison of sizes
     if any(size < 1 for size in (*image.shape[2:], *hw)):
@@ -118,6 +136,7 @@ def check_attention(
     w: AttentionWeights,
     spec: AttentionSpec,
     scale: Tensor | None,
+    products: torch.dtype | None = None,
     *,
     plain: bool = False,
     packed: bool = False,
@@ -126,7 +145,7 @@ def check_attention(
     op = "attention"
     _check_class(op, "w", w, AttentionWeights)
     _check_class(op, "spec", spec, AttentionSpec)
-    _check_tokens(op, x, hw, _weight(op, "w.q", w.q, plain), scale, plain)
+    _check_tokens(op, x, hw, _weight(op, "w.q", w.q, plain), scale, products, plain)
     channels = x.shape[2]
     _check_count(op, "spec.num_heads", spec.num_heads)
     if channels % spec.num_heads:
@@ -145,7 +164,7 @@ def check_attention(
         if kernel.dim() != 4:
             raise ValueError(f"{op}: w.sr.weight must have shape (C, C, R, R), got {tuple(kernel.shape)}")
         ratio = kernel.shape[2]
-    _check_weights(op, w, {"C": channels, "2C": 2 * channels, "R": ratio}, "x", x, plain, packed)
+    _check_weights(op, w, {"C": channels, "2C": 2 * channels, "R": ratio}, "x", x, plain, packed, products)
     if min(hw) < ratio:
         raise ValueError(f"{op}: hw must be at least sr_ratio = {ratio} each way, got {hw}")
 
@@ -156,6 +175,7 @@ def check_mlp(
     w: MlpWeights,
     spec: MlpSpec,
     scale: Tensor | None,
+    products: torch.dtype | None = None,
     *,
     plain: bool = False,
     packed: bool = False,
@@ -167,52 +187,77 @@ def check_mlp(
     _check_flag(op, "spec.relu", spec.relu)
     _check_rate(op, "spec.drop", spec.drop)
     weight = _weight(op, "w.fc1", w.fc1, plain)
-    _check_tokens(op, x, hw, weight, scale, plain)
-    _check_weights(op, w, {"C": x.shape[2], "hidden": weight.shape[0]}, "x", x, plain, packed)
+    _check_tokens(op, x, hw, weight, scale, products, plain)
+    _check_weights(op, w, {"C": x.shape[2], "hidden": weight.shape[0]}, "x", x, plain, packed, products)
 
 
 def check_layer_norm(x: Tensor, w: Norm, *, plain: bool = False, packed: bool = False) -> None:
-    """Check the arguments of `layer_norm`."""
+    """Check the arguments of `layer_norm`. On CPUs, as torch's own does, it takes float32 weights with any x."""
     op = "layer_norm"
     _check_floating(op, "x", x, plain)
     _check_class(op, "w", w, Norm)
     if x.dim() < 1:
         raise ValueError(f"{op}: x must have a last dimension of channels, got a scalar")
-    packed = packed and is_plain(w.weight) and _is_like(w.weight, x) and w.weight.shape == x.shape[-1:]
-    _check_weights(op, w, {"C": x.shape[-1]}, "x", x, plain, packed)
+    like = x
+    if x.dtype in PRODUCTS and x.device.type == "cpu" and isinstance(w.weight, Tensor):
+        like = w.weight if w.weight.dtype is torch.float32 and w.weight.device == x.device else x
+    packed = packed and is_plain(w.weight) and _is_like(w.weight, like) and w.weight.shape == x.shape[-1:]
+    _check_weights(op, w, {"C": x.shape[-1]}, "x", like, plain, packed)
 
 
-def check_head(x: Tensor, w: Linear | None, *, plain: bool = False, packed: bool = False) -> None:
+def check_head(
+    x: Tensor,
+    w: Linear | None,
+    products: torch.dtype | None = None,
+    *,
+    plain: bool = False,
+    packed: bool = False,
+) -> None:
     """Check the arguments of `head`."""
     op = "head"
     _check_activations(op, "x", x, 3, "(B, N, C)", plain)
     if w is None:
+        if products is not None:
+            _check_dtypes(op, "x", x, x, products)
         _check_sizes(op, "x", {"C": x.shape[2]})
         return
     weight = _weight(op, "w", w, plain)
     if weight.dim() != 2:
         raise ValueError(f"{op}: w.weight must have shape (classes, C), got {tuple(weight.shape)}")
-    packed = packed and _is_like(weight, x) and weight.shape[1] == x.shape[2]
-    _check_weights(op, w, {"classes": weight.shape[0], "C": x.shape[2]}, "x", x, plain, packed)
+    if products is not None:
+        _check_dtypes(op, "x", x, weight, products)
+    packed = packed and (products is not None or _is_like(weight, x)) and weight.shape[1] == x.shape[2]
+    _check_weights(op, w, {"classes": weight.shape[0], "C": x.shape[2]}, "x", x, plain, packed, products)
 
 
-def output_shape(op: str, *arguments: Any) -> tuple[int, ...]:
-    """The shape of an op's result, after a check of its arguments; of tensors without values, too."""
+def output_like(op: str, *arguments: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of an op's result, after a check of its arguments; of tensors without values, too."""
+    x, w = arguments[0], arguments[1]
+    shape, products = x.shape, None if op == "layer_norm" else arguments[-1]
     if op == "patch_embed":
-        image, w, _ = arguments
         height, width = check_patch_embed(*arguments)
-        return image.shape[0], height * width, w.proj.weight.shape[0]
-    if op == "head":
-        x, w = arguments
-        check_head(x, w)
-        return x.shape[0], x.shape[2] if w is None else w.weight.shape[0]
-    checks: dict[str, Callable] = {"attention": check_attention, "mlp": check_mlp, "layer_norm": check_layer_norm}
-    checks[op](*arguments)
-    return arguments[0].shape
+        shape = (x.shape[0], height * width, w.proj.weight.shape[0])
+    elif op == "head":
+        check_head(*arguments)
+        shape = (x.shape[0], x.shape[2] if w is None else w.weight.shape[0])
+    else:
+        checks: dict[str, Callable] = {"attention": check_attention, "mlp": check_mlp, "layer_norm": check_layer_norm}
+        checks[op](*arguments)
+    return shape, result_dtype(op, x.device.type, x.dtype, products, classifies=w is not None)
 
 
-def _check_weights(op: str, w: Any, sizes: dict[str, int], name: str, x: Tensor, plain: bool, packed: bool) -> None:
-    """Every operand must have its declared shape, and the dtype and device of the activations x, called `name`.
+def _check_weights(
+    op: str,
+    w: Any,
+    sizes: dict[str, int],
+    name: str,
+    x: Tensor,
+    plain: bool,
+    packed: bool,
+    products: torch.dtype | None = None,
+) -> None:
+    """Every operand must have its declared shape, and the dtype and device of the activations x, called `name`; with
+    products the dtype of the first operand.
 
     packed: check only what the packed form depends on beside the weights' tensors, which were checked when they were
     packed.
@@ -227,6 +272,7 @@ def _check_weights(op: str, w: Any, sizes: dict[str, int], name: str, x: Tensor,
             _check_number(op, f"{part_name}.eps", part.eps)
     if packed:
         return
+    like, whose = x, f"{name}'s"
     for operand, index, _, field, shape, optional, part_optional in OPERANDS[op]:
         part = w if index is None else w[index]
         if part is None and part_optional:
@@ -240,8 +286,10 @@ def _check_weights(op: str, w: Any, sizes: dict[str, int], name: str, x: Tensor,
         expected = tuple([size if isinstance(size, int) else sizes[size] for size in shape])
         if tensor.shape != expected:
             raise ValueError(f"{op}: {operand} must have shape {expected}, got {tuple(tensor.shape)}")
-        if not _is_like(tensor, x):
-            _check_like(op, operand, tensor, x, f"{name}'s")
+        if products is not None and like is x:
+            like, whose = tensor, "the other weights'"
+        if not _is_like(tensor, like):
+            _check_like(op, operand, tensor, like, whose)
 
 
 def _check_sizes(op: str, what: str, sizes: dict[str, int]) -> None:
@@ -249,9 +297,11 @@ def _check_sizes(op: str, what: str, sizes: dict[str, int]) -> None:
         raise ValueError(f"{op}: {what} must have at least one element each way, got {sizes}")
 
 
-def _check_tokens(op: str, x: Tensor, hw: HW, weight: Tensor, scale: Tensor | None, plain: bool) -> None:
+def _check_tokens(
+    op: str, x: Tensor, hw: HW, weight: Tensor, scale: Tensor | None, products: torch.dtype | None, plain: bool
+) -> None:
     _check_activations(op, "x", x, 3, "(B, N, C)", plain)
-    _check_like(op, "x", x, weight, "the weights'")
+    _check_dtypes(op, "x", x, weight, products)
     if not isinstance(hw, (tuple, list)) or len(hw) != 2:
         raise TypeError(f"{op}: hw must be two ints (H, W), got {hw!r}")
     for side in hw:
@@ -306,6 +356,16 @@ def _check_floating(op: str, name: str, x: Tensor, plain: bool) -> None:
     if plain:
         refuse_forward_mode(op)
         _check_memory(op, name, x)
+
+
+def _check_dtypes(op: str, name: str, x: Tensor, weight: Tensor, products: torch.dtype | None) -> None:
+    """Activations x, called `name`, must go together with the weights."""
+    if products is None:
+        _check_like(op, name, x, weight, "the weights'")
+        return
+    if (reason := unfit_dtypes(op, x.device.type, x.dtype, weight.dtype, products)) is not None:
+        raise TypeError(f"{op}: {reason}")
+    _check_device(op, name, x, weight, "the weights'")
 
 
 def _check_like(op: str, name: str, tensor: Tensor, other: Tensor, whose: str) -> None:

@@ -4,11 +4,15 @@ What must hold of arguments is in `checks`; `reference` is the specification of 
 tokens `x (B, N, C)` of a map `hw = (H, W)`, `N = H * W`, row-major. Every op returns new tensors and changes no
 argument.
 
-    patch_embed(image, w, stride) -> (x, hw)
-    attention(x, hw, w, spec, residual_scale=None) -> x'
-    mlp(x, hw, w, spec, residual_scale=None) -> x'
+    patch_embed(image, w, stride, products=None) -> (x, hw)
+    attention(x, hw, w, spec, residual_scale=None, products=None) -> x'
+    mlp(x, hw, w, spec, residual_scale=None, products=None) -> x'
     layer_norm(x, w) -> x'
-    head(x, w) -> logits
+    head(x, w, products=None) -> logits
+
+Without `products` all tensors of a call but residual_scale have one dtype. With it they are what torch.autocast to that
+dtype would find: "mixed precision" below. It is an argument and no state of the thread, as neither an opaque op of a
+compiled graph nor a backward runs under the autocast of the call.
 
 The grain is coarse on purpose: the gain of a fused backend is that the hidden map of the MLP (4-8 C wide), the
 queries and the attention scores never reach memory.
@@ -107,6 +111,51 @@ class MlpSpec(NamedTuple):
         return self.drop > 0
 
 
+# -- mixed precision ---------------------------------------------------------------------------------------------------
+#
+# With `products`, bfloat16 or float16: activations are float32 or of that dtype; parameters have one dtype among
+# themselves, any of these three (float32 where an optimizer has them). Operands of matrix products and
+# convolutions are rounded to `products`, or kept more precise; sums are float32, and so are norms. The result has
+# `result_dtype`: what torch's own modules give under torch.autocast, whose rules depend on the type of device.
+
+PRODUCTS = (torch.bfloat16, torch.float16)
+
+
+def norms_give_float32(device: str) -> bool:
+    """Does autocast let LayerNorm read and write float32? On CPUs it writes what it reads, with float32 parameters."""
+    return device != "cpu"
+
+
+def result_dtype(op: str, device: str, x: torch.dtype, products: torch.dtype | None, classifies: bool = True) -> Any:
+    """The dtype of what an op returns for activations of dtype x. classifies: of `head`, whether it has weights."""
+    if products is None or op == "layer_norm" or not classifies:
+        return x
+    if op == "head":
+        return products
+    if op == "patch_embed":
+        return torch.float32 if norms_give_float32(device) else products
+    return torch.promote_types(x, products)
+
+
+def unfit_dtypes(op: str, device: str, x: torch.dtype, weights: torch.dtype, products: torch.dtype) -> str | None:
+    """Why an op cannot run on activations x and parameters of these dtypes, as its argument, what that must be and what
+    it is; None where it can. For `layer_norm`, which takes no products: whether torch's own could under this autocast.
+    """
+    if products not in PRODUCTS:
+        return f"products must be torch.bfloat16 or torch.float16, got {products}"
+    name = "image" if op == "patch_embed" else "x"
+    if x not in (torch.float32, products):
+        return f"{name} must be torch.float32 or {products} as the products, got {x}"
+    if weights not in (torch.float32, *PRODUCTS):
+        return f"w must be torch.float32, torch.bfloat16 or torch.float16 beside products, got {weights}"
+    if op == "head" or (norms_give_float32(device) and op != "layer_norm"):
+        return None
+    normed = torch.float32 if norms_give_float32(device) else products if op == "patch_embed" else x
+    if weights not in (torch.float32, normed):
+        return f"w must be torch.float32, or of the dtype {normed} that its norms read, got {weights}"
+    return None
+
+
 class BackendUnavailable(RuntimeError):
     """The backend asked for cannot run here, or not on this input; the message says why."""
 
@@ -121,7 +170,7 @@ class Facts(NamedTuple):
     device: str  # "cpu", "cuda", ...
     dtype: torch.dtype
     dropout: bool = False  # a dropout rate above 0 is in force
-    autocast: bool = False
+    products: torch.dtype | None = None  # under autocast: to which
 
 
 class WholeForward(NamedTuple):
@@ -140,35 +189,50 @@ class Support:
     """Where a backend's ops run: `Backend.unsupported` answers by it, and so does each op that is called by itself.
 
     dtypes: those of activations and weights; None: any, and with dropout and under autocast, too.
+    products: those of mixed precision.
     device(type): why they do not run on a type of device ("cpu", "cuda"), or None where they do.
     """
 
     name: str  # of the backend
     dtypes: tuple[torch.dtype, ...] | None = None
     device: Callable[[str], str | None] = lambda device: None
+    products: tuple[torch.dtype, ...] = ()
 
     def refusal(self, facts: Facts) -> str | None:
         """Why these facts cannot run, or None."""
         if (reason := self.device(facts.device)) is not None or self.dtypes is None:
             return reason
         if facts.dtype not in self.dtypes:
-            *others, last = (str(dtype).removeprefix("torch.") for dtype in self.dtypes)
-            return f"it takes {', '.join(others)} and {last}, got {facts.dtype}"
+            return f"it takes {_listed(self.dtypes)}, got {facts.dtype}"
         if facts.dropout:
             return "it has no dropout; training with drop_rate or attn_drop_rate above 0 runs on the reference"
-        if facts.autocast:
-            return "autocast is on; cast the model instead, with model.to(torch.bfloat16)"
+        if facts.products is not None and facts.products not in self.products:
+            if not self.products:
+                return "autocast is on; cast the model instead, with model.to(torch.bfloat16)"
+            return f"under autocast it takes {_listed(self.products)}, got {facts.products}"
         return None
 
-    def require(self, op: str, device: str, dtype: torch.dtype, spec: AttentionSpec | MlpSpec | None = None) -> None:
-        """BackendUnavailable, as `op`, unless that runs on activations of this kind with this spec."""
-        reason = self.refusal(Facts(device, dtype, dropout=spec is not None and spec.drops))
+    def require(
+        self,
+        op: str,
+        device: str,
+        dtype: torch.dtype,
+        spec: AttentionSpec | MlpSpec | None = None,
+        products: torch.dtype | None = None,
+    ) -> None:
+        """BackendUnavailable, as `op`, unless that runs on activations of this kind with this spec and products."""
+        reason = self.refusal(Facts(device, dtype, spec is not None and spec.drops, products))
         if reason is not None:
             raise BackendUnavailable(f"{op}: {cannot_run(self.name, reason)}")
 
 
-# gradients(grad_output, needed, *arguments of the op) -> one for each of `tensors_in(arguments)`, None where not needed;
-# or None alone where it has none for such arguments: those are the reference's then
+def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
+    *others, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+# gradients(grad_output, needed, *arguments of the op, with its products) -> one for each of `tensors_in(arguments)`,
+# None where not needed; or None alone where it has none for such arguments: they are the reference's then
 Backward = Callable[..., Sequence[Tensor | None] | None]
 
 
@@ -181,11 +245,11 @@ class Backend:
     """
 
     support: Support
-    patch_embed: Callable[[Tensor, PatchEmbedWeights, int], tuple[Tensor, HW]]
+    patch_embed: Callable[..., tuple[Tensor, HW]]
     attention: Callable[..., Tensor]
     mlp: Callable[..., Tensor]
     layer_norm: Callable[[Tensor, Norm], Tensor]
-    head: Callable[[Tensor, Linear | None], Tensor]
+    head: Callable[..., Tensor]
     backward: Mapping[str, Backward] = field(default_factory=dict)
     whole: WholeForward | None = None
 

@@ -1,10 +1,14 @@
 """Backend "reference": every op of the contract in plain torch. It is the specification.
 
-Any device and dtype, float64 included; gradients through autograd. See `ops` for the arguments.
+Any device and dtype, float64 included; gradients through autograd. See `ops` for the arguments. `products` are those of
+torch.autocast, whatever of it is on.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,21 +34,34 @@ from . import (
 from .traceable import adaptive_pool, conv2d
 
 
-def patch_embed(image: Tensor, w: PatchEmbedWeights, stride: int) -> tuple[Tensor, HW]:
+def patch_embed(
+    image: Tensor, w: PatchEmbedWeights, stride: int, products: torch.dtype | None = None
+) -> tuple[Tensor, HW]:
     """LayerNorm(conv(image)): image (B, Cin, H, W) -> tokens (B, H' * W', C) and (H', W')."""
-    hw = check_patch_embed(image, w, stride)
-    y = conv2d(image, w.proj, stride=stride, padding=w.proj.weight.shape[2] // 2)
-    return layer_norm(to_tokens(y), w.norm), hw
+    hw = check_patch_embed(image, w, stride, products)
+    with _autocast(image, products):
+        y = conv2d(image, w.proj, stride=stride, padding=w.proj.weight.shape[2] // 2)
+        return _norm(to_tokens(y), w.norm), hw
 
 
 def attention(
-    x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, residual_scale: Tensor | None = None
+    x: Tensor,
+    hw: HW,
+    w: AttentionWeights,
+    spec: AttentionSpec,
+    residual_scale: Tensor | None = None,
+    products: torch.dtype | None = None,
 ) -> Tensor:
     """x + proj(softmax(q k^T * scale) v), where y = LayerNorm(x), q = y Wq and k, v come from the reduced map of y."""
-    check_attention(x, hw, w, spec, residual_scale)
+    check_attention(x, hw, w, spec, residual_scale, products)
+    with _autocast(x, products):
+        return _attention(x, hw, w, spec, residual_scale)
+
+
+def _attention(x: Tensor, hw: HW, w: AttentionWeights, spec: AttentionSpec, residual_scale: Tensor | None) -> Tensor:
     batch, tokens, channels = x.shape
     heads = spec.num_heads
-    y = layer_norm(x, w.norm)
+    y = _norm(x, w.norm)
 
     reduced = y
     if w.sr is not None and w.sr_norm is not None:
@@ -53,7 +70,7 @@ def attention(
             y_map = adaptive_pool(y_map)
         # stride R without padding: rows and columns past the last full R x R patch reach no key
         reduced = to_tokens(conv2d(y_map, w.sr, stride=w.sr.weight.shape[2]))
-        reduced = layer_norm(reduced, w.sr_norm)
+        reduced = _norm(reduced, w.sr_norm)
         if spec.linear:
             reduced = F.gelu(reduced)
 
@@ -67,10 +84,22 @@ def attention(
     return _add_residual(x, z, residual_scale)
 
 
-def mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None = None) -> Tensor:
+def mlp(
+    x: Tensor,
+    hw: HW,
+    w: MlpWeights,
+    spec: MlpSpec,
+    residual_scale: Tensor | None = None,
+    products: torch.dtype | None = None,
+) -> Tensor:
     """x + fc2(gelu(dwconv3x3(h))), h = fc1(LayerNorm(x)), or relu of it. The convolution pads h with zeros."""
-    check_mlp(x, hw, w, spec, residual_scale)
-    h = F.linear(layer_norm(x, w.norm), w.fc1.weight, w.fc1.bias)
+    check_mlp(x, hw, w, spec, residual_scale, products)
+    with _autocast(x, products):
+        return _mlp(x, hw, w, spec, residual_scale)
+
+
+def _mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor | None) -> Tensor:
+    h = F.linear(_norm(x, w.norm), w.fc1.weight, w.fc1.bias)
     if spec.relu:
         h = F.relu(h)
     h = to_tokens(conv2d(to_map(h, hw), w.dwconv, padding=1, groups=h.shape[2]))
@@ -82,14 +111,24 @@ def mlp(x: Tensor, hw: HW, w: MlpWeights, spec: MlpSpec, residual_scale: Tensor 
 def layer_norm(x: Tensor, w: Norm) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension."""
     check_layer_norm(x, w)
+    return _norm(x, w)
+
+
+def _norm(x: Tensor, w: Norm) -> Tensor:
     return F.layer_norm(x, w.weight.shape, w.weight, w.bias, w.eps)
 
 
-def head(x: Tensor, w: Linear | None) -> Tensor:
+def head(x: Tensor, w: Linear | None, products: torch.dtype | None = None) -> Tensor:
     """Mean over the tokens (B, N, C) -> (B, C), then the classifier (B, num_classes) unless `w` is None."""
-    check_head(x, w)
-    mean = x.mean(dim=1)
-    return mean if w is None else F.linear(mean, w.weight, w.bias)
+    check_head(x, w, products)
+    with _autocast(x, products):
+        mean = x.mean(dim=1)
+        return mean if w is None else F.linear(mean, w.weight, w.bias)
+
+
+def _autocast(x: Tensor, products: torch.dtype | None) -> AbstractContextManager:
+    # without its cache: that may be another's to clear, and no op uses a weight twice
+    return nullcontext() if products is None else torch.autocast(x.device.type, products, cache_enabled=False)
 
 
 def _add_residual(x: Tensor, z: Tensor, residual_scale: Tensor | None) -> Tensor:

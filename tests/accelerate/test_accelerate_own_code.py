@@ -16,19 +16,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils import prune as pruning
 
 import pvt_fast
-from pvt_fast.accelerate import verify
-
-
-@torch.no_grad()
-def test_autocast_runs_the_blocks_own_code(ran):
-    model, x = make("segformer"), image()
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = answer(model, x)
-        pvt_fast.accelerate_(model, backend="cpp")
-        assert torch.equal(answer(model, x), expected)
-    assert ran == []
-    answer(model, x)
-    assert ran
+from pvt_fast.accelerate import fused, verify
 
 
 @pytest.mark.parametrize(
@@ -92,14 +80,37 @@ def test_subclasses_of_tensor_run_the_blocks_own_code(ran):
     assert ran == []
 
 
+@pytest.mark.parametrize(
+    ("block_dtype", "x_dtype", "why"),
+    [
+        (torch.bfloat16, torch.float32, "w must be torch.float32, or of the dtype torch.float32 that its norms read"),
+        (torch.float32, torch.float16, "x must be torch.float32 or torch.bfloat16 as the products, got torch.float16"),
+        (torch.float64, torch.float32, "w must be torch.float32, torch.bfloat16 or torch.float16 beside products"),
+    ],
+)
 @torch.no_grad()
-def test_autocast_of_a_float32_input_too(ran):
-    block, x = make("official").block1[0], torch.randn(2, 99, 16)
+def test_under_autocast_dtypes_that_do_not_mix_run_the_blocks_own_code(block_dtype, x_dtype, why, ran, caplog):
+    fused.log.cache_clear()
+    block, x = make("official").block1[0].to(block_dtype), torch.randn(2, 99, 16, dtype=x_dtype)
+
+    def outcome() -> Any:
+        try:
+            return block(x, 9, 11)
+        except RuntimeError as error:
+            return str(error)
+
     with torch.autocast("cpu", torch.bfloat16):
-        expected = block(x, 9, 11)
-        pvt_fast.accelerate_(block, backend="cpp")
-        assert torch.equal(block(x, 9, 11), expected)
+        expected = outcome()
+    pvt_fast.accelerate_(block, backend="cpp", strict=True)
+    with torch.autocast("cpu", torch.bfloat16), caplog.at_level("INFO", logger="pvt_fast"):
+        for _ in range(2):
+            answered = outcome()
+            same = torch.equal(answered, expected) if isinstance(expected, Tensor) else answered == expected
+            assert same
     assert ran == []
+    said = [record.getMessage() for record in caplog.records if "autocast is on, and" in record.getMessage()]
+    assert len(said) == 1
+    assert why in said[0]
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ AUTO = [
     (Facts("cpu", torch.float64), "plain"),
     (Facts("cpu", torch.float16), "plain"),
     (Facts("cpu", torch.float32, dropout=True), "plain"),
-    (Facts("cpu", torch.float32, autocast=True), "simd"),
+    (Facts("cpu", torch.float32, products=torch.bfloat16), "simd"),
     (Facts("mps", torch.float32), "plain"),
 ]
 

@@ -90,7 +90,8 @@ def test_a_backends_own_backward_is_taken(add_backend):
     """All that a backend does for it is to name the function."""
     seen = []
 
-    def mlp_backward(grad_output, needed, x, hw, w, spec, residual_scale):
+    def mlp_backward(grad_output, needed, x, hw, w, spec, residual_scale, products):
+        assert products is None
         seen.append((grad_output.shape, hw, spec))
         assert len(needed) == len(tensors_in((x, hw, w, spec, residual_scale)))
         return [

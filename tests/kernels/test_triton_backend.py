@@ -64,7 +64,7 @@ def test_refuses_the_cpu_without_the_interpreter():
     [
         (Facts("cuda", torch.float64), "float32, bfloat16 and float16, got torch.float64"),
         (Facts("cuda", torch.float32, dropout=True), "no dropout"),
-        (Facts("cuda", torch.float32, autocast=True), "cast the model instead"),
+        (Facts("cuda", torch.float32, products=torch.float32), "takes bfloat16 and float16, got torch.float32"),
     ],
 )
 def test_refusals_give_the_reason(facts, reason):

@@ -35,7 +35,8 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[str, Call]]:
 
 
 def named(op: str, *arguments: Any) -> Call:
-    return dict(zip(inspect.signature(getattr(reference, op)).parameters, arguments, strict=True))
+    names = [name for name in inspect.signature(getattr(reference, op)).parameters if name != "products"]
+    return dict(zip(names, arguments, strict=True))
 
 
 def tensors(op: str, call: Call) -> dict[str, Tensor]:
