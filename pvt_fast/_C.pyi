@@ -52,6 +52,63 @@ class Head:
 def attention(isa: str, dtype: DType, weights: dict) -> ResidualOp: ...
 def mlp(isa: str, dtype: DType, weights: dict) -> ResidualOp: ...
 
+# Of gradients that go nowhere the span is None. Those of weights are floats: a weight's, then its bias's, for each norm
+# and linear of the op's weights.
+
+class PatchEmbedGradients:
+    def __init__(
+        self,
+        isa: str,
+        dtype: DType,
+        proj: _Linear,
+        norm: _Norm,
+        sizes: tuple[int, int, int, int],  # in_channels, channels, kernel, stride
+        channels_last: bool,
+    ) -> None: ...
+    def run(
+        self,
+        image: _Span,
+        size: tuple[int, int, int],
+        strides: tuple[int, ...],
+        grad_out: _Span,
+        grad_image: _Span | None,  # dense, channels last where the image is packed so
+        grads: Sequence[_Span | None],
+    ) -> None: ...
+
+class ResidualGradients:
+    def run(
+        self,
+        x: _Span,
+        batch: int,
+        height: int,
+        width: int,
+        residual_scale: _Span | None,
+        grad_out: _Span,
+        grad_x: _Span | None,
+        grads: Sequence[_Span | None],
+    ) -> None: ...
+
+class LayerNormGradients:
+    def __init__(self, isa: str, dtype: DType, weights: _Norm, channels: int) -> None: ...
+    def run(
+        self, x: _Span, rows: int, grad_out: _Span, grad_x: _Span | None, grads: Sequence[_Span | None]
+    ) -> None: ...
+
+class HeadGradients:
+    def __init__(self, isa: str, dtype: DType, classifier: _Linear | None, channels: int, classes: int) -> None: ...
+    def run(
+        self,
+        x: _Span,
+        batch: int,
+        tokens: int,
+        grad_out: _Span,
+        grad_x: _Span | None,
+        grads: Sequence[_Span | None],
+    ) -> None: ...
+
+def attention_gradients(isa: str, dtype: DType, weights: dict) -> ResidualGradients: ...
+def mlp_gradients(isa: str, dtype: DType, weights: dict) -> ResidualGradients: ...
+
 class AttributeSnapshot:
     def __init__(
         self,

@@ -70,7 +70,6 @@ def test_layer_norm_of_low_activations_with_float32_weights(products, target):
 
 
 @pytest.mark.not_interpreted
-@pytest.mark.one_isa
 @to_products
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_gradients_have_the_dtypes_of_their_arguments(case, products, target):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ...ops import HW, AttentionSpec, AttentionWeights, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
+from ...ops import HW, AttentionSpec, AttentionWeights, Backward, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
 from ...ops.packing import key_of, span
 from .forward import laid_out
 from .instruction_sets import isa
@@ -188,7 +188,7 @@ def _unchecked(weights: Any) -> None:
     """The forward has checked them."""
 
 
-BACKWARD = {
+BACKWARD: dict[str, Backward] = {
     "patch_embed": patch_embed,
     "attention": attention,
     "mlp": mlp,
