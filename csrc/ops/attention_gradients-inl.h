@@ -152,9 +152,10 @@ class AttentionGradientsOp final : public ResidualGradients {
     const int keys = kv.keys, width = heads().width, tile = call.tile;
     const std::size_t score_width = kv.score_width(), room = row_room(tile) * inner();
     const std::size_t turned_room = row_room(score_width) * depth_of<E>(tile);
-    const auto [queries, grad_values, scores, probabilities, grad_scores, turned, woven] =
+    const auto [queries, grad_values, scores, probabilities, grad_scores, turned, woven, some, tile_biases] =
         thread_scratch().take(array<E>(room), array<E>(room), kv.scores(tile), kv.probabilities(tile),
-                              kv.probabilities(tile), array<E>(turned_room), array<E>(panel_room<E>(tile)));
+                              kv.probabilities(tile), array<E>(turned_room), array<E>(panel_room<E>(tile)),
+                              array<float>(inner()), array<float>(inner()));
     float *sums = call.grad_keys_parts + item * keys_size(call), *biases = call.query_biases + item * inner();
     std::memset(sums, 0, keys_size(call) * sizeof(float));
     std::memset(biases, 0, inner() * sizeof(float));
@@ -185,9 +186,8 @@ class AttentionGradientsOp final : public ResidualGradients {
           gemm_panel(rows_of(grad_scores, 0, score_width), rows,
                      kv.v.panel(call.turned.all_v + matrix * kv.v.size(), p), p * kPanel, epilogue);
       }
-      for (int r = 0; r < rows; ++r)
-        for (std::size_t c = 0; c < inner(); c += kLanes)
-          store(biases + c, load(biases + c) + load(grad_queries + r * inner() + c));
+      sum_rows(grad_queries, std::ptrdiff_t(inner()), rows, int(inner()), some, tile_biases);
+      add_row(tile_biases, int(inner()), biases);
       gemm(rows_of(grad_queries, 0, inner()), rows, q_back_,
            store_rows(call.grad_normed + row * this->width(), this->width(), kv.zeros));
     }
@@ -287,17 +287,10 @@ class AttentionGradientsOp final : public ResidualGradients {
                          [&](int panel, int count, const float* found) { store_inputs(found, panel, count, 2, to); });
     }
     if (float* to = grads[kKvBias]) {
-      parallel_for(columns / kLanes, [&](std::int64_t part) {
-        Vec total{};
-        for (std::int64_t row = 0; row < call.map.batch * keys; ++row)
-          total += load(call.grad_keys + row * columns + part * kLanes);
-        float lanes[kLanes];
-        store(lanes, total);
-        for (int i = 0; i < kLanes; ++i) {
-          const std::ptrdiff_t row = heads().torch_row(int(part) * kLanes + i, 2);
-          if (row >= 0) to[row] = lanes[i];
-        }
-      });
+      const auto [some, sums] = thread_scratch().take(array<float>(columns), array<float>(columns));
+      sum_rows(call.grad_keys, columns, call.map.batch * keys, columns, some, sums);
+      for (int n = 0; n < columns; ++n)
+        if (heads().torch_row(n, 2) >= 0) to[heads().torch_row(n, 2)] = sums[n];
     }
     const bool reduces = inputs_.reduction.reduces();
     for_panels(call.map.batch, kv_back_, keys, 1, [&](int p, std::int64_t image, Split::Tile cut, int) {

@@ -152,6 +152,34 @@ inline void add_parts(const float* from, std::int64_t parts, std::size_t stride,
     for (std::size_t i = 0; i < count; ++i) to[i] += from[part * stride + i];
 }
 
+// Rows that are summed before they are added to the rest: see kDepthBlock.
+constexpr int kRowsOfSum = 8;
+
+// sums += row, both of whole vectors.
+template <class E>
+PVT_INLINE void add_row(const E* row, int width, float* sums) {
+  for (int c = 0; c < width; c += kLanes) store(sums + c, load(sums + c) + load(row + c));
+}
+
+// total += some, which begins anew.
+inline void move_sums(float* some, int width, float* total) {
+  for (int c = 0; c < width; c += kLanes) {
+    store(total + c, load(total + c) + load(some + c));
+    store(some + c, Vec{});
+  }
+}
+
+// sums = the sum of `count` rows, `ld` apart; some: room for as much.
+template <class E>
+void sum_rows(const E* rows, std::ptrdiff_t ld, std::int64_t count, int width, float* some, float* sums) {
+  std::memset(some, 0, width * sizeof(float));
+  std::memset(sums, 0, width * sizeof(float));
+  for (std::int64_t r = 0; r < count; ++r) {
+    add_row(rows + r * ld, width, some);
+    if (r % kRowsOfSum == kRowsOfSum - 1 || r + 1 == count) move_sums(some, width, sums);
+  }
+}
+
 // The gradient of LayerNorm of a row x: of its weight and bias added to `grad_weight` and `grad_bias`, of the row
 // handed over in vectors, as take(column, count, gradient), count < kLanes for the last of some widths. grad(column): a
 // vector of the output's gradient, zero past the channels. Two passes for the statistics, as the forward's, and one sum
@@ -215,7 +243,7 @@ class NormGradients {
   NormGradients(std::int64_t rows, std::size_t width)
       : rows_(rows), tiles_(std::clamp<std::int64_t>(rows / 64, 1, 4 * gradient_items())), width_(width) {}
 
-  std::size_t sums_size() const { return tiles_ * 3 * width_; }
+  std::size_t sums_size() const { return tiles_ * 6 * width_; }
 
   // x(row), grad(row): the norm's input, and its output's gradient, which is either padded to whole vectors or dense;
   // take(row, column, count, gradient) of the input. beside(row): rows of E, or null. Any of grads may be null.
@@ -223,19 +251,21 @@ class NormGradients {
   void run(const PackedNorm& norm, const X& x, const Grad& grad, const Take& take, const Beside& beside, float* all,
            std::array<float*, 3> grads) const {
     parallel_for(tiles_, [&](std::int64_t tile) {
-      float *weight = all + tile * 3 * width_, *bias = weight + width_, *last = bias + width_;
-      std::memset(weight, 0, 3 * width_ * sizeof(float));
-      for (std::int64_t row = tile * rows_ / tiles_; row < (tile + 1) * rows_ / tiles_; ++row) {
+      float *total = all + tile * 6 * width_, *some = total + 3 * width_;
+      std::memset(total, 0, 6 * width_ * sizeof(float));
+      float *weight = some, *bias = weight + width_, *last = bias + width_;
+      const std::int64_t begin = tile * rows_ / tiles_, end = (tile + 1) * rows_ / tiles_;
+      for (std::int64_t row = begin; row < end; ++row) {
         const auto* gradient = grad(row);
         norm_gradient(
             norm, x(row),
             [&](int c) PVT_LAMBDA { return load_columns(gradient + c, std::min(kLanes, norm.channels - c)); }, weight,
             bias, [&](int c, int count, Vec value) PVT_LAMBDA { take(row, c, count, value); });
-        if (const E* from = beside(row))
-          for (std::size_t c = 0; c < width_; c += kLanes) store(last + c, load(last + c) + load(from + c));
+        if (const E* from = beside(row)) add_row(from, int(width_), last);
+        if ((row - begin) % kRowsOfSum == kRowsOfSum - 1 || row + 1 == end) move_sums(some, int(3 * width_), total);
       }
     });
-    for (int i = 0; i < 3; ++i) add_parts(all + i * width_, tiles_, 3 * width_, norm.channels, grads[i]);
+    for (int i = 0; i < 3; ++i) add_parts(all + i * width_, tiles_, 6 * width_, norm.channels, grads[i]);
   }
 
  private:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from types import NoneType
 from typing import Any, NamedTuple, get_args, get_type_hints
 
@@ -149,6 +150,10 @@ class Signature:
         last = ["str backend", "ScalarType products"] if mixed else ["str backend"]
         return f"({', '.join([*flat, *last])}) -> Tensor"
 
+    def scales(self, needed: Sequence[bool]) -> bool:
+        """Is the gradient of a residual_scale among those needed of the flat arguments?"""
+        return any(need and leaf.name == "residual_scale" for leaf, need in zip(self._leaves, needed, strict=True))
+
     def flat(self, arguments: Sequence[Any]) -> list[Any]:
         return [_at(arguments, leaf) for leaf in self._leaves]
 
@@ -186,23 +191,17 @@ def _register(
         flat, named, products = read([next(saved) if value is None else value[0] for value in ctx.rest])
         no_gradients = (None,) * (len(ctx.rest) - len(flat))
         backend = dispatch.load(named.removesuffix(_IN_GRAPH), f"pvt_fast::{name}: backend")
-        tensors = [place for place, value in enumerate(flat) if isinstance(value, Tensor)]
-        own, found = backend.backward.get(op), None
-        if own is not None and not torch.is_grad_enabled():  # else they are to be differentiated in their turn
-            needed = [ctx.needs_input_grad[place] for place in tensors]
-            found = own(grad_output, needed, *signature.arguments(flat), *products)
-        if found is None:
+        needed = list(ctx.needs_input_grad[: len(flat)])
+        # else they are to be differentiated in their turn
+        if op in backend.backward and not torch.is_grad_enabled() and not signature.scales(needed):
+            last = products if mixed else ()
+            found = iter(_backward_of(op, mixed)(grad_output, needed, *flat, named, *last))
+            return *(next(found) if need else None for need in needed), *no_gradients
 
-            def recompute(*inputs: Any) -> Tensor:
-                return _tokens(getattr(reference, op)(*signature.arguments(inputs), *products))
+        def recompute(*inputs: Any) -> Tensor:
+            return _tokens(getattr(reference, op)(*signature.arguments(inputs), *products))
 
-            return *_reference_gradients(recompute, flat, ctx.needs_input_grad[: len(flat)], grad_output), *no_gradients
-        if len(found) != len(tensors):
-            raise ValueError(
-                f"{op}: the backward of backend {backend.name!r} must return {len(tensors)} gradients, got {len(found)}"
-            )
-        gradients = dict(zip(tensors, found, strict=True))
-        return *(gradients.get(place) for place in range(len(flat))), *no_gradients
+        return *_reference_gradients(recompute, flat, needed, grad_output), *no_gradients
 
     def fake(*inputs: Any) -> Tensor:
         flat, _, products = read(inputs)
@@ -213,6 +212,38 @@ def _register(
     registered = torch.library.custom_op(f"pvt_fast::{name}", run, mutates_args=(), schema=schema)
     registered.register_fake(fake)
     registered.register_autograd(backward, setup_context=setup_context)
+    return registered
+
+
+@cache
+def _backward_of(op: str, mixed: bool) -> torch.library.CustomOpDef:
+    """The gradients that backends have of their own as an op: opaque, as the op is, to what traces a backward."""
+    signature = SIGNATURES[op]
+
+    def run(grad_output: Tensor, needed: Sequence[bool], *inputs: Any) -> list[Tensor]:
+        *flat, named = inputs[:-1] if mixed else inputs
+        products = ((inputs[-1] if mixed else None),) if signature.mixes else ()
+        backend = dispatch.load(named.removesuffix(_IN_GRAPH), f"pvt_fast::{op}: backend")
+        tensors = [place for place, value in enumerate(flat) if isinstance(value, Tensor)]
+        with within_graph() if named.endswith(_IN_GRAPH) else nullcontext():
+            found = backend.backward[op](
+                grad_output, [needed[place] for place in tensors], *signature.arguments(flat), *products
+            )
+        if len(found) != len(tensors):
+            raise ValueError(
+                f"{op}: the backward of backend {backend.name!r} must return {len(tensors)} gradients, got {len(found)}"
+            )
+        return [gradient for place, gradient in zip(tensors, found, strict=True) if needed[place]]
+
+    def fake(grad_output: Tensor, needed: Sequence[bool], *inputs: Any) -> list[Tensor]:
+        return [torch.empty_like(value) for value, need in zip(inputs, needed, strict=False) if need]
+
+    schema = signature.schema({}, mixed).removeprefix("(").replace("-> Tensor", "-> Tensor[]")
+    name = f"pvt_fast::{'mixed_' if mixed else ''}{op}_backward"
+    registered = torch.library.custom_op(
+        name, run, mutates_args=(), schema=f"(Tensor grad_output, bool[] needed, {schema}"
+    )
+    registered.register_fake(fake)
     return registered
 
 

@@ -232,8 +232,8 @@ def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 # gradients(grad_output, needed, *arguments of the op, with its products) -> one for each of `tensors_in(arguments)`,
-# None where not needed; or None alone where it has none for such arguments: they are the reference's then
-Backward = Callable[..., Sequence[Tensor | None] | None]
+# None where not needed, with its strides and dtype. It is not asked for that of a residual_scale.
+Backward = Callable[..., Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True)

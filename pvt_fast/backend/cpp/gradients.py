@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from ... import _C
-from ...ops import HW, AttentionSpec, AttentionWeights, Backward, Linear, MlpSpec, MlpWeights, Norm, PatchEmbedWeights
+from ...ops import (
+    HW,
+    AttentionSpec,
+    AttentionWeights,
+    Backward,
+    Linear,
+    MlpSpec,
+    MlpWeights,
+    Norm,
+    PatchEmbedWeights,
+    tensors_in,
+)
 from ...ops.packing import key_of, span
 from .forward import laid_out
 from .instruction_sets import isa
@@ -29,10 +40,10 @@ def patch_embed(
     w: PatchEmbedWeights,
     stride: int,
     products: torch.dtype | None,
-) -> Gradients | None:
+) -> Gradients:
     """Of the image and the weights."""
     if not grad_output.numel():
-        return None
+        return _zeros(needed, image, w)
     chosen, given = isa(), image.detach()
     kernels, image, channels_last = laid_out(given, products)
     channels, in_channels, kernel, _ = w.proj.weight.shape
@@ -62,8 +73,8 @@ def attention(
     spec: AttentionSpec,
     residual_scale: Tensor | None,
     products: torch.dtype | None,
-) -> Gradients | None:
-    """Of x and the weights; None where one of residual_scale is needed."""
+) -> Gradients:
+    """Of x and the weights."""
 
     def build(chosen: str, dtype: _C.DType, held: Any) -> Any:
         return _C.attention_gradients(chosen, dtype, attention_form(held, spec))
@@ -80,8 +91,8 @@ def mlp(
     spec: MlpSpec,
     residual_scale: Tensor | None,
     products: torch.dtype | None,
-) -> Gradients | None:
-    """Of x and the weights; None where one of residual_scale is needed."""
+) -> Gradients:
+    """Of x and the weights."""
 
     def build(chosen: str, dtype: _C.DType, held: Any) -> Any:
         return _C.mlp_gradients(chosen, dtype, mlp_form(held, spec))
@@ -100,9 +111,9 @@ def _residual(
     spec: AttentionSpec | MlpSpec,
     residual_scale: Tensor | None,
     products: torch.dtype | None,
-) -> Gradients | None:
-    if not x.numel() or (residual_scale is not None and needed[-1]):
-        return None
+) -> Gradients:
+    if not x.numel():
+        return _zeros(needed, x, w, residual_scale)
     chosen, given, kernels = isa(), x.detach(), kernels_for(x.dtype, products)
     op = pack_op(kind, kernels, key_of(chosen, w, spec), w, _unchecked, lambda held: build(chosen, kernels.dtype, held))
     x, grad = (readable(tensor).to(kernels.storage).contiguous() for tensor in (given, grad_output))
@@ -114,10 +125,10 @@ def _residual(
     return gradients if residual_scale is None else [*gradients, None]
 
 
-def layer_norm(grad_output: Tensor, needed: Sequence[bool], x: Tensor, w: Norm) -> Gradients | None:
+def layer_norm(grad_output: Tensor, needed: Sequence[bool], x: Tensor, w: Norm) -> Gradients:
     """Of x and the weights."""
     if not x.numel():
-        return None
+        return _zeros(needed, x, w)
     chosen, given, kernels = isa(), x.detach(), kernels_for(x.dtype, None)
 
     def build(held: Norm) -> Any:
@@ -133,10 +144,10 @@ def layer_norm(grad_output: Tensor, needed: Sequence[bool], x: Tensor, w: Norm) 
 
 def head(
     grad_output: Tensor, needed: Sequence[bool], x: Tensor, w: Linear | None, products: torch.dtype | None
-) -> Gradients | None:
+) -> Gradients:
     """Of x and the weights."""
     if not x.numel():
-        return None
+        return _zeros(needed, x, w)
     chosen, given, kernels = isa(), x.detach(), kernels_for(x.dtype, products)
     batch, tokens, channels = x.shape
     classes = channels if w is None else w.weight.shape[0]
@@ -172,6 +183,12 @@ class _Found:
         for tensor, gradient in zip(self._tensors, self._floats, strict=True):
             if tensor is not None:
                 yield None if gradient is None else _like(gradient, tensor)
+
+
+def _zeros(needed: Sequence[bool], *arguments: Any) -> Gradients:
+    """Of an empty batch."""
+    tensors = tensors_in(arguments)
+    return [torch.zeros_like(tensor) if need else None for tensor, need in zip(tensors, needed, strict=True)]
 
 
 def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
