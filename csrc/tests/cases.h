@@ -74,10 +74,23 @@ struct Call {
   std::function<Values()> expected;
 };
 
+// One call of an op's gradients on drawn arguments, which it keeps.
+struct GradientCall {
+  using Forward = std::function<Values(const Values& x, const std::vector<Values>& weights)>;
+  std::string name;
+  std::vector<std::size_t> sizes;  // of the weights' gradients
+  std::size_t x_size;
+  std::function<void(void* grad_x, float* const* grads)> run;
+  Forward forward;  // the op by plain loops
+  Values x;         // as grad_x lies
+  std::vector<Values> weights;
+  Values grad_out;
+};
+
 inline double gelu(double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); }
 
 // rows of `channels`: LayerNorm, in place
-inline void layer_norm(Values& x, int channels, const Tensor& weight, const Tensor& bias, double eps) {
+inline void layer_norm(Values& x, int channels, const Values& weight, const Values& bias, double eps) {
   for (std::size_t at = 0; at < x.size(); at += channels) {
     double mean = 0, variance = 0;
     for (int c = 0; c < channels; ++c) mean += x[at + c] / channels;
@@ -86,12 +99,13 @@ inline void layer_norm(Values& x, int channels, const Tensor& weight, const Tens
   }
 }
 
-inline Values linear(const Values& x, int in, int out, const Tensor& weight, const Tensor* bias) {
+// bias: empty for none
+inline Values linear(const Values& x, int in, int out, const Values& weight, const Values& bias) {
   const std::size_t rows = x.size() / in;
   Values y(rows * out);
   for (std::size_t r = 0; r < rows; ++r)
     for (int n = 0; n < out; ++n) {
-      double total = bias ? (*bias)[n] : 0;
+      double total = bias.empty() ? 0 : bias[n];
       for (int k = 0; k < in; ++k) total += x[r * in + k] * weight[std::size_t(n) * in + k];
       y[r * out + n] = total;
     }
@@ -100,14 +114,14 @@ inline Values linear(const Values& x, int in, int out, const Tensor& weight, con
 
 // A convolution of one image [height][width][in] into [rows][columns][out], kernel k, padding `pad`.
 inline Values convolve(const Values& x, int height, int width, int in, int out, int k, int stride, int pad,
-                       const Tensor& weight, const Tensor* bias, bool depthwise) {
+                       const Values& weight, const Values& bias, bool depthwise) {
   const int rows = (height + 2 * pad - k) / stride + 1, columns = (width + 2 * pad - k) / stride + 1;
   const int per = depthwise ? 1 : in;
   Values y(std::size_t(rows) * columns * out);
   for (int r = 0; r < rows; ++r)
     for (int c = 0; c < columns; ++c)
       for (int n = 0; n < out; ++n) {
-        double total = bias ? (*bias)[n] : 0;
+        double total = bias.empty() ? 0 : bias[n];
         for (int dy = 0; dy < k; ++dy)
           for (int dx = 0; dx < k; ++dx) {
             const int row = r * stride - pad + dy, column = c * stride - pad + dx;
@@ -156,12 +170,6 @@ inline Values attend(const Values& q, const Values& kv, int channels, int head, 
   return z;
 }
 
-inline Values slice(const Tensor& x, int index, int count) {
-  Values values(count);
-  for (int i = 0; i < count; ++i) values[i] = x[std::size_t(index) * count + i];
-  return values;
-}
-
 inline void append_residual(Values& all, const Values& x, const Values& y, double scale) {
   for (std::size_t i = 0; i < x.size(); ++i) all.push_back(x[i] + scale * y[i]);
 }
@@ -185,6 +193,71 @@ struct RowsShape {
   int batch, tokens, channels, classes;  // classes 0: no classifier
 };
 
+// Each op by plain loops: of its input, and of its weights in the order of the contract, an empty one where there is
+// none.
+
+inline Values mlp(const MlpShape& s, const Values& x, const std::vector<Values>& w, const Values& scale) {
+  const int size = s.height * s.width * s.channels;
+  Values all;
+  for (int b = 0; b < s.batch; ++b) {
+    const Values image(x.begin() + b * size, x.begin() + (b + 1) * size);
+    Values y = image;
+    layer_norm(y, s.channels, w[0], w[1], 1e-6);
+    y = linear(y, s.channels, s.hidden, w[2], w[3]);
+    if (s.relu)
+      for (double& value : y) value = std::fmax(value, 0);
+    y = convolve(y, s.height, s.width, s.hidden, s.hidden, 3, 1, 1, w[4], w[5], true);
+    for (double& value : y) value = gelu(value);
+    y = linear(y, s.hidden, s.channels, w[6], w[7]);
+    append_residual(all, image, y, s.scaled ? scale[b] : 1);
+  }
+  return all;
+}
+
+inline Values attention(const AttentionShape& s, const Values& x, const std::vector<Values>& w, const Values& scale) {
+  const int size = s.height * s.width * s.channels, kernel = s.linear ? 1 : s.sr;
+  Values all;
+  for (int b = 0; b < s.batch; ++b) {
+    const Values image(x.begin() + b * size, x.begin() + (b + 1) * size);
+    Values y = image;
+    layer_norm(y, s.channels, w[0], w[1], 1e-6);
+    Values source = y;
+    if (s.linear || s.sr > 1) {
+      const int from_height = s.linear ? 7 : s.height, from_width = s.linear ? 7 : s.width;
+      if (s.linear) source = pool7(y, s.height, s.width, s.channels);
+      source = convolve(source, from_height, from_width, s.channels, s.channels, kernel, kernel, 0, w[6], w[7], false);
+      layer_norm(source, s.channels, w[8], w[9], 1e-5);
+      for (double& value : source) value = s.linear ? gelu(value) : value;
+    }
+    const Values q = linear(y, s.channels, s.channels, w[2], w[3]);
+    const Values kv = linear(source, s.channels, 2 * s.channels, w[4], w[5]);
+    const Values z = attend(q, kv, s.channels, s.channels / s.heads, float(std::pow(s.channels / s.heads, -0.5)));
+    append_residual(all, image, linear(z, s.channels, s.channels, w[10], w[11]), s.scaled ? scale[b] : 1);
+  }
+  return all;
+}
+
+// x: dense images, channels last.
+inline Values patch_embed(const EmbedShape& s, const Values& x, const std::vector<Values>& w) {
+  const int size = s.height * s.width * s.in;
+  Values all;
+  for (int b = 0; b < s.batch; ++b) {
+    const Values image(x.begin() + b * size, x.begin() + (b + 1) * size);
+    Values y =
+        convolve(image, s.height, s.width, s.in, s.channels, s.kernel, s.stride, s.kernel / 2, w[0], w[1], false);
+    layer_norm(y, s.channels, w[2], w[3], 1e-5);
+    all.insert(all.end(), y.begin(), y.end());
+  }
+  return all;
+}
+
+inline Values head(const RowsShape& s, const Values& x, const std::vector<Values>& w) {
+  Values means(std::size_t(s.batch) * s.channels);
+  for (std::size_t i = 0; i < x.size(); ++i)
+    means[i / s.channels / s.tokens * s.channels + i % s.channels] += x[i] / s.tokens;
+  return s.classes ? linear(means, s.channels, s.classes, w[0], w[1]) : means;
+}
+
 // Draws calls of one ISA's ops in one element type, every operand flush against a guard page.
 class Cases {
  public:
@@ -194,95 +267,192 @@ class Cases {
   Tensor out(const Call& call) const { return Tensor(call.out_size, dtype_, flush_); }
 
   Call mlp(const MlpShape& s) {
-    const int tokens = s.height * s.width;
-    const Tensor x = draw(std::size_t(s.batch) * tokens * s.channels, 1, 0.5), gamma = draw_floats(s.channels, 0.2, 1),
-                 beta = draw_floats(s.channels, 0.2);
-    const Tensor w1 = draw(std::size_t(s.hidden) * s.channels, std::pow(s.channels, -0.5)),
-                 b1 = draw_floats(s.hidden, 0.5);
-    const Tensor wd = draw(s.hidden * 9, 0.33), bd = draw_floats(s.hidden, 0.5);
-    const Tensor w2 = draw(std::size_t(s.hidden) * s.channels, std::pow(s.hidden, -0.5)),
-                 b2 = draw_floats(s.channels, 0.5), scale = draw(s.batch);
-    const pvt::MlpWeights weights{{gamma.floats(), beta.floats(), 1e-6f},
-                                  {w1.data(), s.bias ? b1.floats() : nullptr},
-                                  {wd.data(), s.bias ? bd.floats() : nullptr},
-                                  {w2.data(), s.bias ? b2.floats() : nullptr},
-                                  s.channels,
-                                  s.hidden,
-                                  s.relu};
-    const std::shared_ptr<pvt::ResidualOp> op = factories_.mlp(weights);
-    const auto run = [=](void* out) {
-      op->run(x.data(), {s.batch, s.height, s.width}, s.scaled ? scale.data() : nullptr, out);
-    };
-    const auto expected = [=] {
-      Values all;
-      for (int b = 0; b < s.batch; ++b) {
-        Values image = slice(x, b, tokens * s.channels), y = image;
-        layer_norm(y, s.channels, gamma, beta, 1e-6);
-        y = linear(y, s.channels, s.hidden, w1, s.bias ? &b1 : nullptr);
-        if (s.relu)
-          for (double& value : y) value = std::fmax(value, 0);
-        y = convolve(y, s.height, s.width, s.hidden, s.hidden, 3, 1, 1, wd, s.bias ? &bd : nullptr, true);
-        for (double& value : y) value = gelu(value);
-        y = linear(y, s.hidden, s.channels, w2, s.bias ? &b2 : nullptr);
-        append_residual(all, image, y, s.scaled ? scale[b] : 1);
-      }
-      return all;
-    };
-    return {"mlp " + size(s.batch, s.height, s.width, s.channels), x.size(), run, expected};
+    const auto drawn = mlp_arguments(s);
+    const std::shared_ptr<pvt::ResidualOp> op = factories_.mlp(mlp_weights(s, drawn.weights));
+    return {"mlp " + size(s.batch, s.height, s.width, s.channels), drawn.x.size(),
+            [=](void* out) { op->run(drawn.x.data(), {s.batch, s.height, s.width}, drawn.scale_data(s.scaled), out); },
+            [=] { return ::mlp(s, values(drawn.x), values(drawn.weights), values(drawn.scale)); }};
+  }
+
+  GradientCall mlp_gradients(const MlpShape& s) {
+    const auto drawn = mlp_arguments(s);
+    const std::shared_ptr<pvt::ResidualGradients> op = factories_.mlp_gradients(mlp_weights(s, drawn.weights));
+    return residual_gradients(
+        "mlp " + size(s.batch, s.height, s.width, s.channels), op, {s.batch, s.height, s.width}, drawn, s.scaled,
+        [=](const Values& x, const std::vector<Values>& w) { return ::mlp(s, x, w, values(drawn.scale)); });
   }
 
   Call attention(const AttentionShape& s) {
-    const int tokens = s.height * s.width, c2 = s.channels * s.channels, kernel = s.linear ? 1 : s.sr;
-    const bool reduce = s.linear || s.sr > 1;
-    const double spread = std::pow(s.channels, -0.5);
-    const Tensor x = draw(std::size_t(s.batch) * tokens * s.channels, 1, 0.5), gamma = draw_floats(s.channels, 0.2, 1),
-                 beta = draw_floats(s.channels, 0.2), scale = draw(s.batch);
-    const Tensor wq = draw(c2, spread), bq = draw_floats(s.channels, 0.5), wkv = draw(2 * c2, spread),
-                 bkv = draw_floats(2 * s.channels, 0.5);
-    const Tensor wp = draw(c2, spread), bp = draw_floats(s.channels, 0.5);
-    const Tensor ws = draw(std::size_t(c2) * kernel * kernel, spread / kernel), bs = draw_floats(s.channels, 0.5);
-    const Tensor gs = draw_floats(s.channels, 0.2, 1), es = draw_floats(s.channels, 0.2);
-    pvt::AttentionWeights w{};
-    w.norm = {gamma.floats(), beta.floats(), 1e-6f};
-    w.q = {wq.data(), s.bias ? bq.floats() : nullptr};
-    w.kv = {wkv.data(), s.bias ? bkv.floats() : nullptr};
-    w.proj = {wp.data(), s.bias ? bp.floats() : nullptr};
-    if (reduce) w.sr = {ws.data(), s.bias ? bs.floats() : nullptr}, w.sr_norm = {gs.floats(), es.floats(), 1e-5f};
-    w.channels = s.channels, w.heads = s.heads, w.sr_ratio = kernel, w.linear = s.linear;
-    w.scale = float(std::pow(s.channels / s.heads, -0.5));
-    const std::shared_ptr<pvt::ResidualOp> op = factories_.attention(w);
-    const auto run = [=](void* out) {
-      op->run(x.data(), {s.batch, s.height, s.width}, s.scaled ? scale.data() : nullptr, out);
-    };
-    const auto expected = [=] {
-      Values all;
-      for (int b = 0; b < s.batch; ++b) {
-        const Values image = slice(x, b, tokens * s.channels);
-        Values y = image;
-        layer_norm(y, s.channels, gamma, beta, 1e-6);
-        Values source = y;
-        if (reduce) {
-          const int from_height = s.linear ? 7 : s.height, from_width = s.linear ? 7 : s.width;
-          if (s.linear) source = pool7(y, s.height, s.width, s.channels);
-          source = convolve(source, from_height, from_width, s.channels, s.channels, kernel, kernel, 0, ws,
-                            s.bias ? &bs : nullptr, false);
-          layer_norm(source, s.channels, gs, es, 1e-5);
-          for (double& value : source) value = s.linear ? gelu(value) : value;
-        }
-        const Values q = linear(y, s.channels, s.channels, wq, s.bias ? &bq : nullptr);
-        const Values kv = linear(source, s.channels, 2 * s.channels, wkv, s.bias ? &bkv : nullptr);
-        const Values z = attend(q, kv, s.channels, s.channels / s.heads, w.scale);
-        append_residual(all, image, linear(z, s.channels, s.channels, wp, s.bias ? &bp : nullptr),
-                        s.scaled ? scale[b] : 1);
-      }
-      return all;
-    };
-    return {"attention " + size(s.batch, s.height, s.width, s.channels), x.size(), run, expected};
+    const auto drawn = attention_arguments(s);
+    const std::shared_ptr<pvt::ResidualOp> op = factories_.attention(attention_weights(s, drawn.weights));
+    return {"attention " + size(s.batch, s.height, s.width, s.channels), drawn.x.size(),
+            [=](void* out) { op->run(drawn.x.data(), {s.batch, s.height, s.width}, drawn.scale_data(s.scaled), out); },
+            [=] { return ::attention(s, values(drawn.x), values(drawn.weights), values(drawn.scale)); }};
+  }
+
+  GradientCall attention_gradients(const AttentionShape& s) {
+    const auto drawn = attention_arguments(s);
+    const std::shared_ptr<pvt::ResidualGradients> op =
+        factories_.attention_gradients(attention_weights(s, drawn.weights));
+    return residual_gradients(
+        "attention " + size(s.batch, s.height, s.width, s.channels), op, {s.batch, s.height, s.width}, drawn, s.scaled,
+        [=](const Values& x, const std::vector<Values>& w) { return ::attention(s, x, w, values(drawn.scale)); });
   }
 
   Call patch_embed(const EmbedShape& s) {
-    const int pad = s.kernel / 2, rows = (s.height + 2 * pad - s.kernel) / s.stride + 1,
-              columns = (s.width + 2 * pad - s.kernel) / s.stride + 1;
+    const auto drawn = embed_arguments(s);
+    const std::shared_ptr<pvt::PatchEmbed> op =
+        factories_.patch_embed(embed_weights(s, drawn.weights), s.channels_last);
+    return {"patch_embed " + size(s.batch, s.height, s.width, s.in), embedded_size(s),
+            [=](void* out) { op->run(view(s, drawn.x), out); },
+            [=] { return ::patch_embed(s, pixels(s, values(drawn.x)), values(drawn.weights)); }};
+  }
+
+  GradientCall patch_embed_gradients(const EmbedShape& s) {
+    const auto drawn = embed_arguments(s);
+    const std::shared_ptr<pvt::PatchEmbedGradients> op =
+        factories_.patch_embed_gradients(embed_weights(s, drawn.weights), s.channels_last);
+    const Tensor grad_out = draw(embedded_size(s));
+    const EmbedShape dense{s.batch, s.height, s.width, s.in, s.channels, s.kernel, s.stride, s.channels_last};
+    return {"patch_embed " + size(s.batch, s.height, s.width, s.in),
+            op->sizes(),
+            std::size_t(s.batch) * s.height * s.width * s.in,
+            [=](void* grad_x, float* const* grads) { op->run(view(s, drawn.x), grad_out.data(), grad_x, grads); },
+            [=](const Values& x, const std::vector<Values>& w) { return ::patch_embed(s, pixels(dense, x), w); },
+            packed(s, values(drawn.x)),
+            values(drawn.weights),
+            values(grad_out)};
+  }
+
+  Call norm(const RowsShape& s) {
+    const auto drawn = norm_arguments(s);
+    const std::shared_ptr<pvt::LayerNorm> op =
+        factories_.layer_norm({drawn.weights[0].floats(), drawn.weights[1].floats(), 1e-6f}, s.channels);
+    return {"layer_norm " + size(s.batch, s.tokens, 1, s.channels), drawn.x.size(),
+            [=](void* out) { op->run(drawn.x.data(), std::int64_t(s.batch) * s.tokens, out); },
+            [=] { return normed(s, values(drawn.x), values(drawn.weights)); }};
+  }
+
+  GradientCall norm_gradients(const RowsShape& s) {
+    const auto drawn = norm_arguments(s);
+    const std::shared_ptr<pvt::LayerNormGradients> op =
+        factories_.layer_norm_gradients({drawn.weights[0].floats(), drawn.weights[1].floats(), 1e-6f}, s.channels);
+    const Tensor grad_out = draw(drawn.x.size());
+    return {"layer_norm " + size(s.batch, s.tokens, 1, s.channels),
+            op->sizes(),
+            drawn.x.size(),
+            [=](void* grad_x, float* const* grads) {
+              op->run(drawn.x.data(), std::int64_t(s.batch) * s.tokens, grad_out.data(), grad_x, grads);
+            },
+            [=](const Values& x, const std::vector<Values>& w) { return normed(s, x, w); },
+            values(drawn.x),
+            values(drawn.weights),
+            values(grad_out)};
+  }
+
+  Call head(const RowsShape& s) {
+    const auto drawn = head_arguments(s);
+    const std::shared_ptr<pvt::Head> op = factories_.head(classifier(s, drawn.weights), s.channels, s.classes);
+    return {"head " + size(s.batch, s.tokens, 1, s.channels), outputs(s),
+            [=](void* out) { op->run(drawn.x.data(), s.batch, s.tokens, out); },
+            [=] { return ::head(s, values(drawn.x), values(drawn.weights)); }};
+  }
+
+  GradientCall head_gradients(const RowsShape& s) {
+    const auto drawn = head_arguments(s);
+    const std::shared_ptr<pvt::HeadGradients> op =
+        factories_.head_gradients(classifier(s, drawn.weights), s.channels, s.classes);
+    const Tensor grad_out = draw(outputs(s));
+    return {"head " + size(s.batch, s.tokens, 1, s.channels),
+            op->sizes(),
+            drawn.x.size(),
+            [=](void* grad_x, float* const* grads) {
+              op->run(drawn.x.data(), s.batch, s.tokens, grad_out.data(), grad_x, grads);
+            },
+            [=](const Values& x, const std::vector<Values>& w) { return ::head(s, x, w); },
+            values(drawn.x),
+            values(drawn.weights),
+            values(grad_out)};
+  }
+
+ private:
+  // Weights in the order of the contract; one of no elements is absent.
+  struct Arguments {
+    Tensor x, scale;
+    std::vector<Tensor> weights;
+    const void* scale_data(bool scaled) const { return scaled ? scale.data() : nullptr; }
+  };
+  static Values values(const Tensor& tensor) {
+    Values all(tensor.size());
+    for (std::size_t i = 0; i < all.size(); ++i) all[i] = tensor[i];
+    return all;
+  }
+  static std::vector<Values> values(const std::vector<Tensor>& tensors) {
+    std::vector<Values> all;
+    for (const Tensor& tensor : tensors) all.push_back(values(tensor));
+    return all;
+  }
+  static const float* bias(const Tensor& tensor) { return tensor.size() ? tensor.floats() : nullptr; }
+
+  Arguments mlp_arguments(const MlpShape& s) {
+    const std::size_t c = s.channels, h = s.hidden, b = s.bias ? 1 : 0;
+    return {draw(std::size_t(s.batch) * s.height * s.width * c, 1, 0.5),
+            draw(s.batch),
+            {draw_floats(c, 0.2, 1), draw_floats(c, 0.2), draw(h * c, std::pow(c, -0.5)), draw_floats(b * h, 0.5),
+             draw(h * 9, 0.33), draw_floats(b * h, 0.5), draw(h * c, std::pow(h, -0.5)), draw_floats(b * c, 0.5)}};
+  }
+  static pvt::MlpWeights mlp_weights(const MlpShape& s, const std::vector<Tensor>& w) {
+    return {{w[0].floats(), w[1].floats(), 1e-6f},
+            {w[2].data(), bias(w[3])},
+            {w[4].data(), bias(w[5])},
+            {w[6].data(), bias(w[7])},
+            s.channels,
+            s.hidden,
+            s.relu};
+  }
+
+  Arguments attention_arguments(const AttentionShape& s) {
+    const std::size_t c = s.channels, kernel = s.linear ? 1 : s.sr, r = s.linear || s.sr > 1 ? 1 : 0,
+                      b = s.bias ? 1 : 0;
+    const double spread = std::pow(c, -0.5);
+    return {draw(std::size_t(s.batch) * s.height * s.width * c, 1, 0.5),
+            draw(s.batch),
+            {draw_floats(c, 0.2, 1), draw_floats(c, 0.2), draw(c * c, spread), draw_floats(b * c, 0.5),
+             draw(2 * c * c, spread), draw_floats(b * 2 * c, 0.5), draw(r * c * c * kernel * kernel, spread / kernel),
+             draw_floats(r * b * c, 0.5), draw_floats(r * c, 0.2, 1), draw_floats(r * c, 0.2), draw(c * c, spread),
+             draw_floats(b * c, 0.5)}};
+  }
+  static pvt::AttentionWeights attention_weights(const AttentionShape& s, const std::vector<Tensor>& t) {
+    pvt::AttentionWeights w{};
+    w.norm = {t[0].floats(), t[1].floats(), 1e-6f};
+    w.q = {t[2].data(), bias(t[3])}, w.kv = {t[4].data(), bias(t[5])}, w.proj = {t[10].data(), bias(t[11])};
+    if (t[6].size()) w.sr = {t[6].data(), bias(t[7])}, w.sr_norm = {t[8].floats(), t[9].floats(), 1e-5f};
+    w.channels = s.channels, w.heads = s.heads, w.sr_ratio = s.linear ? 1 : s.sr, w.linear = s.linear;
+    w.scale = float(std::pow(s.channels / s.heads, -0.5));
+    return w;
+  }
+
+  GradientCall residual_gradients(const std::string& name, const std::shared_ptr<pvt::ResidualGradients>& op,
+                                  const pvt::Map& map, const Arguments& drawn, bool scaled,
+                                  const GradientCall::Forward& forward) {
+    const Tensor grad_out = draw(drawn.x.size());
+    return {name,
+            op->sizes(),
+            drawn.x.size(),
+            [=](void* grad_x, float* const* grads) {
+              op->run(drawn.x.data(), map, drawn.scale_data(scaled), grad_out.data(), grad_x, grads);
+            },
+            forward,
+            values(drawn.x),
+            values(drawn.weights),
+            values(grad_out)};
+  }
+
+  static std::size_t place(const EmbedShape& s, int b, int c, int y, int x) {
+    const pvt::Image at = strides(s);
+    return std::size_t(b * at.stride_batch + c * at.stride_channel + y * at.stride_row + x * at.stride_column);
+  }
+  static pvt::Image strides(const EmbedShape& s) {
     pvt::Image view{nullptr, s.batch, s.height, s.width, 0, 1, 0, s.in};
     view.stride_row = (s.width + s.gap) * view.stride_column;
     if (!s.channels_last) {
@@ -291,73 +461,73 @@ class Cases {
       view.stride_channel = s.height * view.stride_row + s.gap;
     }
     view.stride_batch = s.channels_last ? s.height * view.stride_row + s.gap : s.in * view.stride_channel;
-    const auto place = [=](int b, int c, int y, int x) {
-      return std::size_t(b * view.stride_batch + c * view.stride_channel + y * view.stride_row +
-                         x * view.stride_column);
-    };
-    Tensor image(place(s.batch - 1, s.in - 1, s.height - 1, s.width - 1) + 1, dtype_, flush_);
-    std::normal_distribution<double> normal(0.5, 1);
-    for (int b = 0; b < s.batch; ++b)
-      for (int c = 0; c < s.in; ++c)
-        for (int y = 0; y < s.height; ++y)
-          for (int x = 0; x < s.width; ++x) image.set(place(b, c, y, x), float(normal(random_)));
-    image.seal();
+    return view;
+  }
+  static pvt::Image view(const EmbedShape& s, const Tensor& image) {
+    pvt::Image view = strides(s);
     view.data = image.data();
-    const Tensor gamma = draw_floats(s.channels, 0.2, 1), beta = draw_floats(s.channels, 0.2);
-    const Tensor weight =
-        draw(std::size_t(s.channels) * s.in * s.kernel * s.kernel, 1.0 / (s.kernel * std::sqrt(s.in)));
-    const Tensor bias = draw_floats(s.channels, 0.5);
-    const pvt::PatchEmbedWeights w{
-        {weight.data(), bias.floats()}, {gamma.floats(), beta.floats(), 1e-5f}, s.in, s.channels, s.kernel, s.stride};
-    const std::shared_ptr<pvt::PatchEmbed> op = factories_.patch_embed(w, s.channels_last);
-    const auto expected = [=] {
-      Values all;
-      for (int b = 0; b < s.batch; ++b) {
-        Values x;
-        for (int i = 0; i < s.height * s.width; ++i)
-          for (int c = 0; c < s.in; ++c) x.push_back(image[place(b, c, i / s.width, i % s.width)]);
-        Values y = convolve(x, s.height, s.width, s.in, s.channels, s.kernel, s.stride, pad, weight, &bias, false);
-        layer_norm(y, s.channels, gamma, beta, 1e-5);
-        all.insert(all.end(), y.begin(), y.end());
-      }
-      return all;
-    };
-    return {"patch_embed " + size(s.batch, s.height, s.width, s.in), std::size_t(s.batch) * rows * columns * s.channels,
-            [=](void* out) { op->run(view, out); }, expected};
+    return view;
+  }
+  template <class Body>
+  static void for_pixels(const EmbedShape& s, const Body& body) {
+    for (int b = 0; b < s.batch; ++b)
+      for (int y = 0; y < s.height; ++y)
+        for (int x = 0; x < s.width; ++x)
+          for (int c = 0; c < s.in; ++c) body(b, c, y, x);
+  }
+  // Of an image as it lies in memory: dense, channels last.
+  static Values pixels(const EmbedShape& s, const Values& image) {
+    Values all;
+    for_pixels(s, [&](int b, int c, int y, int x) { all.push_back(image[place(s, b, c, y, x)]); });
+    return all;
+  }
+  // The same dense, channels last or not as it was.
+  static Values packed(EmbedShape s, const Values& image) {
+    EmbedShape dense = s;
+    dense.gap = 0;
+    Values all(std::size_t(s.batch) * s.height * s.width * s.in);
+    for_pixels(s, [&](int b, int c, int y, int x) { all[place(dense, b, c, y, x)] = image[place(s, b, c, y, x)]; });
+    return all;
+  }
+  Arguments embed_arguments(const EmbedShape& s) {
+    const std::size_t c = s.channels;
+    Tensor image(place(s, s.batch - 1, s.in - 1, s.height - 1, s.width - 1) + 1, dtype_, flush_);
+    std::normal_distribution<double> normal(0.5, 1);
+    for_pixels(s, [&](int b, int i, int y, int x) { image.set(place(s, b, i, y, x), float(normal(random_))); });
+    image.seal();
+    return {image,
+            draw(0),
+            {draw(c * s.in * s.kernel * s.kernel, 1.0 / (s.kernel * std::sqrt(s.in))), draw_floats(c, 0.5),
+             draw_floats(c, 0.2, 1), draw_floats(c, 0.2)}};
+  }
+  static pvt::PatchEmbedWeights embed_weights(const EmbedShape& s, const std::vector<Tensor>& w) {
+    return {{w[0].data(), w[1].floats()}, {w[2].floats(), w[3].floats(), 1e-5f}, s.in, s.channels, s.kernel, s.stride};
+  }
+  static std::size_t embedded_size(const EmbedShape& s) {
+    const int pad = s.kernel / 2, rows = (s.height + 2 * pad - s.kernel) / s.stride + 1,
+              columns = (s.width + 2 * pad - s.kernel) / s.stride + 1;
+    return std::size_t(s.batch) * rows * columns * s.channels;
   }
 
-  Call norm(const RowsShape& s) {
-    const Tensor x = draw(std::size_t(s.batch) * s.tokens * s.channels, 1, 3), gamma = draw_floats(s.channels, 0.2, 1),
-                 beta = draw_floats(s.channels, 0.2);
-    const std::shared_ptr<pvt::LayerNorm> op =
-        factories_.layer_norm({gamma.floats(), beta.floats(), 1e-6f}, s.channels);
-    const auto expected = [=] {
-      Values all = slice(x, 0, int(x.size()));
-      layer_norm(all, s.channels, gamma, beta, 1e-6);
-      return all;
-    };
-    return {"layer_norm " + size(s.batch, s.tokens, 1, s.channels), x.size(),
-            [=](void* out) { op->run(x.data(), std::int64_t(s.batch) * s.tokens, out); }, expected};
+  Arguments norm_arguments(const RowsShape& s) {
+    return {draw(std::size_t(s.batch) * s.tokens * s.channels, 1, 3),
+            draw(0),
+            {draw_floats(s.channels, 0.2, 1), draw_floats(s.channels, 0.2)}};
   }
-
-  Call head(const RowsShape& s) {
-    const Tensor x = draw(std::size_t(s.batch) * s.tokens * s.channels, 1, 3);
-    const Tensor weight = draw(std::size_t(s.classes) * s.channels, std::pow(s.channels, -0.5)),
-                 bias = draw_floats(s.classes, 0.5);
-    const std::shared_ptr<pvt::Head> op =
-        factories_.head(s.classes ? pvt::Linear{weight.data(), bias.floats()} : pvt::Linear{}, s.channels, s.classes);
-    const auto expected = [=] {
-      Values means(std::size_t(s.batch) * s.channels);
-      for (std::size_t i = 0; i < x.size(); ++i)
-        means[i / s.channels / s.tokens * s.channels + i % s.channels] += x[i] / s.tokens;
-      return s.classes ? linear(means, s.channels, s.classes, weight, &bias) : means;
-    };
-    return {"head " + size(s.batch, s.tokens, 1, s.channels),
-            std::size_t(s.batch) * (s.classes ? s.classes : s.channels),
-            [=](void* out) { op->run(x.data(), s.batch, s.tokens, out); }, expected};
+  static Values normed(const RowsShape& s, Values x, const std::vector<Values>& w) {
+    layer_norm(x, s.channels, w[0], w[1], 1e-6);
+    return x;
   }
+  Arguments head_arguments(const RowsShape& s) {
+    return {draw(std::size_t(s.batch) * s.tokens * s.channels, 1, 3),
+            draw(0),
+            {draw(std::size_t(s.classes) * s.channels, std::pow(s.channels, -0.5)), draw_floats(s.classes, 0.5)}};
+  }
+  static pvt::Linear classifier(const RowsShape& s, const std::vector<Tensor>& w) {
+    return s.classes ? pvt::Linear{w[0].data(), w[1].floats()} : pvt::Linear{};
+  }
+  static std::size_t outputs(const RowsShape& s) { return std::size_t(s.batch) * (s.classes ? s.classes : s.channels); }
 
- private:
   Tensor draw(std::size_t size, double deviation = 1, double mean = 0) {
     return draw_as(dtype_, size, deviation, mean);
   }

@@ -1,4 +1,4 @@
-"""The C++ backend's own gradients, on every instruction set: parity at the stages' sizes, and the same bits each time."""
+"""The C++ backend's own gradients on every instruction set: parity at the stages' sizes, the same bits each time."""
 
 import pytest
 import torch
