@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -23,6 +25,9 @@ from .graphs.program import Whole
 from .images.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from .layers import Block, DWConvMLP, OverlapPatchEmbed, SpatialReductionAttention, classifier, map_of, stage_norm
 from .ops import packing, to_tokens
+
+
+logger = logging.getLogger("pvt_fast")
 
 
 class PVT_V2(nn.Module, HubMixin, TimmConventions):
@@ -397,8 +402,21 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         return super().train(mode)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In training keep only each block's input, and recompute the block in the backward."""
+        """In training keep only each block's input, and recompute the block in the backward.
+
+        Where a block runs on ops whose backward is fused, those keep no more than their two inputs anyway: the log says
+        so, once.
+        """
         self._checkpointing = flag("set_grad_checkpointing: enable", enable)
+        if enable and (backend := self._fused_backward()) is not None:
+            log_little_to_save(backend)
+
+    def _fused_backward(self) -> str | None:
+        """The backend on which the first block's gradients are fused, if they are."""
+        block = next(iter(self.block1), None)
+        fused = block._fused.current(block) if isinstance(block, Block) else None
+        name = None if fused is None or not fused.whole else fused.backend(block)[0]
+        return name if name is not None and {"attention", "mlp"} <= dispatch.load(name).backward.keys() else None
 
     def set_norm_eps(
         self, *, block: float | None = None, patch_embed: float | None = None, reduction: float | None = None
@@ -438,6 +456,14 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
         """The configuration."""
         fields = {name: getattr(self.config, name) for name in self.config.__dataclass_fields__}
         return ", ".join(f"{name}={value}" for name, value in fields.items()) + f", backend={self.backend!r}"
+
+
+@cache
+def log_little_to_save(backend: str) -> None:
+    logger.info(
+        "gradient checkpointing saves one map of two in each block on backend %r, and computes the block once more",
+        backend,
+    )
 
 
 _METHODS = [

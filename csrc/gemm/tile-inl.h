@@ -52,13 +52,10 @@ PVT_INLINE void multiply_tile(const float* a, std::ptrdiff_t lda, const float* b
 // roundings of its size, a sum of short sums by far less, and the long products here (k up to 4096) would otherwise err
 // more than a BLAS does. Products of bf16 need it not: their own rounding is larger.
 // Without fused multiply-adds each term rounds twice.
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-constexpr int kFloatDepthBlock = 256;
-#else
-constexpr int kFloatDepthBlock = 32;
-#endif
 template <class E>
-constexpr int kDepthBlock = std::is_same_v<E, float> ? kFloatDepthBlock : 1 << 30;
+constexpr int kDepthBlock = !std::is_same_v<E, float>   ? 1 << 30
+                            : Target::kFusedMultiplyAdd ? 256
+                                                        : 32;
 
 // k of [begin, end).
 template <int kRows, int kVectors, class E, class Fetch>

@@ -9,7 +9,7 @@
 namespace pvt::avx2 {
 struct Target {
   static constexpr int kLanes = 8, kPanelVectors = 2;
-  static constexpr bool kMatrixUnit = false;
+  static constexpr bool kMatrixUnit = false, kFusedMultiplyAdd = true;
   // 16 registers: 6 x 2 accumulators + 2 of the panel + 1 broadcast = 15; 20 instructions for 12 multiply-adds
   static constexpr int kTileRows = 6, kNarrowTileRows = kTileRows;
 };

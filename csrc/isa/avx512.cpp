@@ -9,7 +9,7 @@
 namespace pvt::avx512 {
 struct Target {
   static constexpr int kLanes = 16, kPanelVectors = 4;
-  static constexpr bool kMatrixUnit = false;
+  static constexpr bool kMatrixUnit = false, kFusedMultiplyAdd = true;
   // 32 registers: 6 x 4 accumulators + 4 of the panel + 1 broadcast = 29; 34 instructions for 24 multiply-adds
   static constexpr int kTileRows = 6;
   // for the last panel of a matrix, where 4 vectors are too wide: 14 x 2 + 2 + 1 = 31; 44 for 28

@@ -9,7 +9,7 @@
 namespace pvt::avx512_bf16 {
 struct Target {
   static constexpr int kLanes = 16, kPanelVectors = 4;
-  static constexpr bool kMatrixUnit = false;
+  static constexpr bool kMatrixUnit = false, kFusedMultiplyAdd = true;
   static constexpr int kTileRows = 6, kNarrowTileRows = 14;  // as avx512.cpp's
 };
 #include "simd/vec-inl.h"

@@ -6,7 +6,7 @@
 namespace pvt::neon {
 struct Target {
   static constexpr int kLanes = 4, kPanelVectors = 2;
-  static constexpr bool kMatrixUnit = false;
+  static constexpr bool kMatrixUnit = false, kFusedMultiplyAdd = true;
   // 32 registers, a row's value in a register of its own, of which fmla takes one lane: 10 x 2 accumulators + 2 of the
   // panel + 10; at 12 x 2 GCC 12 spills accumulators inside the loop, as it loads the rows' values ahead
   static constexpr int kTileRows = 10, kNarrowTileRows = kTileRows;

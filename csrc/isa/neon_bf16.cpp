@@ -10,7 +10,7 @@
 namespace pvt::neon_bf16 {
 struct Target {
   static constexpr int kLanes = 4, kPanelVectors = 2;
-  static constexpr bool kMatrixUnit = false;
+  static constexpr bool kMatrixUnit = false, kFusedMultiplyAdd = true;
   static constexpr int kTileRows = 10, kNarrowTileRows = kTileRows;  // as neon.cpp's
 };
 #include "simd/vec-inl.h"

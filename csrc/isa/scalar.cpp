@@ -4,7 +4,7 @@
 namespace pvt::scalar {
 struct Target {
   static constexpr int kLanes = 4, kPanelVectors = 2;
-  static constexpr bool kMatrixUnit = false;
+  static constexpr bool kMatrixUnit = false, kFusedMultiplyAdd = false;
   // 16 registers, one more for the product: 4 x 2 accumulators + 2 of the panel + 1 broadcast + 1 = 12
   static constexpr int kTileRows = 4, kNarrowTileRows = kTileRows;
 };

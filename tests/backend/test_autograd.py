@@ -9,6 +9,7 @@ from torch import Tensor
 
 import pvt_fast
 from pvt_fast import PVT_V2
+from pvt_fast import model as model_module
 from pvt_fast.backend import registered as library
 from pvt_fast.ops import map_tensors, reference
 from pvt_fast.testing import AttentionCase, Case, MlpCase, PatchEmbedCase, assert_parity, run
@@ -174,6 +175,20 @@ def test_checkpointing_recomputes_blocks_and_not_without_gradients(add_backend, 
     with torch.no_grad():
         model(image)
     assert len(calls) == 3
+
+
+def test_checkpointing_that_saves_little_says_so(caplog):
+    model_module.log_little_to_save.cache_clear()
+    with caplog.at_level("INFO", "pvt_fast"):
+        model = tiny()
+        model.backend = "reference"
+        model.set_grad_checkpointing()
+        assert not caplog.messages
+        model.backend = "cpp"
+        model.set_grad_checkpointing(False)
+        model.set_grad_checkpointing()
+        model.set_grad_checkpointing()
+    assert len(caplog.messages) == 1 and "saves one map of two in each block on backend 'cpp'" in caplog.messages[0]
 
 
 @pytest.mark.not_interpreted
