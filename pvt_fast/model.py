@@ -26,7 +26,6 @@ from .images.pixels import IMAGENET_MEAN, IMAGENET_STD, normalise
 from .layers import Block, DWConvMLP, OverlapPatchEmbed, SpatialReductionAttention, classifier, map_of, stage_norm
 from .ops import packing, to_tokens
 
-
 logger = logging.getLogger("pvt_fast")
 
 
@@ -413,9 +412,9 @@ class PVT_V2(nn.Module, HubMixin, TimmConventions):
 
     def _fused_backward(self) -> str | None:
         """The backend on which the first block's gradients are fused, if they are."""
-        block = next(iter(self.block1), None)
-        fused = block._fused.current(block) if isinstance(block, Block) else None
-        name = None if fused is None or not fused.whole else fused.backend(block)[0]
+        block = next((module for module in self.modules() if isinstance(module, Block)), None)
+        fused = None if block is None else block._fused.current(block)
+        name = None if block is None or fused is None or not fused.whole else fused.backend(block)[0]
         return name if name is not None and {"attention", "mlp"} <= dispatch.load(name).backward.keys() else None
 
     def set_norm_eps(

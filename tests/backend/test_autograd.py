@@ -188,7 +188,8 @@ def test_checkpointing_that_saves_little_says_so(caplog):
         model.set_grad_checkpointing(False)
         model.set_grad_checkpointing()
         model.set_grad_checkpointing()
-    assert len(caplog.messages) == 1 and "saves one map of two in each block on backend 'cpp'" in caplog.messages[0]
+    assert len(caplog.messages) == 1
+    assert "saves one map of two in each block on backend 'cpp'" in caplog.messages[0]
 
 
 @pytest.mark.not_interpreted
