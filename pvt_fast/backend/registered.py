@@ -233,9 +233,10 @@ def _backward_of(op: str, mixed: bool) -> torch.library.CustomOpDef:
             raise ValueError(
                 f"{op}: the backward of backend {backend.name!r} must return {len(tensors)} gradients, got {len(found)}"
             )
-        return [
-            gradient for place, gradient in zip(tensors, found, strict=True) if needed[place] and gradient is not None
-        ]
+        given = [gradient for place, gradient in zip(tensors, found, strict=True) if needed[place]]
+        if any(gradient is None for gradient in given):
+            raise ValueError(f"{op}: the backward of backend {backend.name!r} must return all needed, got None for one")
+        return given  # type: ignore[return-value]  # none is None
 
     def fake(grad_output: Tensor, needed: Sequence[bool], *inputs: Any) -> list[Tensor]:
         return [torch.empty_like(value) for value, need in zip(inputs, needed, strict=False) if need]
