@@ -83,7 +83,9 @@ def test_a_new_weight_field_is_an_argument_without_more():
 
 def arguments() -> tuple:
     made = MlpCase(2, (6, 5), 16, 24, scale_residual=True).make(torch.float32)
-    return map_tensors(made, lambda tensor: tensor.detach().clone().requires_grad_())
+    given = map_tensors(made, lambda tensor: tensor.detach().clone().requires_grad_())
+    given[4].requires_grad_(False)  # a residual_scale's gradient is the reference's, and with it all others
+    return given
 
 
 def test_a_backends_own_backward_is_taken(add_backend):
@@ -105,7 +107,7 @@ def test_a_backends_own_backward_is_taken(add_backend):
     registered.registered("cpp").mlp(*given).sum().backward()
     assert seen == [(given[0].shape, given[1], given[3])]
     for tensor in tensors_in(given):
-        assert tensor.grad is None if tensor is given[2].fc1.weight else bool((tensor.grad == 7.0).all())
+        assert bool((tensor.grad == 7.0).all()) if tensor.requires_grad else tensor.grad is None
 
 
 def test_without_one_it_is_the_references(add_backend):
@@ -117,7 +119,18 @@ def test_without_one_it_is_the_references(add_backend):
     registered.registered("cpp").mlp(*ours).sum().backward()
     reference.mlp(*plain).sum().backward()
     for own, other in zip(tensors_in(ours), tensors_in(plain), strict=True):
-        assert torch.equal(own.grad, other.grad)
+        assert own.grad is other.grad is None or torch.equal(own.grad, other.grad)
+
+
+def test_that_of_a_residual_scale_is_the_references(add_backend):
+    def refuse(*_):
+        raise AssertionError("it is not asked for that")
+
+    add_backend(replace(cpp.BACKEND, backward={"mlp": refuse}))
+    given = arguments()
+    given[4].requires_grad_()
+    registered.registered("cpp").mlp(*given).sum().backward()
+    assert given[4].grad.abs().sum() > 0
 
 
 def test_gradients_to_be_differentiated_are_the_references(add_backend):
@@ -136,4 +149,7 @@ def test_a_backward_of_no_op_and_one_that_returns_too_few_are_refused(add_backen
         replace(cpp.BACKEND, backward={"sr_attention": lambda *_: []})
     add_backend(replace(cpp.BACKEND, backward={"mlp": lambda *_: [None, None]}))
     with pytest.raises(ValueError, match="mlp: the backward of backend 'cpp' must return 10 gradients, got 2"):
+        registered.registered("cpp").mlp(*arguments()).sum().backward()
+    add_backend(replace(cpp.BACKEND, backward={"mlp": lambda *_: [None] * 10}))
+    with pytest.raises(ValueError, match="mlp: the backward of backend 'cpp' must return all needed, got None for one"):
         registered.registered("cpp").mlp(*arguments()).sum().backward()
