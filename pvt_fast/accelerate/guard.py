@@ -83,9 +83,8 @@ def ambient() -> str | None:
 
 def products_now(x: torch.Tensor) -> torch.dtype | None:
     """The dtype that autocast gives products on the device of x; None where it is off."""
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return None
-    return torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type  # not x.is_meta, which a compiler keeps as an operation
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
 
 
 def hooks_on_all_modules() -> bool:
