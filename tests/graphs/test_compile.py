@@ -498,13 +498,13 @@ def builds(add_backend) -> list[str]:
     """A backend that packs its MLP weights (into nothing) and lists each time it does."""
     log: list[str] = []
 
-    def mlp(x, hw, w, spec, residual_scale=None):
+    def mlp(x, hw, w, spec, residual_scale=None, products=None):
         def build(_):
             log.append("mlp")
             return w.fc1.weight.detach().clone()
 
         assert torch.equal(packed("fc1", "layout", (w.fc1.weight,), build), w.fc1.weight), "stale"
-        return reference.mlp(x, hw, w, spec, residual_scale)
+        return reference.mlp(x, hw, w, spec, residual_scale, products)
 
     add_backend(replace(reference.BACKEND, support=Support("packing"), mlp=mlp))
     return log
