@@ -150,6 +150,13 @@ class Signature:
         last = ["str backend", "ScalarType products"] if mixed else ["str backend"]
         return f"({', '.join([*flat, *last])}) -> Tensor"
 
+    def read(self, inputs: Sequence[Any], mixed: bool) -> tuple[list[Any], str, tuple]:
+        """Of what a registered op is called with: the flat arguments, the backend's name, and the products as the
+        contract's op takes them after the others; mixed: are they among the inputs?
+        """
+        *flat, named = inputs[:-1] if mixed else inputs
+        return flat, named, ((inputs[-1] if mixed else None),) if self.mixes else ()
+
     def scales(self, needed: Sequence[bool]) -> bool:
         """Is the gradient of a residual_scale among those needed of the flat arguments?"""
         return any(need and leaf.name == "residual_scale" for leaf, need in zip(self._leaves, needed, strict=True))
@@ -169,14 +176,9 @@ def _register(
 ) -> torch.library.CustomOpDef:
     """Register the contract's `op` as `pvt_fast::<name>`; mixed: with products."""
 
-    def read(inputs: Sequence[Any]) -> tuple[list[Any], str, tuple]:
-        """The flat arguments, the backend's name, and the argument that follows the others in the contract."""
-        *flat, named = inputs[:-1] if mixed else inputs
-        return flat, named, ((inputs[-1] if mixed else None),) if signature.mixes else ()
-
     def run(*inputs: Any) -> Tensor:
         ops.refuse_forward_mode(f"pvt_fast::{name}")
-        flat, named, products = read(inputs)
+        flat, named, products = signature.read(inputs, mixed)
         backend = dispatch.load(named.removesuffix(_IN_GRAPH), f"pvt_fast::{name}: backend")
         with within_graph() if named.endswith(_IN_GRAPH) else nullcontext():
             output = getattr(backend, op)(*signature.arguments(flat), *products)
@@ -188,14 +190,14 @@ def _register(
 
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         saved = iter(ctx.saved_tensors)
-        flat, named, products = read([next(saved) if value is None else value[0] for value in ctx.rest])
+        inputs = [next(saved) if value is None else value[0] for value in ctx.rest]
+        flat, named, products = signature.read(inputs, mixed)
         no_gradients = (None,) * (len(ctx.rest) - len(flat))
         backend = dispatch.load(named.removesuffix(_IN_GRAPH), f"pvt_fast::{name}: backend")
         needed = list(ctx.needs_input_grad[: len(flat)])
         # else they are to be differentiated in their turn
         if op in backend.backward and not torch.is_grad_enabled() and not signature.scales(needed):
-            last = products if mixed else ()
-            found = iter(_backward_of(op, mixed)(grad_output, needed, *flat, named, *last))
+            found = iter(_backward_of(op, mixed)(grad_output, needed, *inputs))
             return *(next(found) if need else None for need in needed), *no_gradients
 
         def recompute(*inputs: Any) -> Tensor:
@@ -204,7 +206,7 @@ def _register(
         return *_reference_gradients(recompute, flat, needed, grad_output), *no_gradients
 
     def fake(*inputs: Any) -> Tensor:
-        flat, _, products = read(inputs)
+        flat, _, products = signature.read(inputs, mixed)
         shape, dtype = ops.output_like(op, *signature.arguments(flat), *products)
         return flat[0].new_empty(shape, dtype=dtype)
 
@@ -221,8 +223,7 @@ def _backward_of(op: str, mixed: bool) -> torch.library.CustomOpDef:
     signature = SIGNATURES[op]
 
     def run(grad_output: Tensor, needed: Sequence[bool], *inputs: Any) -> list[Tensor]:
-        *flat, named = inputs[:-1] if mixed else inputs
-        products = ((inputs[-1] if mixed else None),) if signature.mixes else ()
+        flat, named, products = signature.read(inputs, mixed)
         backend = dispatch.load(named.removesuffix(_IN_GRAPH), f"pvt_fast::{op}: backend")
         tensors = [place for place, value in enumerate(flat) if isinstance(value, Tensor)]
         with within_graph() if named.endswith(_IN_GRAPH) else nullcontext():

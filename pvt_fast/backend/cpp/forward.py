@@ -28,7 +28,18 @@ from ...ops import (
 )
 from ...ops.packing import key_of, span
 from .instruction_sets import isa
-from .weights import Kernels, attention_form, kernels_for, linear_form, mlp_form, norm_form, pack_op, readable
+from .weights import (
+    Kernels,
+    attention_form,
+    kernels_for,
+    linear_form,
+    mlp_form,
+    norm_form,
+    pack_op,
+    readable,
+    span_if,
+    stored_scale,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SUPPORT = Support(
@@ -57,7 +68,7 @@ def patch_embed(
         return _C.PatchEmbed(chosen, kernels.dtype, linear_form(held.proj), norm_form(held.norm), sizes, channels_last)
 
     kind = "patch_embed channels_last" if channels_last else "patch_embed"
-    op = pack_op(kind, kernels, key_of(chosen, w, stride), w, check, build)
+    op = pack_op(kind, kernels, key_of(chosen, w, stride), w, build, check)
     out = torch.empty((image.shape[0], hw[0] * hw[1], channels), dtype=image.dtype, device=image.device)
     op.run(span(image), (image.shape[0], *image.shape[2:]), image.stride(), span(out))
     return out.to(result_dtype("patch_embed", "cpu", given.dtype, products)), hw
@@ -95,8 +106,8 @@ def attention(
     def build(held: Any) -> Any:
         return _C.attention(chosen, kernels.dtype, attention_form(held, spec))
 
-    op = pack_op("attention", kernels, key_of(chosen, w, spec), w, check, build)
-    return _run_residual(op, x, hw, residual_scale).to(given.dtype)
+    op = pack_op("attention", kernels, key_of(chosen, w, spec), w, build, check)
+    return _run_residual(op, x, hw, stored_scale(residual_scale, kernels)).to(given.dtype)
 
 
 def mlp(
@@ -119,8 +130,8 @@ def mlp(
     def build(held: Any) -> Any:
         return _C.mlp(chosen, kernels.dtype, mlp_form(held, spec))
 
-    op = pack_op("mlp", kernels, key_of(chosen, w, spec), w, check, build)
-    return _run_residual(op, x, hw, residual_scale).to(given.dtype)
+    op = pack_op("mlp", kernels, key_of(chosen, w, spec), w, build, check)
+    return _run_residual(op, x, hw, stored_scale(residual_scale, kernels)).to(given.dtype)
 
 
 def layer_norm(x: Tensor, w: Norm) -> Tensor:
@@ -136,7 +147,7 @@ def layer_norm(x: Tensor, w: Norm) -> Tensor:
     def build(held: Norm) -> Any:
         return _C.LayerNorm(chosen, kernels.dtype, norm_form(held), x.shape[-1])
 
-    op = pack_op("layer_norm", kernels, key_of(chosen, w), w, check, build)
+    op = pack_op("layer_norm", kernels, key_of(chosen, w), w, build, check)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     op.run(span(x), x.numel() // x.shape[-1], span(out))
     return out.to(given.dtype)
@@ -160,16 +171,15 @@ def head(x: Tensor, w: Linear | None, products: torch.dtype | None = None) -> Te
     if w is None:
         op = _C.Head(chosen, kernels.dtype, None, channels, classes)
     else:
-        op = pack_op("head", kernels, key_of(chosen, w), w, check, build)
+        op = pack_op("head", kernels, key_of(chosen, w), w, build, check)
     out = torch.empty((batch, classes), dtype=x.dtype, device=x.device)
     op.run(span(x), batch, tokens, span(out))
     return out.to(result_dtype("head", "cpu", given.dtype, products, classifies=w is not None))
 
 
-def _run_residual(op: Any, x: Tensor, hw: HW, residual_scale: Tensor | None) -> Tensor:
+def _run_residual(op: Any, x: Tensor, hw: HW, scale: Tensor | None) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    scale = None if residual_scale is None else readable(residual_scale.detach()).to(x.dtype).contiguous()
-    op.run(span(x), x.shape[0], *hw, None if scale is None else span(scale), span(out))
+    op.run(span(x), x.shape[0], *hw, span_if(scale), span(out))
     return out
 
 

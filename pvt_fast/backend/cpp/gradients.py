@@ -28,7 +28,18 @@ from ...ops import (
 from ...ops.packing import key_of, span
 from .forward import laid_out
 from .instruction_sets import isa
-from .weights import attention_form, kernels_for, linear_form, mlp_form, norm_form, pack_op, readable
+from .weights import (
+    Kernels,
+    attention_form,
+    kernels_for,
+    linear_form,
+    mlp_form,
+    norm_form,
+    pack_op,
+    readable,
+    span_if,
+    stored_scale,
+)
 
 Gradients = list[Tensor | None]
 
@@ -54,13 +65,13 @@ def patch_embed(
         return _C.PatchEmbedGradients(chosen, kernels.dtype, proj, norm, sizes, channels_last)
 
     kind = "patch_embed gradients channels_last" if channels_last else "patch_embed gradients"
-    op = pack_op(kind, kernels, key_of(chosen, w, stride), w, _unchecked, build)
-    grad = readable(grad_output).to(kernels.storage).contiguous()
+    op = pack_op(kind, kernels, key_of(chosen, w, stride), w, build)
+    grad = _grad(grad_output, kernels)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     grad_image = torch.empty(image.shape, dtype=image.dtype, memory_format=memory_format) if needed[0] else None
     found = _Found(w, needed[1:])
     size = (image.shape[0], *image.shape[2:])
-    op.run(span(image), size, image.stride(), span(grad), _span(grad_image), found.spans())
+    op.run(span(image), size, image.stride(), span(grad), span_if(grad_image), found.spans())
     return [None if grad_image is None else grad_image.to(given.dtype), *found.gradients()]
 
 
@@ -114,32 +125,46 @@ def _residual(
 ) -> Gradients:
     if not x.numel():
         return _zeros(needed, x, w, residual_scale)
-    chosen, given, kernels = isa(), x.detach(), kernels_for(x.dtype, products)
-    op = pack_op(kind, kernels, key_of(chosen, w, spec), w, _unchecked, lambda held: build(chosen, kernels.dtype, held))
-    x, grad = (readable(tensor).to(kernels.storage).contiguous() for tensor in (given, grad_output))
-    scale = None if residual_scale is None else readable(residual_scale.detach()).to(x.dtype).contiguous()
-    grad_x = torch.empty_like(x) if needed[0] else None
-    found = _Found(w, needed[1:])
-    op.run(span(x), x.shape[0], *hw, _span(scale), span(grad), _span(grad_x), found.spans())
-    gradients = [None if grad_x is None else grad_x.to(given.dtype), *found.gradients()]
+    chosen, kernels = isa(), kernels_for(x.dtype, products)
+    op = pack_op(kind, kernels, key_of(chosen, w, spec), w, lambda held: build(chosen, kernels.dtype, held))
+    scale = stored_scale(residual_scale, kernels)
+    gradients = _run(op, kernels, x, (x.shape[0], *hw, span_if(scale)), grad_output, needed, w)
     return gradients if residual_scale is None else [*gradients, None]
+
+
+def _run(
+    op: Any,
+    kernels: Kernels,
+    given: Tensor,
+    sizes: tuple,
+    grad_output: Tensor,
+    needed: Sequence[bool],
+    parts: Sequence[Norm | Linear | None],
+) -> Gradients:
+    """Of dense activations `given` and of the weights; sizes: what the op's `run` takes between the two."""
+    x, grad = readable(given.detach()).contiguous(), _grad(grad_output, kernels)
+    grad_x = torch.empty_like(x) if needed[0] else None
+    found = _Found(parts, needed[1:])
+    op.run(span(x), *sizes, span(grad), span_if(grad_x), found.spans())
+    return [None if grad_x is None else grad_x.to(given.dtype), *found.gradients()]
+
+
+def _grad(grad_output: Tensor, kernels: Kernels) -> Tensor:
+    """As the kernels read it."""
+    return readable(grad_output).to(kernels.storage).contiguous()
 
 
 def layer_norm(grad_output: Tensor, needed: Sequence[bool], x: Tensor, w: Norm) -> Gradients:
     """Of x and the weights."""
     if not x.numel():
         return _zeros(needed, x, w)
-    chosen, given, kernels = isa(), x.detach(), kernels_for(x.dtype, None)
+    chosen, kernels, channels = isa(), kernels_for(x.dtype, None), x.shape[-1]
 
     def build(held: Norm) -> Any:
-        return _C.LayerNormGradients(chosen, kernels.dtype, norm_form(held), given.shape[-1])
+        return _C.LayerNormGradients(chosen, kernels.dtype, norm_form(held), channels)
 
-    op = pack_op("layer_norm gradients", kernels, key_of(chosen, w), w, _unchecked, build)
-    x, grad = (readable(tensor).to(kernels.storage).contiguous() for tensor in (given, grad_output))
-    grad_x = torch.empty_like(x) if needed[0] else None
-    found = _Found((w,), needed[1:])
-    op.run(span(x), x.numel() // x.shape[-1], span(grad), _span(grad_x), found.spans())
-    return [None if grad_x is None else grad_x.to(given.dtype), *found.gradients()]
+    op = pack_op("layer_norm gradients", kernels, key_of(chosen, w), w, build)
+    return _run(op, kernels, x, (x.numel() // channels,), grad_output, needed, (w,))
 
 
 def head(
@@ -148,7 +173,7 @@ def head(
     """Of x and the weights."""
     if not x.numel():
         return _zeros(needed, x, w)
-    chosen, given, kernels = isa(), x.detach(), kernels_for(x.dtype, products)
+    chosen, kernels = isa(), kernels_for(x.dtype, products)
     batch, tokens, channels = x.shape
     classes = channels if w is None else w.weight.shape[0]
 
@@ -156,12 +181,8 @@ def head(
         form = None if held is None else linear_form(held)
         return _C.HeadGradients(chosen, kernels.dtype, form, channels, classes)
 
-    op = build(None) if w is None else pack_op("head gradients", kernels, key_of(chosen, w), w, _unchecked, build)
-    x, grad = (readable(tensor).to(kernels.storage).contiguous() for tensor in (given, grad_output))
-    grad_x = torch.empty_like(x) if needed[0] else None
-    found = _Found((w,), needed[1:])
-    op.run(span(x), batch, tokens, span(grad), _span(grad_x), found.spans())
-    return [None if grad_x is None else grad_x.to(given.dtype), *found.gradients()]
+    op = build(None) if w is None else pack_op("head gradients", kernels, key_of(chosen, w), w, build)
+    return _run(op, kernels, x, (batch, tokens), grad_output, needed, (w,))
 
 
 class _Found:
@@ -176,7 +197,7 @@ class _Found:
         ]
 
     def spans(self) -> list[tuple[int, int] | None]:
-        return [_span(gradient) for gradient in self._floats]
+        return [span_if(gradient) for gradient in self._floats]
 
     def gradients(self) -> Iterator[Tensor | None]:
         """Of the weights that there are, as those are."""
@@ -195,14 +216,6 @@ def _like(gradient: Tensor, parameter: Tensor) -> Tensor:
     if gradient.dtype == parameter.dtype and gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(gradient)
-
-
-def _span(tensor: Tensor | None) -> tuple[int, int] | None:
-    return None if tensor is None else span(tensor)
-
-
-def _unchecked(weights: Any) -> None:
-    """The forward has checked them."""
 
 
 BACKWARD: dict[str, Backward] = {

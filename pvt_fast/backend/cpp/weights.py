@@ -40,13 +40,18 @@ def kernels_for(x: torch.dtype, products: torch.dtype | None) -> Kernels:
 
 
 def pack_op(
-    kind: str, kernels: Kernels, key: tuple, w: Any, check: Callable[[Any], object], build: Callable[[Any], Any]
+    kind: str,
+    kernels: Kernels,
+    key: tuple,
+    w: Any,
+    build: Callable[[Any], Any],
+    check: Callable[[Any], object] = lambda weights: None,
 ) -> Any:
     """The packed op of weights `w`, a norm, a linear or a tuple of them. What is packed for other kernels is kept
     beside it: evaluation may run without the autocast of training.
 
-    Where the op must be built, check(weights) sees the weights as they are, and build(weights) as the kernels read
-    them. Both see aliases, which no other thread can change.
+    Where the op must be built, build(weights) sees the weights as the kernels read them, after check(weights) saw them
+    as they are. Both see aliases, which no other thread can change.
     """
     alone = isinstance(w, (Norm, Linear))
     parts = (w,) if alone else w
@@ -116,4 +121,13 @@ def norm_form(w: Norm) -> tuple:
 
 
 def linear_form(w: Linear) -> tuple:
-    return span(w.weight), None if w.bias is None else span(w.bias)
+    return span(w.weight), span_if(w.bias)
+
+
+def span_if(tensor: Tensor | None) -> tuple[int, int] | None:
+    return None if tensor is None else span(tensor)
+
+
+def stored_scale(residual_scale: Tensor | None, kernels: Kernels) -> Tensor | None:
+    """A residual_scale as the kernels read it."""
+    return None if residual_scale is None else readable(residual_scale.detach()).to(kernels.storage).contiguous()
