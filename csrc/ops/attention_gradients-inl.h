@@ -133,8 +133,9 @@ class AttentionGradientsOp final : public ResidualGradients {
   void make_keys(Call& call) const {
     const SpatialReduction<T, E>& reduction = inputs_.reduction;
     if (reduction.reduces())
-      reduction.run(call.map, call.normed, call.kv.zeros, call.reduction.sums, call.reduction.pooled,
-                    call.reduction.reduced);
+      // an error of a key is in the gradients of all queries, where it adds up
+      reduction.template run<Activation::exact_gelu>(call.map, call.normed, call.kv.zeros, call.reduction.sums,
+                                                     call.reduction.pooled, call.reduction.reduced);
     inputs_.make_keys(call.map, source(call),
                       [&](std::int64_t image, int column, int columns, const E* rows, const Split::Tile& cut) {
                         call.kv.pack_columns(image, column, columns, rows, cut);
@@ -208,12 +209,6 @@ class AttentionGradientsOp final : public ResidualGradients {
   // by the sum of P, which is not quite one: what all scores have in common gets no gradient, whatever P was rounded
   // to.
   static void softmax_gradient(const E* probabilities, const float* gradient, int rows, int columns, E* out) {
-    const auto total = [](Vec v) PVT_LAMBDA {
-      float lanes[kLanes], sum = 0;
-      store(lanes, v);
-      for (float lane : lanes) sum += lane;
-      return sum;
-    };
     for (int r = 0; r < rows; ++r, probabilities += columns, gradient += columns, out += columns) {
       Vec along{}, all{};
       for (int c = 0; c < columns; c += kLanes) {
@@ -221,7 +216,7 @@ class AttentionGradientsOp final : public ResidualGradients {
         along += p * load(gradient + c);
         all += p;
       }
-      const float mean = total(along) / total(all);
+      const float mean = sum_of_lanes(along) / sum_of_lanes(all);
       for (int c = 0; c < columns; c += kLanes) store(out + c, load(probabilities + c) * (load(gradient + c) - mean));
     }
   }
@@ -247,7 +242,7 @@ class AttentionGradientsOp final : public ResidualGradients {
                            });
     }
     if (float* to = grads[kQBias]) {
-      add_parts(call.query_biases, call.map.batch * call.parts, inner(), inner(), call.query_biases);
+      fold_parts(call.query_biases, call.map.batch * call.parts, inner(), inner());
       for (int n = 0; n < int(inner()); ++n)
         if (heads().torch_row(n, 1) >= 0) to[heads().torch_row(n, 1)] = call.query_biases[n];
     }

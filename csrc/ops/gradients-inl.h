@@ -122,8 +122,7 @@ class MatrixGradient {
     });
     parallel_for(panels_, [&](std::int64_t panel) {
       float* total = sums + panel * parts_ * size;
-      for (std::int64_t part = 1; part < parts_; ++part)
-        for (std::size_t i = 0; i < size; ++i) total[i] += total[part * size + i];
+      fold_parts(total, parts_, size, size);
       finish(int(panel), columns(panel), total);
     });
   }
@@ -143,14 +142,6 @@ class MatrixGradient {
   std::size_t rows_, columns_;
   std::int64_t panels_, parts_;
 };
-
-// to[i] = sum over `parts` of from[part * stride + i], in order; may be null: then nothing.
-inline void add_parts(const float* from, std::int64_t parts, std::size_t stride, std::size_t count, float* to) {
-  if (to == nullptr) return;
-  std::memcpy(to, from, count * sizeof(float));
-  for (std::int64_t part = 1; part < parts; ++part)
-    for (std::size_t i = 0; i < count; ++i) to[i] += from[part * stride + i];
-}
 
 // Rows that are summed before they are added to the rest: see kDepthBlock.
 constexpr int kRowsOfSum = 8;
@@ -194,22 +185,16 @@ PVT_INLINE void norm_gradient(const PackedNorm& norm, const In* x, const Grad& g
     for (; c + kLanes <= channels; c += kLanes) body(c, kLanes, load(x + c));
     if (c < channels) body(c, channels - c, load_first(x + c, channels - c));
   };
-  const auto total = [](Vec v) PVT_LAMBDA {
-    float lanes[kLanes], sum = 0;
-    store(lanes, v);
-    for (float lane : lanes) sum += lane;
-    return sum;
-  };
   const auto inside = [](int count) PVT_LAMBDA { return count == kLanes ? splat(1) : first_lanes(count); };
   Vec sums{};
   columns([&](int, int count, Vec v) PVT_LAMBDA { sums += (v - first) * inside(count); });
-  const float mean = first + total(sums) * share;
+  const float mean = first + sum_of_lanes(sums) * share;
   sums = Vec{};
   columns([&](int, int count, Vec v) PVT_LAMBDA {
     const Vec d = (v - mean) * inside(count);
     sums += d * d;
   });
-  const float variance = total(sums) * share, scale = 1.0f / std::sqrt(variance + norm.eps) + variance * 0.0f;
+  const float variance = sum_of_lanes(sums) * share, scale = 1.0f / std::sqrt(variance + norm.eps) + variance * 0.0f;
   Vec plain{}, along{};
   columns([&](int c, int count, Vec v) PVT_LAMBDA {
     const Vec g = grad(c), d = (v - mean) * scale * inside(count), weighted = g * load(norm.weight.data() + c);
@@ -218,7 +203,7 @@ PVT_INLINE void norm_gradient(const PackedNorm& norm, const In* x, const Grad& g
     plain += weighted;
     along += weighted * d;
   });
-  const float plain_mean = total(plain) * share, along_mean = total(along) * share;
+  const float plain_mean = sum_of_lanes(plain) * share, along_mean = sum_of_lanes(along) * share;
   columns([&](int c, int count, Vec v) PVT_LAMBDA {
     const Vec d = (v - mean) * scale;
     take(c, count, (grad(c) * load(norm.weight.data() + c) - plain_mean - d * along_mean) * scale);
@@ -265,7 +250,9 @@ class NormGradients {
         if ((row - begin) % kRowsOfSum == kRowsOfSum - 1 || row + 1 == end) move_sums(some, int(3 * width_), total);
       }
     });
-    for (int i = 0; i < 3; ++i) add_parts(all + i * width_, tiles_, 6 * width_, norm.channels, grads[i]);
+    fold_parts(all, tiles_, 6 * width_, 3 * width_);
+    for (int i = 0; i < 3; ++i)
+      if (grads[i]) std::memcpy(grads[i], all + i * width_, norm.channels * sizeof(float));
   }
 
  private:

@@ -16,51 +16,47 @@ struct Heads {
   // q (parts = 1) or kv (parts = 2). A head's key and value lie side by side.
   template <class E, class T>
   PackedMatrix<E> pack_inputs(const Linear& linear, int parts) const {
-    const T* weight = static_cast<const T*>(linear.weight);
-    const auto row = [&](int n) { return torch_row(n, parts); };
     return pack<E>(
-        channels, parts * inner(),
-        [&](int k, int n) { return row(n) < 0 ? 0.0f : to_float(weight[row(n) * channels + k]); },
-        [&](int n) { return linear.bias == nullptr || row(n) < 0 ? 0.0f : linear.bias[row(n)]; });
+        channels, parts * inner(), [&](int k, int n) { return input<T>(linear, parts, n, k); },
+        [&](int n) {
+          const std::ptrdiff_t row = torch_row(n, parts);
+          return linear.bias == nullptr || row < 0 ? 0.0f : linear.bias[row];
+        });
   }
-
   template <class E, class T>
   PackedMatrix<E> pack_projection(const Linear& linear) const {
-    const int head = channels / count;
-    const T* weight = static_cast<const T*>(linear.weight);
     return pack<E>(
-        inner(), channels,
-        [&](int k, int n) {
-          const int i = k % width, h = k / width;
-          return i < head ? to_float(weight[std::ptrdiff_t(n) * channels + h * head + i]) : 0.0f;
-        },
+        inner(), channels, [&](int k, int n) { return projection<T>(linear, n, k); },
         [&](int n) { return linear.bias ? linear.bias[n] : 0.0f; });
   }
 
-  // For the gradients of inputs: q or kv with its packed columns as rows, and the projection with its rows as columns.
+  // The transposed of both, for the gradients of their inputs.
   template <class E, class T>
   PackedMatrix<E> pack_inputs_backward(const Linear& linear, int parts) const {
-    const T* weight = static_cast<const T*>(linear.weight);
     return pack<E>(
-        parts * inner(), channels,
-        [&](int k, int n) {
-          const std::ptrdiff_t row = torch_row(k, parts);
-          return row < 0 ? 0.0f : to_float(weight[row * channels + n]);
-        },
+        parts * inner(), channels, [&](int k, int n) { return input<T>(linear, parts, k, n); },
         [](int) { return 0.0f; });
   }
   template <class E, class T>
   PackedMatrix<E> pack_projection_backward(const Linear& linear) const {
-    const T* weight = static_cast<const T*>(linear.weight);
     return pack<E>(
-        channels, inner(),
-        [&](int k, int n) {
-          const std::ptrdiff_t column = torch_row(n, 1);
-          return column < 0 ? 0.0f : to_float(weight[std::ptrdiff_t(k) * channels + column]);
-        },
-        [](int) { return 0.0f; });
+        channels, inner(), [&](int k, int n) { return projection<T>(linear, k, n); }, [](int) { return 0.0f; });
   }
 
   int channels, count;
   int width;  // padded columns of one head
+
+ private:
+  // What column `column` of q or kv, packed, takes of channel `channel`.
+  template <class T>
+  float input(const Linear& linear, int parts, int column, int channel) const {
+    const std::ptrdiff_t row = torch_row(column, parts);
+    return row < 0 ? 0.0f : to_float(static_cast<const T*>(linear.weight)[row * channels + channel]);
+  }
+  // What channel `channel` of the projection takes of packed column `column` of the heads.
+  template <class T>
+  float projection(const Linear& linear, int channel, int column) const {
+    const std::ptrdiff_t from = torch_row(column, 1);
+    return from < 0 ? 0.0f : to_float(static_cast<const T*>(linear.weight)[std::ptrdiff_t(channel) * channels + from]);
+  }
 };

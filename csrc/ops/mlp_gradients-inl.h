@@ -57,8 +57,7 @@ class MlpGradientsOp final : public ResidualGradients {
       // rows of a band: a panel's h, its gradient and operands take a quarter of the cache; two at least, as two are
       // carried
       const std::size_t row_bytes = std::size_t(row + 2) * kPanel * (2 * sizeof(float) + 2 * sizeof(E));
-      rows = int(std::clamp<std::size_t>(l2_bytes() / 4 / row_bytes, 2, map.height));
-      rows = std::max(rows, std::min(map.height, 2));
+      const int rows = int(std::max<std::size_t>(2, std::min<std::size_t>(l2_bytes() / 4 / row_bytes, map.height)));
       bands = std::max(1, map.height / rows);
       // panels of a block: their matrices, gradients and carried rows take half of the cache
       const std::size_t panel_bytes =
@@ -91,7 +90,7 @@ class MlpGradientsOp final : public ResidualGradients {
       }
     }
 
-    int rows, bands;    // rows of a band at least, bands of an image
+    int bands;          // of an image
     int block, blocks;  // panels of a block, blocks
     std::int64_t groups = 0, chunks = 0;
 
@@ -219,14 +218,12 @@ class MlpGradientsOp final : public ResidualGradients {
           std::memset(carried(p), 0, 4 * row_ * sizeof(float));
         else if (first)  // what the chunk before has computed
           warm_up(p, band);
-        activate(p, band.image, band.inner_begin, band.inner_end, band.begin == 0);
+        activate(p, band.image, band.inner_begin, band.inner_end, band.begin == 0, 0, sums(p));
         const std::size_t size = op_.width();
         E* gradient = call_.grad_bands + index * call_.band_size(size);
         const int inner = (band.inner_end - band.inner_begin) * width_;
-        // a band of one row at the end of an image has no row of its own here
-        if (inner > 0)
-          add_product(Rows<E>{gradient, depth_of<E>(inner)}, int(size),
-                      panel_of_rows(gelu_, kPanel, inner, kPanel, woven_), call_.zeros, matrix(p, 1));
+        add_product(Rows<E>{gradient, depth_of<E>(inner)}, int(size),
+                    panel_of_rows(gelu_, kPanel, inner, kPanel, woven_), call_.zeros, matrix(p, 1));
         E* grad_hidden = grad_hidden_ + (p - begin_) * row_room(tokens_) * kPanel;
         gradient_of_hidden(p, band, grad_hidden);
         const int outer = (band.end - band.begin) * width_;
@@ -242,10 +239,8 @@ class MlpGradientsOp final : public ResidualGradients {
     void warm_up(int p, const Band& band) {
       std::memset(carried(p), 0, 4 * row_ * sizeof(float));
       const int above = band.begin - 1;
-      float kept[kSums * kPanel];
-      std::memcpy(kept, sums(p), sizeof kept);
-      activate(p, band.image, above, band.begin + 1, true, std::max(above - 1, 0));
-      std::memcpy(sums(p), kept, sizeof kept);  // those rows are summed in the chunk before
+      float other[kTaps * kPanel] = {};  // those rows are summed in the chunk before
+      activate(p, band.image, above, band.begin + 1, true, std::max(above - 1, 0), other);
       float* to = carried(p);
       std::memcpy(to, hidden_ + 2 * row_, 2 * row_ * sizeof(float));
       std::memcpy(to + 2 * row_, grad_ + 2 * row_, 2 * row_ * sizeof(float));
@@ -253,7 +248,7 @@ class MlpGradientsOp final : public ResidualGradients {
 
     // For rows [begin, end) of c, row y of which is row y - begin + 2 of grad_, while hidden_ has row begin - 1 in
     // front: h, where it was not carried; c, GELU, and the gradients of c and the taps. fresh: h from row `from` on.
-    void activate(int p, std::int64_t image, int begin, int end, bool fresh, int from = 0) {
+    void activate(int p, std::int64_t image, int begin, int end, bool fresh, int from, float* tap_sums) {
       const Map& map = call_.map;
       const int first = fresh ? from : begin + 1, last = std::min(end + 1, map.height);
       const std::size_t row_bytes = row_ * sizeof(float);
@@ -263,19 +258,17 @@ class MlpGradientsOp final : public ResidualGradients {
       const std::int64_t top = image * map.height;
       const int columns = op_.fc1_.layout.width(p);
       if (last > first) {
-        Epilogue<float> epilogue =
+        Epilogue<float> to_hidden =
             store_rows(hidden_ + (first - (begin - 1)) * row_, kPanel, op_.fc1_.bias.data() + p * kPanel);
-        epilogue.places = places_, epilogue.columns = columns, epilogue.relu = op_.relu_;
+        to_hidden.places = places_, to_hidden.columns = columns, to_hidden.relu = op_.relu_;
         gemm_panel(rows_of(call_.normed, (top + first) * width_, op_.width()), (last - first) * width_,
-                   op_.fc1_.panel(p), 0, epilogue);
+                   op_.fc1_.panel(p), 0, to_hidden);
       }
       std::memcpy(grad_, carried(p) + 2 * row_, 2 * row_bytes);
-      if (end > begin) {
-        Epilogue<float> epilogue = store_rows(grad_ + 2 * row_, kPanel, call_.zeros);
-        epilogue.places = places_, epilogue.columns = columns;
-        gemm_panel(rows_of(call_.grad, (top + begin) * width_, op_.width()), (end - begin) * width_,
-                   op_.fc2_back_.panel(p), 0, epilogue);
-      }
+      Epilogue<float> epilogue = store_rows(grad_ + 2 * row_, kPanel, call_.zeros);
+      epilogue.places = places_, epilogue.columns = columns;
+      gemm_panel(rows_of(call_.grad, (top + begin) * width_, op_.width()), (end - begin) * width_,
+                 op_.fc2_back_.panel(p), 0, epilogue);
       const float* panel = op_.taps_.data() + std::size_t(p) * kTaps * kPanel;
       for (int part = 0; part < columns; part += kLanes) {
         Vec taps[9];
@@ -291,7 +284,7 @@ class MlpGradientsOp final : public ResidualGradients {
             store(value + c * kPanel, gelu_and_slope<kPrecise>(sum, slope));
             store(gradient + c * kPanel, load(gradient + c * kPanel) * slope);
           });
-          add_taps(above, gradient, sums(p) + part);
+          add_taps(above, gradient, tap_sums + part);
         }
       }
     }
@@ -376,21 +369,21 @@ class MlpGradientsOp final : public ResidualGradients {
     const std::size_t panels = fc1_.panels(), size = width() * kPanel;
     parallel_for(std::int64_t(panels), [&](std::int64_t p) {
       const int columns = std::min(kPanel, hidden_ - int(p) * kPanel);
-      float* total = std::get<0>(thread_scratch().take(array<float>(std::max<std::size_t>(size, kSums * kPanel))));
-      const auto add = [&](const float* from, std::size_t stride, std::size_t count) {
-        add_parts(from, call.plan.chunks, stride, count, total);
+      const auto folded = [&](float* of_chunk, std::size_t panel_size, std::size_t count) {
+        fold_parts(of_chunk, call.plan.chunks, panels * panel_size, count);
+        return of_chunk;
       };
       if (float* fc1 = grads[kFc1]) {
-        add(call.matrices + 2 * p * size, panels * 2 * size, size);
+        const float* total = folded(call.matrices + 2 * p * size, 2 * size, size);
         for (int j = 0; j < columns; ++j)
           for (int c = 0; c < channels_; ++c) fc1[(p * kPanel + j) * channels_ + c] = total[c * kPanel + j];
       }
       if (float* fc2 = grads[kFc2]) {
-        add(call.matrices + (2 * p + 1) * size, panels * 2 * size, size);
+        const float* total = folded(call.matrices + (2 * p + 1) * size, 2 * size, size);
         for (int c = 0; c < channels_; ++c)
           std::memcpy(fc2 + std::ptrdiff_t(c) * hidden_ + p * kPanel, total + c * kPanel, columns * sizeof(float));
       }
-      add(call.sums + p * kSums * kPanel, panels * kSums * kPanel, kSums * kPanel);
+      const float* total = folded(call.sums + p * kSums * kPanel, kSums * kPanel, kSums * kPanel);
       for (int j = 0; j < columns; ++j) {
         const std::ptrdiff_t channel = p * kPanel + j;
         for (int i = 0; i < 9 && grads[kDwconv]; ++i) grads[kDwconv][channel * 9 + i] = total[i * kPanel + j];
@@ -404,9 +397,7 @@ class MlpGradientsOp final : public ResidualGradients {
     const std::size_t size = width(), map = call.tokens() * size;
     const auto normed = [&](std::int64_t token) {
       float* total = call.grad_normed + token * size;
-      for (std::int64_t group = 1; group < call.plan.groups; ++group)
-        for (std::size_t c = 0; c < size; c += kLanes)
-          store(total + c, load(total + c) + load(total + group * map + c));
+      fold_parts(total, call.plan.groups, map, size);
       return total;
     };
     const auto scaled = [&](std::int64_t token) { return call.grad + token * size; };

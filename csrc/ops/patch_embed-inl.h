@@ -8,7 +8,7 @@ class PatchEmbedOp final : public PatchEmbed {
       : in_channels_(w.in_channels),
         channels_(w.channels),
         patches_(w.in_channels, w.kernel, w.stride, channels_last),
-        proj_(pack_conv<E, T>(w.proj, w.channels, w.in_channels, w.kernel, channels_last, w.in_channels)),
+        proj_(pack_conv<E, T>(w.proj, w.channels, {w.in_channels, w.kernel, channels_last, w.in_channels})),
         norm_(w.norm, w.channels) {}
 
   int in_channels() const override { return in_channels_; }

@@ -14,16 +14,10 @@ class PatchEmbedGradientsOp final : public PatchEmbedGradients {
         stride_(w.stride),
         channels_last_(channels_last),
         patches_(w.in_channels, w.kernel, w.stride, channels_last),
-        proj_(pack_conv<E, T>(w.proj, w.channels, w.in_channels, w.kernel, channels_last, w.in_channels)),
-        norm_(w.norm, w.channels) {
-    const T* weight = static_cast<const T*>(w.proj.weight);
-    back_ = pack<E>(
-        channels_, kernel_ * kernel_ * in_channels_,
-        [&](int k, int n) {
-          return to_float(weight[std::size_t(k) * kernel_ * kernel_ * in_channels_ + torch_column(n)]);
-        },
-        [](int) { return 0.0f; });
-  }
+        rows_{w.in_channels, w.kernel, channels_last, w.in_channels},
+        proj_(pack_conv<E, T>(w.proj, w.channels, rows_)),
+        back_(pack_conv_backward<E, T>(w.proj, w.channels, rows_)),
+        norm_(w.norm, w.channels) {}
 
   int in_channels() const override { return in_channels_; }
   int channels() const override { return channels_; }
@@ -69,12 +63,9 @@ class PatchEmbedGradientsOp final : public PatchEmbedGradients {
         row_sums, {grads[kNormWeight], grads[kNormBias], grads[kBias]});
     if (float* weight = grads[kWeight]) {
       matrix.transpose(gradient, transposed);
-      const std::size_t columns = kernel_ * kernel_ * in_channels_;
       matrix.run(transposed, patches, patches_.width(), 0, zeros, matrix_sums,
-                 [&](int panel, int count, const float* found) {
-                   for (int j = 0; j < count && std::size_t(panel * kPanel + j) < columns; ++j)
-                     for (int n = 0; n < channels_; ++n)
-                       weight[n * columns + torch_column(panel * kPanel + j)] = found[n * kPanel + j];
+                 [&](int panel, int columns, const float* found) {
+                   rows_.store_gradient(found, channels_, panel, columns, weight);
                  });
     }
     if (grad_image) scatter(image, map, gradient, zeros, static_cast<T*>(grad_image));
@@ -84,14 +75,6 @@ class PatchEmbedGradientsOp final : public PatchEmbedGradients {
   enum Gradient { kWeight, kBias, kNormWeight, kNormBias };
 
   std::size_t width() const { return row_width(channels_); }
-
-  // Of a patch's element, in torch's order (channel, dy, dx).
-  int torch_column(int n) const {
-    const int inner = n % (kernel_ * in_channels_), dy = n / (kernel_ * in_channels_);
-    const int dx = channels_last_ ? inner / in_channels_ : inner % kernel_;
-    const int c = channels_last_ ? inner % in_channels_ : inner / kernel_;
-    return (c * kernel_ + dy) * kernel_ + dx;
-  }
 
   // The image's gradient, dense: (batch, height, width, in_channels) if channels are last, else (batch, in_channels,
   // height, width).
@@ -163,6 +146,7 @@ class PatchEmbedGradientsOp final : public PatchEmbedGradients {
   int in_channels_, channels_, kernel_, stride_;
   bool channels_last_;
   Patches<T, E> patches_;
+  PatchRows rows_;
   PackedMatrix<E> proj_, back_;
   PackedNorm norm_;
 };

@@ -4,18 +4,8 @@
 template <class T, class E>
 class ReductionGradients {
  public:
-  ReductionGradients(const AttentionWeights& w, const SpatialReduction<T, E>& reduction)
-      : channels_(w.channels), kernel_(reduction.ratio()) {
-    if (!reduction.reduces()) return;
-    const T* weight = static_cast<const T*>(w.sr.weight);
-    const int pitch = int(row_width(channels_));
-    conv_back_ = pack<E>(
-        channels_, kernel_ * kernel_ * pitch,
-        [&](int k, int n) {
-          const int c = n % pitch, place = n / pitch;
-          return c < channels_ ? to_float(weight[(std::size_t(k) * channels_ + c) * kernel_ * kernel_ + place]) : 0.0f;
-        },
-        [](int) { return 0.0f; });
+  ReductionGradients(const AttentionWeights& w, const SpatialReduction<T, E>& reduction) : channels_(w.channels) {
+    if (reduction.reduces()) conv_back_ = pack_conv_backward<E, T>(w.sr, channels_, reduction.patch_rows());
   }
 
   // What a call wants, and its sizes.
@@ -49,11 +39,7 @@ class ReductionGradients {
       const MatrixGradient<E> gradient = matrix(reduction, map);
       gradient.transpose(at.gradient, at.transposed);
       const auto store = [&](int panel, int columns, const float* found) {
-        for (int j = 0; j < columns; ++j) {
-          const int c = (panel * kPanel + j) % int(width()), place = (panel * kPanel + j) / int(width());
-          for (int n = 0; n < channels_ && c < channels_; ++n)
-            to[(std::size_t(n) * channels_ + c) * kernel_ * kernel_ + place] = found[n * kPanel + j];
-        }
+        reduction.patch_rows().store_gradient(found, channels_, panel, columns, to);
       };
       if (reduction.linear())
         gradient.run(at.transposed, at.pooled, width(), keys * width(), zeros, at.matrix_sums, store);
@@ -113,6 +99,6 @@ class ReductionGradients {
     });
   }
 
-  int channels_, kernel_;
+  int channels_;
   PackedMatrix<E> conv_back_;
 };

@@ -27,7 +27,14 @@ PVT_INLINE Vec load_columns(const T* from, int count) {
   return count == kLanes ? load(from) : load_first(from, count);
 }
 
-enum class Activation { none, gelu };
+// Adds to `count` sums, whole vectors, those of the other parts in order, each `stride` further.
+inline void fold_parts(float* sums, std::int64_t parts, std::size_t stride, std::size_t count) {
+  for (std::int64_t part = 1; part < parts; ++part)
+    for (std::size_t i = 0; i < count; i += kLanes) store(sums + i, load(sums + i) + load(sums + part * stride + i));
+}
+
+// exact_gelu: by the standard library's erf, element by element, for few rows whose errors are all queries'.
+enum class Activation { none, gelu, exact_gelu };
 
 // Combines of `reduce`.
 constexpr auto sum = [](Vec a, Vec b) PVT_LAMBDA { return a + b; };
@@ -134,6 +141,7 @@ class NormRows {
   PVT_INLINE Vec finished(Vec v, int c) const {
     v = v * load(norm_.weight.data() + c) + load(norm_.bias.data() + c);
     if constexpr (kActivation == Activation::gelu) v = gelu<std::is_same_v<Out, float>>(v);
+    if constexpr (kActivation == Activation::exact_gelu) v = exact_gelu(v);
     return v;
   }
 

@@ -28,7 +28,7 @@ class SpatialReduction {
         reduces_(w.sr.weight != nullptr),
         linear_(w.linear) {
     if (!reduces_) return;
-    conv_ = pack_conv<E, T>(w.sr, channels_, channels_, ratio_, true, int(width()));
+    conv_ = pack_conv<E, T>(w.sr, channels_, patch_rows());
     norm_ = PackedNorm(w.sr_norm, channels_);
   }
 
@@ -40,6 +40,7 @@ class SpatialReduction {
   int min_side() const { return linear_ ? 1 : ratio_; }
   int keys(const Map& map) const { return linear_ ? kPool * kPool : (map.height / ratio_) * (map.width / ratio_); }
 
+  PatchRows patch_rows() const { return {channels_, ratio_, true, int(width())}; }
   // Elements of a patch's row.
   std::size_t patch_width() const { return ratio_ * ratio_ * width(); }
   // Of `rows` reduced rows, and of the sums that they come from.
@@ -48,6 +49,7 @@ class SpatialReduction {
 
   // From normalised tokens (batch, tokens, width) in PatchOrder to `reduced` (batch, keys, width), by way of `pooled`
   // in the linear form, which may be the same memory, and `sums`: these keep what the norm is taken of.
+  template <Activation kGelu = Activation::gelu>
   void run(const Map& map, const E* normed, const float* zeros, float* sums, E* pooled, E* reduced) const {
     if (linear_) pool(map, normed, pooled);
     convolve(map, linear_ ? pooled : normed, zeros, sums);
@@ -57,8 +59,8 @@ class SpatialReduction {
       const auto tile = split.tile(item);
       float* from = sums + tile.begin * std::ptrdiff_t(width());
       E* to = reduced + tile.begin * std::ptrdiff_t(width());
-      add_parts(from, tile.rows() * width(), rows * width());
-      linear_ ? norm_rows<Activation::gelu>(norm_, from, width(), tile.rows(), to, int(width()))
+      fold_parts(from, parts(), rows * width(), tile.rows() * width());
+      linear_ ? norm_rows<kGelu>(norm_, from, width(), tile.rows(), to, int(width()))
               : norm_rows<Activation::none>(norm_, from, width(), tile.rows(), to, int(width()));
     });
   }
@@ -130,13 +132,6 @@ class SpatialReduction {
       gemm_panel(a, cut.rows(), conv_.panel(p).part(begin, end), p * kPanel,
                  store_rows(to, width(), part == 0 ? conv_.bias.data() : zeros));
     });
-  }
-
-  // `count` sums of the first part, with those of the others, each `part_size` further.
-  void add_parts(float* sums, std::size_t count, std::ptrdiff_t part_size) const {
-    for (int part = 1; part < parts(); ++part)
-      for (std::size_t i = 0; i < count; i += kLanes)
-        store(sums + i, load(sums + i) + load(sums + part * part_size + i));
   }
 
   int channels_, ratio_;

@@ -109,6 +109,13 @@ PVT_INLINE Vec reduce(const Vec (&v)[kRowGroup], const Combine& combine) {
   return reduce_quarters<4>(interleave<2>(low, high, combine, kAll), combine);
 }
 
+PVT_INLINE float sum_of_lanes(Vec v) {
+  float lanes[kLanes], total = 0;
+  store(lanes, v);
+  for (float lane : lanes) total += lane;
+  return total;
+}
+
 // 1 in the first n lanes, 0 in the others.
 PVT_INLINE Vec first_lanes(int n) {
   static constexpr float kLane[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from op_gradients import assert_gradients, gradients, redrawn
 from torch import Tensor
 
 import pvt_fast
@@ -12,7 +13,7 @@ from pvt_fast import PVT_V2
 from pvt_fast import model as model_module
 from pvt_fast.backend import registered as library
 from pvt_fast.ops import map_tensors, reference
-from pvt_fast.testing import AttentionCase, Case, MlpCase, PatchEmbedCase, assert_parity, run
+from pvt_fast.testing import AttentionCase, MlpCase, PatchEmbedCase, assert_parity, run
 
 # the backward is the reference's, whatever the instruction set
 pytestmark = [pytest.mark.one_isa, pytest.mark.usefixtures("poisoned_memory")]
@@ -39,26 +40,20 @@ def leaves_of(arguments: tuple) -> tuple[tuple, list[Tensor]]:
     return map_tensors(arguments, leaf), leaves
 
 
-def gradients(backend, case: Case, arguments: tuple, dtype: torch.dtype) -> list[Tensor]:
-    """Gradients of a fixed random projection of the op's output by every tensor argument."""
-    arguments, leaves = leaves_of(map_tensors(arguments, lambda tensor: tensor.to(dtype)))
-    output = run(backend, case, arguments)
-    assert output.requires_grad
-    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return list(torch.autograd.grad(output, leaves, direction.to(output)))
-
-
 @pytest.mark.parametrize("small", SMALL, ids=str)
 def test_gradients_of_every_argument(small, target, dtype):
     """Weights, biases, norms, residual_scale and the input: each within the parity rule."""
     arguments = small.make(dtype, target.device)
-    with target.in_use():
-        ours = gradients(library.registered(target.backend), small, arguments, dtype)
-    cpu = map_tensors(arguments, lambda tensor: tensor.cpu())
-    truth = gradients(reference, small, cpu, torch.float64)
-    plain = gradients(reference, small, cpu, dtype)
-    for index, trio in enumerate(zip(ours, truth, plain, strict=True)):
-        assert_parity(*trio, what=f"gradient of argument {index} of {small}")
+
+    def call(ops, given: tuple) -> Tensor:
+        return run(ops, small, given)
+
+    def ours(drawn: tuple) -> list[Tensor]:
+        with target.in_use():
+            return gradients(call, library.registered(target.backend), drawn)
+
+    drawn = [redrawn(arguments, seed) for seed in range(1 if target.interpreted else 8)]
+    assert_gradients(ours, call, drawn, lambda given: gradients(call, reference, given))
 
 
 @pytest.mark.parametrize("small", SMALL, ids=str)

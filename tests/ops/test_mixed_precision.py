@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fused_models import MODELS, image, own, plain
+from op_gradients import assert_gradients, gradients, redrawn
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pvt_fast import PVT_V2, testing
 from pvt_fast.backend import registered
-from pvt_fast.ops import PRODUCTS, Linear, map_tensors, packing, reference, result_dtype, tensors_in
+from pvt_fast.ops import PRODUCTS, Linear, map_tensors, packing, reference, result_dtype
 from pvt_fast.testing import AttentionCase, Case, MlpCase, PatchEmbedCase, assert_parity, run
 
 to_products = pytest.mark.parametrize("products", PRODUCTS, ids=["bf16", "f16"])
@@ -73,20 +74,17 @@ def test_layer_norm_of_low_activations_with_float32_weights(products, target):
 @to_products
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_gradients_have_the_dtypes_of_their_arguments(case, products, target):
-    def gradients(ops, arguments: tuple, *last: torch.dtype) -> list[Tensor]:
-        leaves = map_tensors(arguments, lambda tensor: tensor.detach().clone().requires_grad_())
-        output = run(ops, case, (*leaves, *last))
-        direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        return list(torch.autograd.grad(output, tensors_in(leaves), direction.to(output)))
+    def call(ops, given: tuple) -> Tensor:
+        return run(ops, case, given)
 
     for arguments in mixed(case, products):
-        with target.in_use(), torch.autocast("cpu", products):  # which a call with products does not look at
-            ours = gradients(registered.registered(target.backend), arguments, products)
-        truth = gradients(reference, map_tensors(arguments, lambda tensor: tensor.double()))
-        theirs = gradients(reference, arguments, products)
-        assert [grad.dtype for grad in ours] == [tensor.dtype for tensor in tensors_in(arguments)]
-        for index, trio in enumerate(zip(ours, truth, theirs, strict=True)):
-            assert_parity(*trio, what=f"gradient of argument {index} of {case}")
+
+        def ours(drawn: tuple) -> list[Tensor]:
+            with target.in_use(), torch.autocast("cpu", products):  # which a call with products does not look at
+                return gradients(call, registered.registered(target.backend), (*drawn, products))
+
+        drawn = [redrawn(arguments, seed) for seed in range(1 if target.interpreted else 4)]
+        assert_gradients(ours, call, drawn, lambda given: gradients(call, reference, (*given, products)))
 
 
 def test_dtypes_that_do_not_mix_are_refused(target):
