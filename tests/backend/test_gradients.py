@@ -68,11 +68,10 @@ def test_parity_of_the_norm_and_the_head(shape, classes, target, dtype):
         check(lambda ops, given: ops.head(*given), (x, w._replace(bias=None)), target, 8)
 
 
+@pytest.mark.only("cpp")
 @pytest.mark.parametrize("case", CUT, ids=str)
 def test_the_same_bits_each_time(case: Case, target):
     """With the same number of threads, and with up to eight: small calls are cut up in the same way for all."""
-    if target.backend != "cpp":
-        pytest.skip("the promise is the C++ backend's")
     arguments = case.make(torch.float32)
     found, threads = [], torch.get_num_threads()
     try:

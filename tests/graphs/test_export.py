@@ -16,7 +16,7 @@ from torch.export import Dim
 
 import pvt_fast
 from pvt_fast import PVT_V2
-from pvt_fast.backend import cpp
+from pvt_fast.backend.cpp import weights
 from pvt_fast.ops import packing, traceable
 from pvt_fast.testing import assert_parity
 
@@ -141,7 +141,7 @@ def test_aot_inductor_package_packs_once_and_runs_in_another_process(target, ind
     def counted(kind, key, tensors, build, check):
         return packing.packed(kind, key, tensors, lambda alias: (built.append(kind), build(alias))[1], check)
 
-    monkeypatch.setattr(cpp, "packed", counted)
+    monkeypatch.setattr(weights, "packed", counted)
     expected = model(other)
     built.clear()
     first = packaged(image)

@@ -28,8 +28,11 @@ def test_every_change_is_seen_and_has_its_words(change):
     if change.__name__ in WORDS:
         assert any(each in words for each in WORDS[change.__name__].split("|"))
     captured = object.__new__(CapturedModel)  # which only a CUDA device makes
-    captured._model, captured._recorded, captured._image = model, recorded, image()
+    captured._model, captured._recorded, captured._image, captured._products = model, recorded, image(), None
     with pytest.raises(RuntimeError, match="captured model: the model must be as it was captured, got a changed one: "):
+        captured(image())
+    other = pytest.raises(RuntimeError, match=r"autocast must be as at the capture, off, got on, to torch\.bfloat16")
+    with torch.autocast("cpu", torch.bfloat16), other:
         captured(image())
 
 
