@@ -34,7 +34,7 @@ from pvt_fast.images.preprocess import Preprocess
 from pvt_fast.model_file import load_model, save_model
 
 PIXELS = 32  # a side of the images that are kept
-SIZE = 64  # a side of what the model sees: the first patch embed's stride of 4 leaves 16 x 16 tokens
+SIZE = 48  # a side of what the model sees: the first patch embed's stride of 4 leaves 12 x 12 tokens
 PREPROCESS = Preprocess(size=SIZE, crop=1.0, interpolation="bilinear")
 SHIFT = 4  # pixels that a crop moves by at most
 EMA_DECAY = 0.998  # of a step: the average is over some 500 steps
@@ -44,16 +44,16 @@ PRECISIONS = ("fp32", "bf16", "autocast")
 
 
 def make_model(classes: int, backend: str = "auto") -> pvt_fast.PVT_V2:
-    """3 x 64 x 64 -> logits in 2.3 million parameters: three stages of 16 x 16, 8 x 8 and 4 x 4 tokens, most of the
+    """3 x 48 x 48 -> logits in 1.3 million parameters: three stages of 12 x 12, 6 x 6 and 3 x 3 tokens, most of the
     arithmetic in the second, whose tokens all see each other.
     """
     model = pvt_fast.PVT_V2(
         img_size=SIZE,
         num_classes=classes,
         num_stages=3,
-        embed_dims=(32, 128, 256),
-        num_heads=(1, 4, 8),
-        mlp_ratios=(4, 4, 3),
+        embed_dims=(32, 96, 192),
+        num_heads=(1, 3, 6),
+        mlp_ratios=(2, 3, 3),
         qkv_bias=True,
         depths=(1, 3, 2),
         sr_ratios=(4, 1, 1),
@@ -63,7 +63,7 @@ def make_model(classes: int, backend: str = "auto") -> pvt_fast.PVT_V2:
 
 
 def model_input(pixels: Tensor) -> Tensor:
-    """uint8 (N, 3, 32, 32) -> float32 (N, 3, 64, 64), as PREPROCESS makes it of a file."""
+    """uint8 (N, 3, 32, 32) -> float32 (N, 3, 48, 48), as PREPROCESS makes it of a file."""
     values = normalise(pixels, PREPROCESS.mean, PREPROCESS.std)
     return F.interpolate(values, size=SIZE, mode="bilinear", align_corners=False)
 
@@ -244,7 +244,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Nam
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to write into")
     parser.add_argument("--resume", action="store_true", help="go on from DIR's checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the order and the augmentation")
-    parser.add_argument("--epochs", type=int, default=14, help="passes over the training images")
+    parser.add_argument("--epochs", type=int, default=26, help="passes over the training images")
     parser.add_argument("--batch", type=int, default=128, help="images a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument(
