@@ -1,17 +1,24 @@
-"""Training steps to be measured: their cases, contenders, truth, and what a step keeps and takes of memory.
+"""Training steps to be measured: their contenders, the gradients' truth, and what a step keeps and takes of memory.
 
 A step is zero_grad, forward, loss, backward and a step of SGD, in training mode. All contenders of a case have the same
 weights and images; the loss is the mean square of the answer less fixed random numbers, so that all of it has gradients.
+
+Gradients are compared as one vector: the parameters one after the other by name, each divided by a power of two near
+the root mean square of its true gradient, so that the parity rule over the vector holds small gradients as well as large
+ones. One kind has the largest such scale instead: those whose true gradient is nothing but rounding (the biases of
+keys, which softmax ignores).
 """
 
 from __future__ import annotations
 
+import math
 import resource
-import threading
 import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,59 +29,46 @@ from pvt_fast.cli.timing import burst
 from pvt_fast.config import VARIANTS, PVTConfig
 
 from .. import models
-from ..comparison import Ready
+from ..case import TrainCase
+from ..comparison import Ready, Truth
+from ..report import OURS
 from ..torchvision_ops import let_torchvision_be_imported
 
-PRECISIONS = ("fp32", "bf16", "autocast")
 SEGFORMER = "segformer_b0"
-RATE = 1e-6  # of SGD: so small that steps do the same work again and again
-MATERIALISED = "probabilities kept"
-
-
-class TrainCase(NamedTuple):
-    """One step of a model on images (batch, 3, height, width): in fp32, with bf16 weights, or under autocast."""
-
-    model: str
-    batch: int
-    height: int
-    width: int
-    precision: str
-
-    def __str__(self) -> str:
-        side = f"{self.height}px" if self.height == self.width else f"{self.height}x{self.width}"
-        return f"{self.model.removeprefix('pvt_v2_')} {self.precision} bs{self.batch} {side}"
-
-    @property
-    def dtype(self) -> str:
-        """Of weights and images."""
-        return "bf16" if self.precision == "bf16" else "fp32"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+MODELS = (*VARIANTS, SEGFORMER)
+PRECISIONS = ("fp32", "bf16", "autocast")
+RATE = 1e-6  # of SGD: so small that step after step is the same work
+NO_GRADIENT = 1e-9  # of the largest: less is what float64 leaves of a gradient that is zero
 
 
 class Step:
-    """A model with its images: `__call__` makes a step."""
+    """A model with its images and optimizer: a call makes a step. `backward_s` has the seconds of each backward."""
 
     def __init__(self, model: nn.Module, case: TrainCase, forward: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.model = model.train().to(case.torch_dtype)
-        self.forward = forward or self.model
-        self.images = make_images(case).to(case.torch_dtype)
-        self.case = case
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=RATE)
+        self.model = model.train()
+        self.backward_s: list[float] = []
+        self._forward = forward or model
+        self._autocast = case.precision == "autocast"
+        parameter = next(model.parameters())
+        self.images = make_images(case).to(parameter.dtype)
+        self._aim: Tensor | None = None
+        self._optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
 
     def loss(self) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.case.precision == "autocast"):
-            answer = self.forward(self.images)
-        generator = torch.Generator().manual_seed(2)
-        aim = torch.randn(answer.shape, generator=generator).to(answer.device)
-        return (answer.float() - aim).square().mean() if answer.dtype != torch.float64 else (answer - aim).square().mean()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._autocast):
+            answer = self._forward(self.images)
+        if self._aim is None:
+            self._aim = torch.randn(answer.shape, generator=torch.Generator().manual_seed(2))
+        exact = answer if answer.dtype == torch.float64 else answer.float()
+        return (exact - self._aim).square().mean()
 
     def __call__(self) -> None:
-        self.optimizer.zero_grad()
-        self.loss().backward()
-        self.optimizer.step()
+        self._optimizer.zero_grad()
+        loss = self.loss()
+        start = time.perf_counter()
+        loss.backward()
+        self.backward_s.append(time.perf_counter() - start)
+        self._optimizer.step()
 
     def gradients(self) -> dict[str, Tensor]:
         """Of every parameter by its name, at the weights as they are; no step is made."""
@@ -86,13 +80,17 @@ class Step:
 
 
 def make_images(case: TrainCase) -> Tensor:
+    """Random images, rounded to the dtype of the case's weights, in float32."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(case.batch, 3, case.height, case.width, generator=generator)
     return images.to(case.torch_dtype).float()
 
 
-class _Maps(nn.Module):
-    """The last map of a transformers encoder."""
+# -- contenders -------------------------------------------------------------------------------------------------------
+
+
+class _LastMap(nn.Module):
+    """A transformers encoder whose answer is its last map."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -102,183 +100,173 @@ class _Maps(nn.Module):
         return self.encoder(images).last_hidden_state
 
 
-def segformer(case: TrainCase) -> nn.Module:
-    """transformers' SegFormer-b0 encoder with weights drawn from a fixed seed, without dropout or stochastic depth."""
+def _segformer(case: TrainCase) -> nn.Module:
+    """transformers' SegFormer-b0 encoder, weights from a fixed seed, without dropout; in the case's dtype."""
     let_torchvision_be_imported()
     from transformers import SegformerConfig, SegformerModel
 
     torch.manual_seed(0)
     config = SegformerConfig(drop_path_rate=0.0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return _Maps(SegformerModel(config).to(case.torch_dtype).float())
-
-
-def _ours(case: TrainCase) -> Step:
-    if case.model == SEGFORMER:
-        model = segformer(case).train().to(case.torch_dtype)
-        pvt_fast.accelerate_(model)
-        return Step(model, case)
-    return Step(models.make_model(case), case)
+    return _LastMap(SegformerModel(config)).to(case.torch_dtype)
 
 
 def _plain_model(case: TrainCase) -> nn.Module:
-    return segformer(case) if case.model == SEGFORMER else models.timm_model(case)
+    model = _segformer(case) if case.model == SEGFORMER else models.timm_model(case)  # type: ignore[arg-type]
+    return model.to(case.torch_dtype)
 
 
-def _eager(case: TrainCase) -> Step:
+def ours(case: TrainCase) -> Step:
+    """Our model on its default backend; of transformers' model, that one after accelerate_."""
+    if case.model == SEGFORMER:
+        model = _segformer(case)
+        pvt_fast.accelerate_(model, strict=True)
+    else:
+        model = models.make_model(case).to(case.torch_dtype)  # type: ignore[arg-type]
+    return Step(model, case)
+
+
+def plain(case: TrainCase) -> Step:
+    """timm's or transformers' model as it comes."""
     return Step(_plain_model(case), case)
 
 
-def _compiled(case: TrainCase) -> Step:
-    model = _plain_model(case).train().to(case.torch_dtype)
+def compiled(case: TrainCase) -> Step:
+    """That one under torch.compile."""
+    model = _plain_model(case).train()
     return Step(model, case, torch.compile(model))
 
 
-def _materialised(case: TrainCase) -> Step:
+def materialised(case: TrainCase) -> Step:
     """softmax(q k^T) as a tensor that autograd keeps, as in mmdet's and the official code: our reference is such a one."""
     if case.model == SEGFORMER:
-        raise NotImplementedError("transformers' own attention is timed as it comes")
-    model = models.make_model(case)
+        raise NotImplementedError("of PVT v2 only")
+    model = models.make_model(case).to(case.torch_dtype)  # type: ignore[arg-type]
     model.backend = "reference"
     return Step(model, case)
 
 
-CONTENDERS: dict[str, Callable[[TrainCase], Step]] = {
-    "pvt_fast": _ours,
-    "eager": _eager,
-    "compile": _compiled,
-    MATERIALISED: _materialised,
-}
-PEERS = ("eager", "compile")
+Build = Callable[[TrainCase], Step]
+CONTENDERS: dict[str, Build] = {OURS: ours, "plain": plain, "compile": compiled}
+# A compiler's own memory cannot be told from its step's.
+IN_MEMORY: dict[str, Build] = {OURS: ours, "plain": plain, "probabilities kept": materialised}
 
 
 # -- truth ------------------------------------------------------------------------------------------------------------
 
 
-def _flat(gradients: dict[str, Tensor]) -> Tensor:
-    """All gradients, each parameter's over its own largest true value, are compared by `errors`; this is for one."""
-    return torch.cat([g.flatten() for g in gradients.values()])
+def truth(case: TrainCase) -> tuple[dict[str, float], Truth]:
+    """The parameters' scales, by our names in their order, and the vectors in float64 and of plain torch as it comes."""
+    exact = _plain_model(case).double()
+    gradients = in_our_names(case, Step(exact, case._replace(precision=_exactly(case))).gradients())
+    sizes = {name: float(gradient.square().mean().sqrt()) for name, gradient in sorted(gradients.items())}
+    largest = max(sizes.values())
+    scales = {
+        name: 2.0 ** round(math.log2(size if size > NO_GRADIENT * largest else largest)) for name, size in sizes.items()
+    }
+    return scales, (vector(gradients, scales), vector(plain(case).gradients(), scales, case))
 
 
-def truth(case: TrainCase) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(gradients in float64, those of plain torch in the case's precision), by our names, of the case's weights."""
-    make = segformer if case.model == SEGFORMER else models.make_model
-    made = []
-    for exact in (True, False):
-        model = make(case)
-        if isinstance(model, pvt_fast.PVT_V2):
-            model.backend = "reference"
-        step = Step(model, case._replace(precision="fp32") if exact else case)
-        if exact:
-            step.model.double()
-            step.images = step.images.double()
-        made.append(step.gradients())
-    return made[0], made[1]
+def _exactly(case: TrainCase) -> str:
+    """The precision in which weights and images are the case's, without its autocast."""
+    return "bf16" if case.precision == "bf16" else "fp32"
 
 
-def error_over_bound(
-    gradients: dict[str, Tensor], exact: dict[str, Tensor], plain: dict[str, Tensor], unit: float
-) -> float:
-    """The largest, over the parameters, of an error over what the parity rule allows; infinite for values that are none.
+def vector(gradients: dict[str, Tensor], scales: dict[str, float], case: TrainCase | None = None) -> Tensor:
+    """All gradients, scaled: as they are or, with a case, by that one's names and in the dtype of its products.
 
-    Parameters are taken together whose gradients are as large as rounding only (keys' biases have no gradient at all):
-    what is allowed is never less than `unit` of the largest gradient of the model.
+    Gradients under autocast are float32, but no more exact than bfloat16, whose rounding unit the parity rule takes.
     """
-    if not gradients or gradients.keys() != exact.keys():
-        return float("inf")
-    floor = unit * max(float(g.abs().max()) for g in exact.values())
-    worst = 0.0
-    for name, value in gradients.items():
-        if value.shape != exact[name].shape or not bool(value.isfinite().all()):
-            return float("inf")
-        bounds = testing.parity_bounds(exact[name], plain[name])
-        error = (value.double() - exact[name]).abs()
-        worst = max(worst, float(error.max()) / max(bounds["largest"], floor))
-    return worst
+    if case is not None:
+        gradients = in_our_names(case, gradients)
+    if gradients.keys() != scales.keys():
+        odd = sorted(gradients.keys() ^ scales.keys())
+        raise ValueError(f"gradients must be of the same parameters as the true ones; not in both: {', '.join(odd)}")
+    whole = torch.cat([gradients[name].flatten() / scale for name, scale in scales.items()])
+    return whole.bfloat16() if case is not None and case.computed_in == "bf16" else whole
 
 
 def in_our_names(case: TrainCase, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of timm's parameters by the names that they have in our model."""
-    ours = models.make_model(case)
-    names = {name for name, _ in ours.named_parameters()}
-    if case.model == SEGFORMER or gradients.keys() == names:
+    if case.model == SEGFORMER:
         return gradients
-    # loading is by name and shape: a state with the gradients as weights comes back renamed
-    report = pvt_fast.load_weights(ours, gradients, strict=False)
-    del report
-    return {name: p.detach().clone() for name, p in ours.named_parameters()}
+    like = pvt_fast.create_model(case.model)
+    if gradients.keys() != {name for name, _ in like.named_parameters()}:
+        like.to(next(iter(gradients.values())).dtype)
+        pvt_fast.load_weights(like, gradients)  # renames a state dict: here gradients are the values
+        gradients = {name: parameter.detach() for name, parameter in like.named_parameters()}
+    return gradients
 
 
 # -- a contender's process --------------------------------------------------------------------------------------------
 
 
+def contend(build: Build, case: TrainCase, threads: int, scales: dict[str, float]) -> Generator[Any, Any, None]:
+    """A contender's process, as `comparison.Worker` asks it: its logits are its gradients.
+
+    "backward" is answered by the median seconds of the backwards so far.
+    """
+    torch.set_num_threads(threads)
+    yield None
+    step = build(case)
+    gradients = vector(step.gradients(), scales, case)
+    told: dict[str, Any] = {"note": ""}
+    if build is not compiled:  # hooks on saved tensors make it compile something else
+        told["saved_bytes"] = saved_bytes(step)
+    request = yield Ready(gradients, told)
+    del gradients
+    while True:
+        request = yield median(step.backward_s) if request == "backward" else burst(step, request)
+
+
 def saved_bytes(step: Step) -> int:
-    """Bytes that autograd keeps between forward and backward: distinct storages that are not parameters' or the image's."""
-    own = {p.untyped_storage().data_ptr() for p in step.model.parameters()} | {step.images.untyped_storage().data_ptr()}
-    kept: dict[int, tuple[int, Any]] = {}
+    """Bytes that autograd keeps from forward to backward: of distinct storages, parameters and images left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*step.model.parameters(), step.images)}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = (storage.nbytes(), storage)  # held, so that no address is given twice
-        return tensor
+            kept[storage.data_ptr()] = storage
+        return tensor.detach()  # an output that is kept as it is would keep itself alive
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = step.loss()
     del loss
-    return sum(size for size, _ in kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
-def contend(build: Callable[[TrainCase], Step], case: TrainCase, threads: int) -> Generator[Any, Any, None]:
-    """A contender's process, as `comparison.Worker` asks it: its answer are its gradients."""
+def take_memory(build: Build, case: TrainCase, threads: int, limit: int | None) -> Generator[Any, Any, None]:
+    """A process that makes one step and answers with the bytes of memory at its peak above those before it.
+
+    limit: bytes that it may take at most above those before; then it fails, as it does on a machine that has no more.
+    """
     torch.set_num_threads(threads)
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # if the system must end one for memory, this one
     yield None
-    step = build(case)
-    gradients = step.gradients()
-    told = {"note": "", "saved_bytes": saved_bytes(step)}
-    seconds = yield Ready(gradients, told)  # type: ignore[arg-type]
-    while True:
-        seconds = yield burst(step, seconds)
-
-
-def _resident() -> int:
-    """Bytes of memory that this process has now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def take_memory(build: Callable[[TrainCase], Step], case: TrainCase, limit: int | None) -> Generator[Any, Any, None]:
-    """A process of its own that makes one step: bytes at its peak above those before. limit: bytes of address space."""
-    torch.set_num_threads(1)
-    yield None
+    build(case._replace(batch=1, height=64, width=64))()  # what is loaded and set up once is not the step's
     step = build(case)
     if limit is not None:
+        limit += _status("VmSize")
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    before, peak, done = _resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, _resident())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        step()
-    finally:
-        done.set()
-        watcher.join()
-    yield max(peak, _resident()) - before
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of before is forgotten
+    before = _status("VmRSS")
+    step()
+    yield _status("VmHWM") - before
 
 
-# -- arithmetic -------------------------------------------------------------------------------------------------------
+def _status(field: str) -> int:
+    """Bytes of this process by that name in /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
 
 
-def gflop(case: TrainCase, replay: bool) -> float | None:
-    """Of a step by formula, in 1e9: forward, twice that backward, and with `replay` the forward again; None for others.
+def backward_gflop(case: TrainCase) -> float | None:
+    """Of our backward, in 1e9: twice the forward's, and the forward again as our ops replay it; None for other models.
 
     A multiplication and its addition count as two.
     """
-    if case.model not in VARIANTS:
+    if case.model == SEGFORMER:
         return None
-    forward = testing.model_flops(PVTConfig(**VARIANTS[case.model]), case.batch, (case.height, case.width)) / 1e9
-    return (4 if replay else 3) * forward
+    return 3 * testing.model_flops(PVTConfig(**VARIANTS[case.model]), case.batch, (case.height, case.width)) / 1e9
