@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
 
 class TrainCase(NamedTuple):
-    """One step of training on images (batch, 3, height, width): in fp32, with bf16 weights, or under autocast to bf16."""
+    """One training step on images (batch, 3, height, width): in fp32, with bf16 weights, or under autocast to bf16."""
 
     model: str
     precision: str

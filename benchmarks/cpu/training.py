@@ -1,12 +1,13 @@
 """Training steps to be measured: their contenders, the gradients' truth, and what a step keeps and takes of memory.
 
-A step is zero_grad, forward, loss, backward and a step of SGD, in training mode. All contenders of a case have the same
-weights and images; the loss is the mean square of the answer less fixed random numbers, so that all of it has gradients.
+A step is zero_grad, forward, loss, backward and a step of SGD, in training mode. All contenders of a case have the
+same weights and images; the loss is the mean square of the answer less fixed random numbers, so that all of it has
+gradients.
 
 Gradients are compared as one vector: the parameters one after the other by name, each divided by a power of two near
-the root mean square of its true gradient, so that the parity rule over the vector holds small gradients as well as large
-ones. One kind has the largest such scale instead: those whose true gradient is nothing but rounding (the biases of
-keys, which softmax ignores).
+the root mean square of its true gradient, so that the parity rule over the vector holds small gradients as well as
+large ones. Parameters whose true gradient is zero but for rounding (the biases of keys, which softmax ignores) have the
+largest scale of all instead.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Step:
     def __init__(self, model: nn.Module, case: TrainCase, forward: Callable[[Tensor], Tensor] | None = None) -> None:
         self.model = model.train()
         self.backward_s: list[float] = []
-        self._forward = forward or model
+        self._forward = model if forward is None else forward
         self._autocast = case.precision == "autocast"
         parameter = next(model.parameters())
         self.images = make_images(case).to(parameter.dtype)
@@ -137,7 +138,7 @@ def compiled(case: TrainCase) -> Step:
 
 
 def materialised(case: TrainCase) -> Step:
-    """softmax(q k^T) as a tensor that autograd keeps, as in mmdet's and the official code: our reference is such a one."""
+    """Our reference: softmax(q k^T) is a tensor that autograd keeps, as in mmdet's and the official code."""
     if case.model == SEGFORMER:
         raise NotImplementedError("of PVT v2 only")
     model = models.make_model(case).to(case.torch_dtype)  # type: ignore[arg-type]
@@ -155,7 +156,7 @@ IN_MEMORY: dict[str, Build] = {OURS: ours, "plain": plain, "probabilities kept":
 
 
 def truth(case: TrainCase) -> tuple[dict[str, float], Truth]:
-    """The parameters' scales, by our names in their order, and the vectors in float64 and of plain torch as it comes."""
+    """The parameters' scales, by our names in order, and the vectors in float64 and of plain torch as it comes."""
     exact = _plain_model(case).double()
     gradients = in_our_names(case, Step(exact, case._replace(precision=_exactly(case))).gradients())
     sizes = {name: float(gradient.square().mean().sqrt()) for name, gradient in sorted(gradients.items())}
