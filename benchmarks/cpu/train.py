@@ -1,6 +1,6 @@
 """Training steps on CPUs: pvt_fast against plain torch and torch.compile, and the memory that a step takes.
 
-    python benchmarks/train.py --out benchmarks/results                    # all cases: about an hour
+    python benchmarks/train.py --out benchmarks/results                    # all cases, which takes hours
     python benchmarks/train.py --models b0,segformer_b0 --precision fp32   # some of them
     python benchmarks/train.py --cases b2:bf16:1:800x1344 --memory-cases '' --rounds 3
 
@@ -96,7 +96,7 @@ def weigh(case: TrainCase, options: argparse.Namespace) -> Row:
     """The memory that a step of each contender takes; its row."""
     limit = int(options.memory_limit * 1e9) if options.memory_limit else available_bytes()
     cells: dict[str, dict] = {}
-    for name, build in training.IN_MEMORY.items():
+    for name, build in training.in_memory(case).items():
         server = Server(training.take_memory, build, case, options.threads, limit)
         try:
             server.receive()
@@ -147,7 +147,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     like = "comma-separated, each as b2:bf16:1:800x1344"
     parser.add_argument("--cases", type=cases_of, help=f"to time, {like} (default: {len(CASES)} cases)")
-    parser.add_argument("--memory-cases", type=cases_of, help=f"to weigh, {like} (default: b2 in four sizes)")
+    parser.add_argument(
+        "--memory-cases", type=cases_of, help=f"to weigh, {like} (default: those to time; b2 in four sizes)"
+    )
     parser.add_argument("--models", type=words, default=[], help="only these of the cases, e.g. b0,segformer_b0")
     parser.add_argument("--precision", type=words, default=[], help=f"only these, of {', '.join(training.PRECISIONS)}")
     peers = [name for name in training.CONTENDERS if name != OURS]
@@ -166,9 +168,13 @@ def parse() -> argparse.Namespace:
         ("--precision", options.precision, training.PRECISIONS),
         ("--peers", options.peers, peers),
     )
-    for name, default in (("cases", CASES), ("memory_cases", MEMORY_CASES)):
-        chosen = getattr(options, name)
-        setattr(options, name, [case for case in (default if chosen is None else chosen) if _is_asked(case, options)])
+    if options.memory_cases is None:
+        options.memory_cases = [*CASES, *MEMORY_CASES] if options.cases is None else options.cases
+    if options.cases is None:
+        options.cases = CASES
+    for name in ("cases", "memory_cases"):
+        chosen = dict.fromkeys(case for case in getattr(options, name) if _is_asked(case, options))  # each once
+        setattr(options, name, list(chosen))
     if not options.cases and not options.memory_cases:
         parser.error("--models and --precision leave no case; --cases names others")
     return options

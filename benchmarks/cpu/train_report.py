@@ -220,28 +220,31 @@ def chart(rows: list[Row], memory: list[Row], path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    panels: list[tuple[int, Callable[[Any, str], None]]] = []
-    titles = []
+    panels: list[tuple[str, list[Row], Callable[[Any, list[Row]], None], float]] = []
     for title, (steps, taken) in _by_machine(rows, memory).items():
-        for kind, draw, bars in ((steps, _draw_ratios, 1), (taken, _draw_memory, len(_contenders(taken)))):
-            if kind:
-                panels.append((len(kind) * bars + 1, lambda axis, of, kind=kind, draw=draw: draw(axis, kind, of)))
-                titles.append(title)
-    heights = [lines for lines, _ in panels]
+        if steps:
+            panels.append((title, steps, _draw_ratios, 0.3 * len(steps)))
+        if taken:
+            panels.append((title, taken, _draw_memory, 0.18 * len(taken) * len(_contenders(taken))))
+    inches = [height + 0.3 for *_, height in panels]
     figure, axes = pyplot.subplots(
         len(panels),
-        figsize=(9, 0.3 * sum(heights) + 1.1 * len(panels)),
-        height_ratios=heights,
+        figsize=(9, sum(inches) + 0.8 * len(panels)),
+        height_ratios=inches,
         squeeze=False,
         layout="constrained",
     )
-    for axis, title, (_, draw) in zip(axes[:, 0], titles, panels, strict=True):
-        draw(axis, title)
+    for axis, (title, kind, draw, _) in zip(axes[:, 0], panels, strict=True):
+        draw(axis, kind)
+        axis.set_yticks(range(len(kind)), [str(case(row)) for row in kind], fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.2)
+        axis.set_title(title, fontsize=9, loc="left")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
-def _draw_ratios(axis: Any, rows: list[Row], title: str) -> None:
+def _draw_ratios(axis: Any, rows: list[Row]) -> None:
     for line, row in enumerate(rows):
         of = ratio(row)
         if of is None:
@@ -251,14 +254,10 @@ def _draw_ratios(axis: Any, rows: list[Row], title: str) -> None:
         axis.barh(line, of.ms, 0.7, xerr=reach, color="C0" if of.ms >= 1 else "C3", ecolor="0.3")
         axis.text(of.ms_90, line, f"  {of.ms:.2f} of {best_peer(row)}", va="center", fontsize=7)
     axis.axvline(1, color="black", linewidth=1)
-    axis.set_yticks(range(len(rows)), [str(case(row)) for row in rows], fontsize=8)
-    axis.invert_yaxis()
-    axis.margins(x=0.2)
     axis.set_xlabel("training steps: times as fast as the better of plain torch and torch.compile", fontsize=8)
-    axis.set_title(title, fontsize=9, loc="left")
 
 
-def _draw_memory(axis: Any, rows: list[Row], title: str) -> None:
+def _draw_memory(axis: Any, rows: list[Row]) -> None:
     contenders = _contenders(rows)
     height = 0.8 / len(contenders)
     for place, contender in enumerate(contenders):
@@ -270,11 +269,7 @@ def _draw_memory(axis: Any, rows: list[Row], title: str) -> None:
             failure(c) if c and "failure" in c else f"{t:.2f}" if c else "" for c, t in zip(cells, taken, strict=True)
         ]
         axis.bar_label(drawn, [text[:40] for text in told], padding=3, fontsize=7)
-    axis.set_yticks(range(len(rows)), [str(case(row)) for row in rows], fontsize=8)
-    axis.invert_yaxis()
-    axis.margins(x=0.2)
     axis.set_xlabel("memory of a training step at its peak, GB", fontsize=8)
-    axis.set_title(title, fontsize=9, loc="left")
     axis.legend(fontsize=7)
 
 

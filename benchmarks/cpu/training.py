@@ -112,7 +112,7 @@ def _segformer(case: TrainCase) -> nn.Module:
 
 
 def _plain_model(case: TrainCase) -> nn.Module:
-    model = _segformer(case) if case.model == SEGFORMER else models.timm_model(case)  # type: ignore[arg-type]
+    model = _segformer(case) if case.model == SEGFORMER else models.timm_model(case)
     return model.to(case.torch_dtype)
 
 
@@ -122,7 +122,7 @@ def ours(case: TrainCase) -> Step:
         model = _segformer(case)
         pvt_fast.accelerate_(model, strict=True)
     else:
-        model = models.make_model(case).to(case.torch_dtype)  # type: ignore[arg-type]
+        model = models.make_model(case).to(case.torch_dtype)
     return Step(model, case)
 
 
@@ -139,17 +139,19 @@ def compiled(case: TrainCase) -> Step:
 
 def materialised(case: TrainCase) -> Step:
     """Our reference: softmax(q k^T) is a tensor that autograd keeps, as in mmdet's and the official code."""
-    if case.model == SEGFORMER:
-        raise NotImplementedError("of PVT v2 only")
-    model = models.make_model(case).to(case.torch_dtype)  # type: ignore[arg-type]
+    model = models.make_model(case).to(case.torch_dtype)
     model.backend = "reference"
     return Step(model, case)
 
 
 Build = Callable[[TrainCase], Step]
 CONTENDERS: dict[str, Build] = {OURS: ours, "plain": plain, "compile": compiled}
-# A compiler's own memory cannot be told from its step's.
-IN_MEMORY: dict[str, Build] = {OURS: ours, "plain": plain, "probabilities kept": materialised}
+
+
+def in_memory(case: TrainCase) -> dict[str, Build]:
+    """The contenders whose memory is weighed: a compiler's own cannot be told from its step's."""
+    found = {name: build for name, build in CONTENDERS.items() if build is not compiled}
+    return found if case.model == SEGFORMER else found | {"probabilities kept": materialised}
 
 
 # -- truth ------------------------------------------------------------------------------------------------------------
