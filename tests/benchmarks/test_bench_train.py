@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import pvt_fast
 from benchmarks.case import TrainCase
 from benchmarks.cpu import train, train_report, training
 from benchmarks.server import Failed, Server
@@ -173,7 +174,19 @@ def test_cases_that_are_asked_for(monkeypatch):
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.not_interpreted
+@pytest.fixture(autouse=True)
+def _no_interpreter(monkeypatch):
+    """Processes run what users have by default, not triton's interpreter."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def on_cpp():
+    with pvt_fast.use_backend("cpp"):
+        yield
+
+
+@pytest.mark.usefixtures("on_cpp")
 @pytest.mark.parametrize("model", ["pvt_v2_b0", "segformer_b0"])
 @pytest.mark.parametrize("precision", training.PRECISIONS)
 def test_gradients_of_ours_keep_the_parity_rule_and_wrong_ones_do_not(model, precision):
@@ -195,7 +208,7 @@ def test_gradients_of_other_parameters_are_refused():
         training.vector({"a": torch.zeros(1)}, {"b": 1.0})
 
 
-@pytest.mark.not_interpreted
+@pytest.mark.usefixtures("on_cpp")
 def test_a_step_learns_and_its_bytes_are_counted_without_parameters():
     step = training.plain(SMALL)
     before = {name: parameter.detach().clone() for name, parameter in step.model.named_parameters()}
