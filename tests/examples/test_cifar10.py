@@ -99,5 +99,5 @@ def test_wrong_data_is_told(folder, tmp_path, capsys):
         with pytest.raises(SystemExit):
             train(tmp_path / name, tmp_path / "run")
         assert told in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(ValueError, match="must have its images as <class>/<image>, got 0.png"):
+    with pytest.raises(ValueError, match=r"must have its images as <class>/<image>, got 0\.png"):
         class_folders.load(folder / "train" / "cat", 32)
