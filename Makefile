@@ -9,7 +9,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 .PHONY: setup demo test test-all test-peers lint style wheel cpp-test sanitize fuzz soak avx512-test neon-test cross-tools \
-	baseline-test bench-cpu bench-busy gpu gpu-gates gpu-gates-update gpu-gates-all instructions instructions-update clean
+	baseline-test bench-cpu bench-busy bench-train gpu gpu-gates gpu-gates-update gpu-gates-all instructions instructions-update clean
 
 setup: $(VENV)/.demo
 
@@ -186,6 +186,10 @@ bench-cpu: $(VENV)/.bench
 # beside other processes, the README's second table; a quota of cores needs control groups (benchmarks/busy.py --quota)
 bench-busy: $(VENV)/.bench
 	$(BIN)/python benchmarks/busy.py
+
+# the table of training steps; status 1 where plain torch is faster somewhere; fewer cases by TRAIN_ARGS, and runs merge
+bench-train: $(VENV)/.bench
+	$(BIN)/python benchmarks/train.py --out benchmarks/results $(TRAIN_ARGS)
 
 # everything that wants a CUDA GPU, with the Python that has torch for it and what else is installed there; more options
 # by GPU_ARGS, e.g. --dry-run, which needs no GPU
