@@ -10,6 +10,12 @@ constexpr int kPanel = kPanelVectors * kLanes, kNarrow = 2 * kLanes;
 template <class E>
 constexpr int kDepthStep = 1;
 
+// k of `rows` rows, padded.
+template <class E>
+constexpr int depth_of(int rows) {
+  return int(round_up(rows, kDepthStep<E>));
+}
+
 // Work items have at least this many rows,
 constexpr int kMinRows = 12;
 // and begin at multiples of this many of an image's rows, so that none ends with a tile that is mostly empty.
@@ -61,7 +67,7 @@ struct PanelLayout {
   int depth = 0, columns = 0;  // both padded
 
   PanelLayout() = default;
-  PanelLayout(int rows, int cols) : depth(int(round_up(rows, kDepthStep<E>))), columns(int(row_width(cols))) {}
+  PanelLayout(int rows, int cols) : depth(depth_of<E>(rows)), columns(int(row_width(cols))) {}
 
   std::size_t size() const { return std::size_t(depth) * columns; }
   int panels() const { return (columns + kPanel - 1) / kPanel; }

@@ -1,32 +1,119 @@
-// From torch's weight layouts to packed ones.
+// From torch's weight layouts, and from rows, to packed ones.
 // Compiled once per ISA: included by isa/kernels-inl.h, which says how.
 
-// The packed rows x cols matrix whose element (k, n) is at(k, n), with bias(n).
-template <class E, class At, class Bias>
-PackedMatrix<E> pack(int rows, int cols, const At& at, const Bias& bias) {
+// `width` columns of `count` rows, `ld` apart, as a panel whose k counts the rows: made in `room`, of
+// panel_room<E>(count) elements, where they do not lie like one.
+inline Panel<float> panel_of_rows(const float* rows, std::ptrdiff_t ld, int count, int width, float* room) {
+  if (ld == width) return {rows, count, width, nullptr};
+  for (int row = 0; row < count; ++row) std::memcpy(room + row * width, rows + row * ld, width * sizeof(float));
+  return {room, count, width, nullptr};
+}
+// Pairs of rows are woven.
+inline Panel<bf16> panel_of_rows(const bf16* rows, std::ptrdiff_t ld, int count, int width, bf16* room) {
+  const int depth = depth_of<bf16>(count);
+  const auto bits = [&](int row, int column) PVT_LAMBDA {
+    VecHalf half{};
+    if (row < count) std::memcpy(&half, rows + row * ld + column, sizeof half);
+    return widen(half);
+  };
+  for (int row = 0; row < depth; row += 2)
+    for (int column = 0; column < width; column += kLanes) {
+      const VecBits pairs = bits(row, column) | bits(row + 1, column) << 16;
+      std::memcpy(room + std::ptrdiff_t(row) * width + 2 * column, &pairs, sizeof pairs);
+    }
+  return {room, depth, width, nullptr};
+}
+template <class E>
+constexpr std::size_t panel_room(int rows) {
+  return std::size_t(depth_of<E>(rows)) * kPanel;
+}
+
+// place(0), place(1), ...
+template <class Place>
+Buffer<std::ptrdiff_t> offsets(int count, const Place& place) {
+  Buffer<std::ptrdiff_t> found(count);
+  for (int i = 0; i < count; ++i) found[i] = place(i);
+  return found;
+}
+
+// to[i] = from[at[i]], where that is not padding.
+template <class E, class T>
+PVT_INLINE void gather(const T* from, const std::ptrdiff_t* at, int count, E* to) {
+  if constexpr (std::is_same_v<T, E>) {
+    for (int i = 0; i < count; ++i)
+      if (at[i] >= 0) to[i] = from[at[i]];
+  } else {
+    float line[kPanel] = {};
+    for (int i = 0; i < count; ++i)
+      if (at[i] >= 0) line[i] = to_float(from[at[i]]);
+    for (int i = 0; i < count; i += kLanes) {
+      const Vec part = load(line + i);
+      count - i < kLanes ? store_first(to + i, part, count - i) : store(to + i, part);
+    }
+  }
+}
+
+// The packed rows x cols matrix whose element (k, n) torch's `linear` has at row(k) + column(n), zero where either is
+// negative. By panels on all threads: each training step packs all weights anew.
+template <class E, class T, class Row, class Column>
+PackedMatrix<E> pack(const Linear& linear, int rows, int cols, const Row& row, const Column& column) {
+  constexpr std::size_t kMinPacked = 1 << 14;  // elements that are worth other threads
+  constexpr int kRows = 32;                    // woven together
   PackedMatrix<E> packed(rows, cols);
-  for (int n = 0; n < cols; ++n) {
-    for (int k = 0; k < rows; ++k) assign(packed.data[packed.layout.index(k, n)], at(k, n));
-    packed.bias[n] = bias(n);
+  const Buffer<std::ptrdiff_t> row_at = offsets(rows, row), column_at = offsets(cols, column);
+  const T* weight = static_cast<const T*>(linear.weight);
+  const PanelLayout<E>& layout = packed.layout;
+  const auto pack_panel = [&](std::int64_t p) {
+    const int first = int(p) * kPanel, width = layout.width(int(p)), count = std::min(width, cols - first);
+    E* to = packed.data.data() + std::size_t(first) * layout.depth;
+    for (int k = 0; k < rows; k += kRows, to += kRows * width) {
+      const int height = std::min(kRows, rows - k);
+      const auto gather_rows = [&](E* block, int ld) PVT_LAMBDA {
+        for (int r = 0; r < height; ++r)
+          if (row_at[k + r] >= 0) gather(weight + row_at[k + r], column_at.data() + first, count, block + r * ld);
+      };
+      if constexpr (kDepthStep<E> == 1) {
+        gather_rows(to, width);
+      } else {
+        E block[kRows * kPanel] = {};
+        gather_rows(block, kPanel);
+        panel_of_rows(block, kPanel, height, width, to);
+      }
+    }
+  };
+  if (layout.size() < kMinPacked) {
+    for (int p = 0; p < layout.panels(); ++p) pack_panel(p);
+  } else {
+    parallel_for(layout.panels(), pack_panel);
   }
   return packed;
 }
+// The same with the bias of column n at column_bias(n) of torch's, if that is not negative.
+template <class E, class T, class Row, class Column, class Bias>
+PackedMatrix<E> pack(const Linear& linear, int rows, int cols, const Row& row, const Column& column,
+                     const Bias& column_bias) {
+  PackedMatrix<E> packed = pack<E, T>(linear, rows, cols, row, column);
+  for (int n = 0; n < cols && linear.bias; ++n)
+    if (column_bias(n) >= 0) packed.bias[n] = linear.bias[column_bias(n)];
+  return packed;
+}
+
+// Offsets in torch's matrices of rows of `size` elements, and of their elements.
+constexpr auto rows_of_torch(int size) {
+  return [=](int i) { return std::ptrdiff_t(i) * size; };
+}
+constexpr auto kElements = [](int i) { return std::ptrdiff_t(i); };
 
 // A torch linear (out, in), transposed: rows = in, columns = out.
 template <class E, class T>
 PackedMatrix<E> pack_linear(const Linear& linear, int out, int in) {
-  const T* weight = static_cast<const T*>(linear.weight);
-  return pack<E>(
-      in, out, [&](int k, int n) { return to_float(weight[std::size_t(n) * in + k]); },
-      [&](int n) { return linear.bias ? linear.bias[n] : 0.0f; });
+  return pack<E, T>(linear, in, out, kElements, rows_of_torch(in), kElements);
 }
 
 // The same as torch has it: rows = out, columns = in, for the gradient of its input.
 template <class E, class T>
 PackedMatrix<E> pack_backward(const Linear& linear, int out, int in) {
-  const T* weight = static_cast<const T*>(linear.weight);
-  return pack<E>(
-      out, in, [&](int k, int n) { return to_float(weight[std::size_t(k) * in + n]); }, [](int) { return 0.0f; });
+  return pack<E, T>(linear, out, in, rows_of_torch(in), kElements);
 }
 
 // The rows that a convolution multiplies: patches [dy][dx][channel] (channels last, each pixel padded with zeros to
@@ -44,12 +131,10 @@ struct PatchRows {
     const int c = channels_last ? inner % pitch : inner / kernel;
     return c < in ? (c * kernel + dy) * kernel + dx : -1;
   }
-  template <class T>
-  float weight(const Linear& conv, int out, int n) const {
-    const int column = torch_column(n);
-    const std::ptrdiff_t row = std::ptrdiff_t(out) * in * kernel * kernel;
-    return column < 0 ? 0.0f : to_float(static_cast<const T*>(conv.weight)[row + column]);
+  auto torch_columns() const {
+    return [this](int n) { return std::ptrdiff_t(torch_column(n)); };
   }
+  auto torch_rows() const { return rows_of_torch(in * kernel * kernel); }
   // A panel's columns of the gradient (out, size), transposed to torch's (out, in, kernel, kernel).
   void store_gradient(const float* found, int out, int panel, int columns, float* to) const {
     for (int j = 0; j < columns && panel * kPanel + j < size(); ++j) {
@@ -63,13 +148,10 @@ struct PatchRows {
 // A torch convolution (out, in, kernel, kernel), transposed.
 template <class E, class T>
 PackedMatrix<E> pack_conv(const Linear& conv, int out, const PatchRows& patches) {
-  return pack<E>(
-      patches.size(), out, [&](int k, int n) { return patches.weight<T>(conv, n, k); },
-      [&](int n) { return conv.bias ? conv.bias[n] : 0.0f; });
+  return pack<E, T>(conv, patches.size(), out, patches.torch_columns(), patches.torch_rows(), kElements);
 }
 // The same as torch has it.
 template <class E, class T>
 PackedMatrix<E> pack_conv_backward(const Linear& conv, int out, const PatchRows& patches) {
-  return pack<E>(
-      out, patches.size(), [&](int k, int n) { return patches.weight<T>(conv, k, n); }, [](int) { return 0.0f; });
+  return pack<E, T>(conv, out, patches.size(), patches.torch_rows(), patches.torch_columns());
 }

@@ -9,12 +9,6 @@
 // order then does not depend on it.
 inline std::int64_t gradient_items() { return std::max(16, 2 * max_threads()); }
 
-// Rows of k tokens, padded.
-template <class E>
-constexpr int depth_of(int tokens) {
-  return int(round_up(tokens, kDepthStep<E>));
-}
-
 // The transposed of `rows` rows, `ld` apart, of `columns` elements: as many rows of depth_of(rows), zero past `rows`.
 template <class E>
 void transpose_rows(const E* from, std::ptrdiff_t ld, int rows, int columns, E* to) {
@@ -39,33 +33,6 @@ void transpose_rows(const E* from, std::ptrdiff_t ld, int rows, int columns, E* 
   }
   for (int column = 0; column < columns; ++column)
     std::fill(to + column * depth + rows, to + (column + 1) * depth, E{});
-}
-
-// `width` columns of `count` rows, `ld` apart, as a panel whose k counts the rows: made in `room`, of
-// panel_room<E>(count) elements, where they do not lie like one.
-inline Panel<float> panel_of_rows(const float* rows, std::ptrdiff_t ld, int count, int width, float* room) {
-  if (ld == width) return {rows, count, width, nullptr};
-  for (int row = 0; row < count; ++row) std::memcpy(room + row * width, rows + row * ld, width * sizeof(float));
-  return {room, count, width, nullptr};
-}
-// Pairs of rows are woven.
-inline Panel<bf16> panel_of_rows(const bf16* rows, std::ptrdiff_t ld, int count, int width, bf16* room) {
-  const int depth = depth_of<bf16>(count);
-  const auto bits = [&](int row, int column) PVT_LAMBDA {
-    VecHalf half{};
-    if (row < count) std::memcpy(&half, rows + row * ld + column, sizeof half);
-    return widen(half);
-  };
-  for (int row = 0; row < depth; row += 2)
-    for (int column = 0; column < width; column += kLanes) {
-      const VecBits pairs = bits(row, column) | bits(row + 1, column) << 16;
-      std::memcpy(room + std::ptrdiff_t(row) * width + 2 * column, &pairs, sizeof pairs);
-    }
-  return {room, depth, width, nullptr};
-}
-template <class E>
-constexpr std::size_t panel_room(int rows) {
-  return std::size_t(depth_of<E>(rows)) * kPanel;
 }
 
 // sums (rows of `a`, columns of the panel), `ld` apart, += a * panel.

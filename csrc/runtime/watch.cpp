@@ -4,11 +4,14 @@
 #include <array>
 #include <cstring>
 
+#include "runtime/parallel.h"
+
 namespace pvt {
 namespace {
 
 constexpr std::size_t kBlock = 1024;   // bytes that take other keys each
 constexpr std::size_t kMinPart = 256;  // bytes: enough of them for a change all over to be in it
+constexpr std::size_t kMinShared = std::size_t{1} << 18;  // bytes of a region that are worth other threads
 
 using Keys = std::array<std::uint32_t, kBlock / 4 + 2>;
 
@@ -63,16 +66,26 @@ Watch::Watch(const std::vector<Region>& regions) {
   std::ptrdiff_t index = 0;
   for (const Region& region : regions) {
     Watched watched{region, index++, std::max(kMinPart, (region.bytes + kParts - 1) / kParts), {}};
-    for (std::size_t at = 0; at < region.bytes; at += watched.part)
-      watched.sums.push_back(sum(region.data + at, std::min(watched.part, region.bytes - at)));
+    watched.sums.resize((region.bytes + watched.part - 1) / watched.part);
     if (!watched.sums.empty()) all_.push_back(std::move(watched));
+  }
+  for (Watched& watched : all_) {
+    const auto sum_part = [&](std::int64_t part) { watched.sums[part] = part_sum(watched, part); };
+    const std::int64_t parts = watched.sums.size();
+    if (watched.region.bytes < kMinShared) {
+      for (std::int64_t part = 0; part < parts; ++part) sum_part(part);
+    } else {
+      parallel_for(parts, sum_part);
+    }
   }
 }
 
-bool Watch::same(const Watched& watched, std::size_t part) {
+std::uint64_t Watch::part_sum(const Watched& watched, std::size_t part) {
   const std::size_t at = part * watched.part;
-  return sum(watched.region.data + at, std::min(watched.part, watched.region.bytes - at)) == watched.sums[part];
+  return sum(watched.region.data + at, std::min(watched.part, watched.region.bytes - at));
 }
+
+bool Watch::same(const Watched& watched, std::size_t part) { return part_sum(watched, part) == watched.sums[part]; }
 
 bool Watch::next() const {
   const std::size_t call = calls_.fetch_add(1, std::memory_order_relaxed);

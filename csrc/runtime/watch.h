@@ -37,6 +37,7 @@ class Watch {
     std::vector<std::uint64_t> sums;  // of its parts, at most kParts
   };
 
+  static std::uint64_t part_sum(const Watched& watched, std::size_t part);
   static bool same(const Watched& watched, std::size_t part);
 
   std::vector<Watched> all_;

@@ -1,7 +1,8 @@
 """Gradients of the ops on C++ kernels: `Backward`s of the contract.
 
 Weights are packed anew for the backward, beside what the forward keeps: the kernels recompute what that did not keep,
-and want matrices both ways. Gradients of weights come as floats; each goes to its parameter's dtype and strides.
+and want matrices both ways. Of weights that get gradients nothing is kept: a step is about to change them. Gradients of
+weights come as floats; each goes to its parameter's dtype and strides.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .instruction_sets import isa
 from .weights import (
     Kernels,
     attention_form,
+    build_op,
     kernels_for,
     linear_form,
     mlp_form,
@@ -65,7 +67,7 @@ def patch_embed(
         return _C.PatchEmbedGradients(chosen, kernels.dtype, proj, norm, sizes, channels_last)
 
     kind = "patch_embed gradients channels_last" if channels_last else "patch_embed gradients"
-    op = pack_op(kind, kernels, key_of(chosen, w, stride), w, build)
+    op = _op(kind, kernels, key_of(chosen, w, stride), w, needed, build)
     grad = _grad(grad_output, kernels)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     grad_image = torch.empty(image.shape, dtype=image.dtype, memory_format=memory_format) if needed[0] else None
@@ -126,10 +128,18 @@ def _residual(
     if not x.numel():
         return _zeros(needed, x, w, residual_scale)
     chosen, kernels = isa(), kernels_for(x.dtype, products)
-    op = pack_op(kind, kernels, key_of(chosen, w, spec), w, lambda held: build(chosen, kernels.dtype, held))
+    key = key_of(chosen, w, spec)
+    op = _op(kind, kernels, key, w, needed, lambda held: build(chosen, kernels.dtype, held))
     scale = stored_scale(residual_scale, kernels)
     gradients = _run(op, kernels, x, (x.shape[0], *hw, span_if(scale)), grad_output, needed, w)
     return gradients if residual_scale is None else [*gradients, None]
+
+
+def _op(
+    kind: str, kernels: Kernels, key: tuple, w: Any, needed: Sequence[bool], build: Callable[[Any], Any]
+) -> Any:
+    """The packed op; needed: of the activations first."""
+    return build_op(kernels, w, build) if any(needed[1:]) else pack_op(kind, kernels, key, w, build)
 
 
 def _run(
@@ -163,7 +173,7 @@ def layer_norm(grad_output: Tensor, needed: Sequence[bool], x: Tensor, w: Norm) 
     def build(held: Norm) -> Any:
         return _C.LayerNormGradients(chosen, kernels.dtype, norm_form(held), channels)
 
-    op = pack_op("layer_norm gradients", kernels, key_of(chosen, w), w, build)
+    op = _op("layer_norm gradients", kernels, key_of(chosen, w), w, needed, build)
     return _run(op, kernels, x, (x.numel() // channels,), grad_output, needed, (w,))
 
 
@@ -181,7 +191,7 @@ def head(
         form = None if held is None else linear_form(held)
         return _C.HeadGradients(chosen, kernels.dtype, form, channels, classes)
 
-    op = build(None) if w is None else pack_op("head gradients", kernels, key_of(chosen, w), w, build)
+    op = build(None) if w is None else _op("head gradients", kernels, key_of(chosen, w), w, needed, build)
     return _run(op, kernels, x, (batch, tokens), grad_output, needed, (w,))
 
 

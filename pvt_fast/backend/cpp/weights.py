@@ -53,15 +53,31 @@ def pack_op(
     Where the op must be built, build(weights) sees the weights as the kernels read them, after check(weights) saw them
     as they are. Both see aliases, which no other thread can change.
     """
-    alone = isinstance(w, (Norm, Linear))
-    parts = (w,) if alone else w
+    tensors = tuple([tensor for part in _parts_of(w) if part is not None for tensor in part[:2]])
 
     def held(alias: Alias) -> Any:
-        read = [None if part is None else _as_kernels_read(map_tensors(part, alias), kernels) for part in parts]
-        return build(read[0] if alone else type(w)(*read))
+        return build(_form(w, kernels, alias))
 
-    tensors = tuple([tensor for part in parts if part is not None for tensor in part[:2]])
     return packed(f"{kind} {kernels.name}", key, tensors, held, lambda alias: check(map_tensors(w, alias)))
+
+
+def build_op(kernels: Kernels, w: Any, build: Callable[[Any], Any]) -> Any:
+    """The same for one call, not kept: of weights that change before the next."""
+    return build(_form(w, kernels, torch.Tensor.detach))
+
+
+def _form(w: Any, kernels: Kernels, alias: Alias) -> Any:
+    """As the kernels read `w`."""
+    read = [None if part is None else _as_kernels_read(map_tensors(part, alias), kernels) for part in _parts_of(w)]
+    return read[0] if _is_alone(w) else type(w)(*read)
+
+
+def _parts_of(w: Any) -> tuple[Norm | Linear | None, ...]:
+    return (w,) if _is_alone(w) else w
+
+
+def _is_alone(w: Any) -> bool:
+    return isinstance(w, (Norm, Linear))
 
 
 def _as_kernels_read(part: Norm | Linear, kernels: Kernels) -> Norm | Linear:
