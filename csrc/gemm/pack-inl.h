@@ -137,11 +137,12 @@ struct PatchRows {
   auto torch_rows() const { return rows_of_torch(in * kernel * kernel); }
   // A panel's columns of the gradient (out, size), transposed to torch's (out, in, kernel, kernel).
   void store_gradient(const float* found, int out, int panel, int columns, float* to) const {
-    for (int j = 0; j < columns && panel * kPanel + j < size(); ++j) {
-      const int column = torch_column(panel * kPanel + j);
-      for (int n = 0; n < out && column >= 0; ++n)
-        to[std::ptrdiff_t(n) * in * kernel * kernel + column] = found[n * kPanel + j];
-    }
+    int places[kPanel];
+    const int count = std::min(columns, size() - panel * kPanel);
+    for (int j = 0; j < count; ++j) places[j] = torch_column(panel * kPanel + j);
+    for (int n = 0; n < out; ++n, found += kPanel, to += in * kernel * kernel)
+      for (int j = 0; j < count; ++j)
+        if (places[j] >= 0) to[places[j]] = found[j];
   }
 };
 

@@ -53,9 +53,9 @@ class MatrixGradient {
   // tokens: of each image.
   MatrixGradient(std::int64_t images, std::int64_t tokens, std::size_t rows, std::size_t columns)
       : images_(images), tokens_(tokens), rows_(rows), columns_(columns) {
-    panels_ = (columns + kPanel - 1) / kPanel;
+    panels_ = (columns + kPanel - 1) / kPanel, groups_ = (panels_ + kGroup - 1) / kGroup;
     parts_ =
-        std::clamp<std::int64_t>((gradient_items() + panels_ - 1) / panels_, 1, std::max<std::int64_t>(bands(), 1));
+        std::clamp<std::int64_t>((gradient_items() + groups_ - 1) / groups_, 1, std::max<std::int64_t>(bands(), 1));
   }
 
   std::size_t transposed_size() const { return bands() * band_size(); }
@@ -75,16 +75,24 @@ class MatrixGradient {
   void run(const E* transposed, const E* b, std::ptrdiff_t ld, std::ptrdiff_t image_size, const float* zeros,
            float* sums, const Finish& finish) const {
     const std::size_t size = rows_ * kPanel;
-    parallel_for(panels_ * parts_, [&](std::int64_t item) {
+    parallel_for(groups_ * parts_, [&](std::int64_t item) {
       const MatrixUnit unit;
-      const std::int64_t panel = item / parts_, part = item % parts_;
-      E* room = std::get<0>(thread_scratch().take(array<E>(panel_room<E>(kTokens))));
-      float* to = sums + item * size;
-      std::memset(to, 0, size * sizeof(float));
+      const std::int64_t part = item % parts_;
+      const int begin = int(item / parts_ * panels_ / groups_), end = int((item / parts_ + 1) * panels_ / groups_);
+      E* room = std::get<0>(thread_scratch().take(array<E>(kGroup * panel_room<E>(kTokens))));
+      const auto sums_of = [&](int panel) { return sums + (panel * parts_ + part) * size; };
+      for (int panel = begin; panel < end; ++panel) std::memset(sums_of(panel), 0, size * sizeof(float));
       for (std::int64_t band = part * bands() / parts_; band < (part + 1) * bands() / parts_; ++band) {
-        const Panel<E> rows = panel_of_rows(b + image(band) * image_size + first(band) * ld + panel * kPanel, ld,
-                                            count(band), columns(panel), room);
-        add_product(Rows<E>{transposed + band * band_size(), depth_of<E>(count(band))}, int(rows_), rows, zeros, to);
+        const int tokens = count(band), depth = depth_of<E>(tokens);
+        Panel<E> panels[kGroup];
+        for (int panel = begin; panel < end; ++panel)
+          panels[panel - begin] =
+              panel_of_rows(b + image(band) * image_size + first(band) * ld + panel * kPanel, ld, tokens,
+                            columns(panel), room + (panel - begin) * panel_room<E>(kTokens));
+        for_rows_and_panels<E>(int(rows_), depth, begin, end, [&](int row, int rows, int panel) {
+          add_product(Rows<E>{transposed + band * band_size() + std::ptrdiff_t(row) * depth, depth}, rows,
+                      panels[panel - begin], zeros, sums_of(panel) + row * kPanel);
+        });
       }
     });
     parallel_for(panels_, [&](std::int64_t panel) {
@@ -95,7 +103,8 @@ class MatrixGradient {
   }
 
  private:
-  static constexpr int kTokens = 256;
+  static constexpr int kTokens = 256;  // of a band
+  static constexpr int kGroup = 4;     // panels that are worked on together
 
   std::int64_t image_bands() const { return (tokens_ + kTokens - 1) / kTokens; }
   std::int64_t bands() const { return images_ * image_bands(); }
@@ -107,7 +116,7 @@ class MatrixGradient {
 
   std::int64_t images_, tokens_;
   std::size_t rows_, columns_;
-  std::int64_t panels_, parts_;
+  std::int64_t panels_, groups_, parts_;
 };
 
 // Rows that are summed before they are added to the rest: see kDepthBlock.

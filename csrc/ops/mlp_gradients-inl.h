@@ -45,6 +45,7 @@ class MlpGradientsOp final : public ResidualGradients {
 
  private:
   static constexpr bool kPrecise = std::is_same_v<T, float> && std::is_same_v<E, float>;
+  static constexpr int kMostPanels = 8;    // of a block
   static constexpr int kSums = kTaps + 1;  // a panel's gradients of taps, of the convolution's bias, of fc1's bias
   enum Gradient { kNormWeight, kNormBias, kFc1, kFc1Bias, kDwconv, kDwconvBias, kFc2, kFc2Bias };
 
@@ -60,9 +61,10 @@ class MlpGradientsOp final : public ResidualGradients {
       const int rows = int(std::max<std::size_t>(2, std::min<std::size_t>(l2_bytes() / 4 / row_bytes, map.height)));
       bands = std::max(1, map.height / rows);
       // panels of a block: their matrices, gradients and carried rows take half of the cache
-      const std::size_t panel_bytes =
-          kPanel * op.width() * (3 * sizeof(E) + 2 * sizeof(float)) + 4 * padded_row(row) * sizeof(float);
-      block = int(std::clamp<std::size_t>(l2_bytes() / 2 / panel_bytes, std::min(panels, 2), std::min(panels, 8)));
+      // panels of a block: their buffers take about the cache; two at least, so that an operand serves both
+      const std::size_t padded = (most_rows(map) + 3) * padded_row(row) * sizeof(float);
+      const std::size_t dense = most_rows(map) * row * kPanel * sizeof(E);
+      block = std::min(panels, int(std::clamp<std::size_t>(l2_bytes() / (2 * padded + 2 * dense), 2, kMostPanels)));
       blocks = (panels + block - 1) / block;
       block = (panels + blocks - 1) / blocks;
       blocks = (panels + block - 1) / block;
@@ -175,16 +177,18 @@ class MlpGradientsOp final : public ResidualGradients {
       const std::int64_t all = call.map.batch * plan.bands;
       first_band_ = chunk * all / plan.chunks, last_band_ = (chunk + 1) * all / plan.chunks;
       first_block_ = int(group * plan.blocks / plan.groups), last_block_ = int((group + 1) * plan.blocks / plan.groups);
-      const int rows = plan.most_rows(call.map) + 3;
+      rows_ = plan.most_rows(call.map) + 3;
       tokens_ = plan.most_rows(call.map) * width_;
-      std::tie(hidden_, grad_, gelu_, grad_hidden_, woven_, carried_, places_) =
-          thread_scratch().take(array<float>(rows * row_), array<float>(rows * row_),
-                                array<E>(row_room(tokens_) * kPanel), array<E>(row_room(tokens_) * kPanel * plan.block),
-                                array<E>(std::is_same_v<E, float> ? 0 : panel_room<E>(tokens_)),
-                                array<float>(4 * row_ * plan.block), array<int>(rows * width_));
-      std::memset(hidden_, 0, rows * row_ * sizeof(float));
-      std::memset(grad_, 0, rows * row_ * sizeof(float));
-      for (int y = 0; y < rows; ++y)
+      const std::size_t padded = std::size_t(plan.block) * rows_ * row_, dense = plan.block * tokens_size();
+      std::tie(hidden_, grad_, gelu_, grad_hidden_, woven_, places_) = thread_scratch().take(
+          array<float>(padded), array<float>(padded), array<E>(dense), array<E>(dense),
+          array<E>(std::is_same_v<E, float> ? 0 : plan.block * panel_room<E>(tokens_)), array<int>(rows_ * width_));
+      for (std::size_t row = 0; row < padded; row += row_)
+        for (float* rows : {hidden_ + row, grad_ + row}) {
+          std::memset(rows, 0, kPanel * sizeof(float));
+          std::memset(rows + row_ - kPanel, 0, kPanel * sizeof(float));
+        }
+      for (int y = 0; y < rows_; ++y)
         for (int c = 0; c < width_; ++c) places_[y * width_ + c] = y * (width_ + 2) + c + 1;
     }
 
@@ -207,78 +211,106 @@ class MlpGradientsOp final : public ResidualGradients {
       return call_.matrices + ((chunk_ * op_.fc1_.panels() + panel) * 2 + which) * op_.width() * kPanel;
     }
     float* sums(int panel) const { return call_.sums + (chunk_ * op_.fc1_.panels() + panel) * kSums * kPanel; }
-    float* carried(int panel) const { return carried_ + std::size_t(panel - begin_) * 4 * row_; }
+    // Of a panel of the block: rows of h and of the gradient of c, the activated ones, and the gradient of h.
+    float* hidden(int panel) const { return hidden_ + std::size_t(panel - begin_) * rows_ * row_; }
+    float* grad(int panel) const { return grad_ + std::size_t(panel - begin_) * rows_ * row_; }
+    std::size_t tokens_size() const { return row_room(tokens_) * kPanel; }
+    E* gelu(int panel) const { return gelu_ + (panel - begin_) * tokens_size(); }
+    E* grad_hidden(int panel) const { return grad_hidden_ + (panel - begin_) * tokens_size(); }
+
+    template <class Body>
+    void for_block(const Body& body) const {
+      for (int p = begin_; p < end_; ++p) body(p);
+    }
 
     void run_band(std::int64_t index) {
       const Band band(call_, index);
-      const bool first = index == first_band_;
-      for (int p = begin_; p < end_; ++p) {
-        if (first) std::memset(sums(p), 0, kSums * kPanel * sizeof(float));
-        if (band.begin == 0)
-          std::memset(carried(p), 0, 4 * row_ * sizeof(float));
-        else if (first)  // what the chunk before has computed
-          warm_up(p, band);
-        activate(p, band.image, band.inner_begin, band.inner_end, band.begin == 0, 0, sums(p));
-        const std::size_t size = op_.width();
-        E* gradient = call_.grad_bands + index * call_.band_size(size);
-        const int inner = (band.inner_end - band.inner_begin) * width_;
-        add_product(Rows<E>{gradient, depth_of<E>(inner)}, int(size),
-                    panel_of_rows(gelu_, kPanel, inner, kPanel, woven_), call_.zeros, matrix(p, 1));
-        E* grad_hidden = grad_hidden_ + (p - begin_) * row_room(tokens_) * kPanel;
-        gradient_of_hidden(p, band, grad_hidden);
-        const int outer = (band.end - band.begin) * width_;
-        E* normed = call_.normed_bands + index * call_.band_size(size);
-        add_product(Rows<E>{normed, depth_of<E>(outer)}, int(size),
-                    panel_of_rows(grad_hidden, kPanel, outer, kPanel, woven_), call_.zeros, matrix(p, 0));
-        carry(p, band);
-      }
+      if (index == first_band_) for_block([&](int p) { std::memset(sums(p), 0, kSums * kPanel * sizeof(float)); });
+      if (band.begin == 0)
+        for_block([&](int p) { std::memset(grad(p), 0, 2 * row_ * sizeof(float)); });
+      else if (index == first_band_)  // what the chunk before has computed
+        warm_up(band);
+      multiply(band.image, band.inner_begin, band.inner_end, band.begin == 0 ? 0 : band.inner_begin + 1);
+      const int inner = (band.inner_end - band.inner_begin) * width_, outer = (band.end - band.begin) * width_;
+      for_block([&](int p) { activate(p, band.inner_end - band.inner_begin, sums(p)); });
+      add_to_matrices(call_.grad_bands, index, gelu_, inner, 1);
+      for_block([&](int p) { gradient_of_hidden(p, band, grad_hidden(p)); });
+      add_to_matrices(call_.normed_bands, index, grad_hidden_, outer, 0);
+      for_block([&](int p) { carry(p, band.inner_end - band.inner_begin); });
       add_to_input(band);
     }
 
     // Of a chunk that begins at a row within an image: two rows of h and of the gradient of c above it.
-    void warm_up(int p, const Band& band) {
-      std::memset(carried(p), 0, 4 * row_ * sizeof(float));
+    void warm_up(const Band& band) {
       const int above = band.begin - 1;
-      float other[kTaps * kPanel] = {};  // those rows are summed in the chunk before
-      activate(p, band.image, above, band.begin + 1, true, std::max(above - 1, 0), other);
-      float* to = carried(p);
-      std::memcpy(to, hidden_ + 2 * row_, 2 * row_ * sizeof(float));
-      std::memcpy(to + 2 * row_, grad_ + 2 * row_, 2 * row_ * sizeof(float));
+      float other[kTaps * kPanel];  // those rows are summed in the chunk before
+      multiply(band.image, above, band.begin + 1, std::max(above - 1, 0));
+      for_block([&](int p) {
+        activate(p, 2, other);
+        carry(p, 2);
+      });
     }
 
-    // For rows [begin, end) of c, row y of which is row y - begin + 2 of grad_, while hidden_ has row begin - 1 in
-    // front: h, where it was not carried; c, GELU, and the gradients of c and the taps. fresh: h from row `from` on.
-    void activate(int p, std::int64_t image, int begin, int end, bool fresh, int from, float* tap_sums) {
-      const Map& map = call_.map;
-      const int first = fresh ? from : begin + 1, last = std::min(end + 1, map.height);
+    // The last two rows of h and of the gradient of c, after `rows` of c, are what the next ones begin with.
+    void carry(int p, int rows) {
+      for (float* from : {hidden(p), grad(p)}) std::memmove(from, from + rows * row_, 2 * row_ * sizeof(float));
+    }
+
+    // For rows [begin, end) of c, row y of which is row y - begin + 2 of grad, while hidden has row begin - 1 in front:
+    // h, from row `from` on as those above were carried, and the gradient of c without its slope.
+    void multiply(std::int64_t image, int begin, int end, int from) {
+      const int last = std::min(end + 1, call_.map.height), new_rows = (last - from) * width_;
       const std::size_t row_bytes = row_ * sizeof(float);
-      if (!fresh) std::memcpy(hidden_, carried(p), 2 * row_bytes);
-      if (begin == 0) std::memset(hidden_, 0, row_bytes);
-      if (end == map.height) std::memset(hidden_ + (end - begin + 1) * row_, 0, row_bytes);
-      const std::int64_t top = image * map.height;
+      const std::int64_t top = image * call_.map.height;
+      if (begin == 0) for_block([&](int p) { std::memset(hidden(p), 0, row_bytes); });
+      if (end == call_.map.height)
+        for_block([&](int p) { std::memset(hidden(p) + (end - begin + 1) * row_, 0, row_bytes); });
+      for_rows_and_panels<E>(new_rows, op_.width(), begin_, end_, [&](int first, int count, int p) {
+        float* to = hidden(p) + (from - (begin - 1)) * row_;
+        Epilogue<float> epilogue = store_rows(to, kPanel, op_.fc1_.bias.data() + p * kPanel);
+        epilogue.places = places_ + first, epilogue.columns = op_.fc1_.layout.width(p), epilogue.relu = op_.relu_;
+        gemm_panel(rows_of(call_.normed, (top + from) * width_ + first, op_.width()), count, op_.fc1_.panel(p), 0,
+                   epilogue);
+      });
+      for_rows_and_panels<E>((end - begin) * width_, op_.width(), begin_, end_, [&](int first, int count, int p) {
+        Epilogue<float> epilogue = store_rows(grad(p) + 2 * row_, kPanel, call_.zeros);
+        epilogue.places = places_ + first, epilogue.columns = op_.fc1_.layout.width(p);
+        gemm_panel(rows_of(call_.grad, (top + begin) * width_ + first, op_.width()), count, op_.fc2_back_.panel(p), 0,
+                   epilogue);
+      });
+    }
+
+    // matrix(panel, which) += the transposed rows of a band times the block's panels of `tokens` rows.
+    void add_to_matrices(E* bands, std::int64_t band, const E* rows, int tokens, int which) {
+      E* transposed = bands + band * call_.band_size(op_.width());
+      Panel<E> panels[kMostPanels];
+      for_block([&](int p) {
+        const int i = p - begin_;
+        panels[i] =
+            panel_of_rows(rows + i * tokens_size(), kPanel, tokens, kPanel, woven_ + i * panel_room<E>(tokens_));
+      });
+      const int depth = depth_of<E>(tokens);
+      for_rows_and_panels<E>(int(op_.width()), depth, begin_, end_, [&](int first, int count, int p) {
+        add_product(Rows<E>{transposed + std::ptrdiff_t(first) * depth, depth}, count, panels[p - begin_], call_.zeros,
+                    matrix(p, which) + first * kPanel);
+      });
+    }
+
+    // After `multiply`, for `rows` rows of c: c, GELU, and the gradients of c and of the taps.
+    void activate(int p, int rows, float* tap_sums) {
+      const float* hidden = this->hidden(p);
+      float* grad = this->grad(p);
       const int columns = op_.fc1_.layout.width(p);
-      if (last > first) {
-        Epilogue<float> to_hidden =
-            store_rows(hidden_ + (first - (begin - 1)) * row_, kPanel, op_.fc1_.bias.data() + p * kPanel);
-        to_hidden.places = places_, to_hidden.columns = columns, to_hidden.relu = op_.relu_;
-        gemm_panel(rows_of(call_.normed, (top + first) * width_, op_.width()), (last - first) * width_,
-                   op_.fc1_.panel(p), 0, to_hidden);
-      }
-      std::memcpy(grad_, carried(p) + 2 * row_, 2 * row_bytes);
-      Epilogue<float> epilogue = store_rows(grad_ + 2 * row_, kPanel, call_.zeros);
-      epilogue.places = places_, epilogue.columns = columns;
-      gemm_panel(rows_of(call_.grad, (top + begin) * width_, op_.width()), (end - begin) * width_,
-                 op_.fc2_back_.panel(p), 0, epilogue);
       const float* panel = op_.taps_.data() + std::size_t(p) * kTaps * kPanel;
       for (int part = 0; part < columns; part += kLanes) {
         Vec taps[9];
         for (int i = 0; i < 9; ++i) taps[i] = load(panel + i * kPanel + part);
         const Vec bias = load(panel + 9 * kPanel + part);
-        for (int y = 0; y < end - begin; ++y) {
-          const float* above[3] = {hidden_ + y * row_ + part, hidden_ + (y + 1) * row_ + part,
-                                   hidden_ + (y + 2) * row_ + part};
-          float* gradient = grad_ + (y + 2) * row_ + kPanel + part;
-          E* value = gelu_ + std::ptrdiff_t(y) * width_ * kPanel + part;
+        for (int y = 0; y < rows; ++y) {
+          const float* above[3] = {hidden + y * row_ + part, hidden + (y + 1) * row_ + part,
+                                   hidden + (y + 2) * row_ + part};
+          float* gradient = grad + (y + 2) * row_ + kPanel + part;
+          E* value = gelu(p) + std::ptrdiff_t(y) * width_ * kPanel + part;
           convolve_row(above, width_, taps, bias, [&](int c, Vec sum) PVT_LAMBDA {
             Vec slope;
             store(value + c * kPanel, gelu_and_slope<kPrecise>(sum, slope));
@@ -304,10 +336,10 @@ class MlpGradientsOp final : public ResidualGradients {
     // The gradient of h for the band's own rows: the convolution's taps turned round, and ReLU's mask.
     void gradient_of_hidden(int p, const Band& band, E* to) {
       const int columns = op_.fc1_.layout.width(p), rows = band.end - band.begin;
-      // grad_ begins with the row above the band; hidden_ with that above the first row of c
-      float* gradient = grad_ + (band.begin == 0 ? row_ : 0);
+      // the gradient begins with the row above the band, h with that above the first row of c
+      float* gradient = grad(p) + (band.begin == 0 ? row_ : 0);
       if (band.end == band.height) std::memset(gradient + (rows + 1) * row_, 0, row_ * sizeof(float));
-      const float* hidden = hidden_ + (band.begin - (band.inner_begin - 1)) * row_;
+      const float* hidden = this->hidden(p) + (band.begin - (band.inner_begin - 1)) * row_;
       const float* panel = op_.taps_.data() + std::size_t(p) * kTaps * kPanel;
       float* sum = sums(p) + kTaps * kPanel;
       for (int part = 0; part < columns; part += kLanes) {
@@ -330,19 +362,11 @@ class MlpGradientsOp final : public ResidualGradients {
       }
     }
 
-    // The last two rows of h and of the gradient of c.
-    void carry(int p, const Band& band) {
-      float* to = carried(p);
-      const int rows = band.inner_end - band.inner_begin;
-      std::memcpy(to, hidden_ + rows * row_, 2 * row_ * sizeof(float));
-      std::memcpy(to + 2 * row_, grad_ + rows * row_, 2 * row_ * sizeof(float));
-    }
-
     // The block's share of the gradient of fc1's input.
     void add_to_input(const Band& band) {
       const int rows = (band.end - band.begin) * width_;
       const std::int64_t first = (band.image * call_.map.height + band.begin) * width_;
-      const Rows<E> a{grad_hidden_, kPanel, kPanel, std::ptrdiff_t(row_room(tokens_) * kPanel)};
+      const Rows<E> a{grad_hidden_, kPanel, kPanel, std::ptrdiff_t(tokens_size())};
       float* to = call_.grad_normed + (group_ * call_.tokens() + first) * op_.width();
       Epilogue<float> epilogue = store_rows(to, op_.width(), call_.zeros);
       if (begin_ != first_block_ * call_.plan.block) epilogue.residual = to;
@@ -357,12 +381,12 @@ class MlpGradientsOp final : public ResidualGradients {
     const int width_;
     const std::size_t row_;  // floats of a padded row
     std::int64_t first_band_, last_band_;
-    int first_block_, last_block_, begin_ = 0, end_ = 0, tokens_;
-    float *hidden_, *grad_;   // rows of one panel: h, gradient of c
-    E *gelu_, *grad_hidden_;  // (tokens, kPanel) of one panel; (panels of a block, tokens, kPanel)
-    E* woven_;                // for panel_of_rows
-    float* carried_;          // (panels of a block, two rows of h, two of the gradient of c)
-    int* places_;             // of a map's tokens in padded rows
+    int first_block_, last_block_, begin_ = 0, end_ = 0, rows_, tokens_;
+    // Of the panels of a block: padded rows of h and of the gradient of c; GELU(c) and the gradient of h, dense.
+    float *hidden_, *grad_;
+    E *gelu_, *grad_hidden_;
+    E* woven_;     // for panel_of_rows
+    int* places_;  // of a map's tokens in padded rows
   };
 
   void sum_weights(const Call& call, float* const* grads) const {
