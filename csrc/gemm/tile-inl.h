@@ -57,13 +57,14 @@ constexpr int kDepthBlock = !std::is_same_v<E, float>   ? 1 << 30
                             : Target::kFusedMultiplyAdd ? 256
                                                         : 32;
 
-// k of [begin, end).
+// k of [begin, end), where one of a's blocks begins.
 template <int kRows, int kVectors, class E, class Fetch>
 PVT_INLINE void multiply_block(const Rows<E>& a, int row, const E* b, int begin, int end, Fetch& ahead,
                                Vec (&acc)[kRows][kVectors]) {
-  for (int k = begin; k < end; k += a.block)
-    multiply_tile<kRows, kVectors>(a.at(row, k), a.ld, b + std::ptrdiff_t(k) * kVectors * kLanes,
-                                   std::min(a.block, end - k), ahead, acc);
+  const E* from = a.at(row, begin);
+  for (int k = begin; k < end; k += a.block, from += a.block_stride)
+    multiply_tile<kRows, kVectors>(from, a.ld, b + std::ptrdiff_t(k) * kVectors * kLanes, std::min(a.block, end - k),
+                                   ahead, acc);
 }
 
 template <int kRows, int kVectors, class E, class Out, class Fetch>
