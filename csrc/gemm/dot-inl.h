@@ -5,8 +5,8 @@
 template <>
 inline constexpr int kDepthStep<bf16> = 2;
 
-template <int kRows, int kVectors, class Fetch>
-PVT_INLINE void multiply_tile(const bf16* a, std::ptrdiff_t lda, const bf16* b, int depth, Fetch& ahead,
+template <int kRows, int kVectors>
+PVT_INLINE void multiply_tile(const bf16* a, std::ptrdiff_t lda, const bf16* b, int depth, Ahead& ahead,
                               Vec (&acc)[kRows][kVectors]) {
 #pragma GCC unroll 2
   for (int k = 0; k < depth; k += 2, b += 2 * kVectors * kLanes) {

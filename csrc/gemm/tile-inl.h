@@ -20,21 +20,22 @@ struct MatrixUnit {
 // largest tile has, for a whole panel and for a narrow one.
 constexpr int tile_rows(int vectors) { return vectors == kPanelVectors ? Target::kTileRows : Target::kNarrowTileRows; }
 
-// Lines of the panel ahead, one per step of k: memory is slow enough that a core waits for weights it did not ask for
-// in time, and the hardware follows a single long stream only.
+// What a tile fetches into cache for later, a piece per step of k: memory is slow enough that a core waits for what it
+// did not ask for in time, and the hardware follows long streams only, not the short ones of a tile's rows. The first
+// tiles fetch the panel ahead, by lines, the others the next tile's rows.
 struct Ahead {
   const char* at;
+  std::ptrdiff_t step;  // bytes
+  bool of_rows;         // else of a panel
+
   PVT_INLINE void fetch() {
-    __builtin_prefetch(at, 0, 2);
-    at += 64;
+    __builtin_prefetch(at, 0, 3);
+    at += step;
   }
 };
-struct NothingAhead {
-  PVT_INLINE void fetch() {}
-};
 
-template <int kRows, int kVectors, class Fetch>
-PVT_INLINE void multiply_tile(const float* a, std::ptrdiff_t lda, const float* b, int depth, Fetch& ahead,
+template <int kRows, int kVectors>
+PVT_INLINE void multiply_tile(const float* a, std::ptrdiff_t lda, const float* b, int depth, Ahead& ahead,
                               Vec (&acc)[kRows][kVectors]) {
 #pragma GCC unroll 2
   for (int k = 0; k < depth; ++k, b += kVectors * kLanes) {
@@ -58,17 +59,19 @@ constexpr int kDepthBlock = !std::is_same_v<E, float>   ? 1 << 30
                                                         : 32;
 
 // k of [begin, end), where one of a's blocks begins.
-template <int kRows, int kVectors, class E, class Fetch>
-PVT_INLINE void multiply_block(const Rows<E>& a, int row, const E* b, int begin, int end, Fetch& ahead,
+template <int kRows, int kVectors, class E>
+PVT_INLINE void multiply_block(const Rows<E>& a, int row, const E* b, int begin, int end, Ahead& ahead,
                                Vec (&acc)[kRows][kVectors]) {
   const E* from = a.at(row, begin);
-  for (int k = begin; k < end; k += a.block, from += a.block_stride)
+  for (int k = begin; k < end; k += a.block, from += a.block_stride) {
+    if (a.block_stride && ahead.of_rows) ahead.at = reinterpret_cast<const char*>(from + kRows * a.ld);
     multiply_tile<kRows, kVectors>(from, a.ld, b + std::ptrdiff_t(k) * kVectors * kLanes, std::min(a.block, end - k),
                                    ahead, acc);
+  }
 }
 
-template <int kRows, int kVectors, class E, class Out, class Fetch>
-void gemm_tile(const Rows<E>& a, const E* b, int depth, Fetch ahead, int row, int column,
+template <int kRows, int kVectors, class E, class Out>
+void gemm_tile(const Rows<E>& a, const E* b, int depth, Ahead ahead, int row, int column,
                const Epilogue<Out>& epilogue) {
   Vec acc[kRows][kVectors];
   const auto multiply = [&](int begin, int end) PVT_LAMBDA {
@@ -90,32 +93,29 @@ void gemm_tile(const Rows<E>& a, const E* b, int depth, Fetch ahead, int row, in
   epilogue.finish(row, column, acc);
 }
 
-template <int kVectors, class Fetch, class E, class Out, int... kRows>
+template <int kVectors, class E, class Out, int... kRows>
 constexpr auto gemm_tiles(std::integer_sequence<int, kRows...>) {
-  using Tile = void (*)(const Rows<E>&, const E*, int, Fetch, int, int, const Epilogue<Out>&);
-  return std::array<Tile, sizeof...(kRows)>{&gemm_tile<kRows + 1, kVectors, E, Out, Fetch>...};
+  using Tile = void (*)(const Rows<E>&, const E*, int, Ahead, int, int, const Epilogue<Out>&);
+  return std::array<Tile, sizeof...(kRows)>{&gemm_tile<kRows + 1, kVectors, E, Out>...};
 }
 
 // In tiles of as equal heights as can be: a height of one or two would leave the multiply-add units waiting on each
-// other. The first tiles fetch the panel ahead: the last panel, which may be narrow, has none.
+// other.
 template <int kVectors, class E, class Out>
 void gemm_panel_tiles(const Rows<E>& a, int rows, const Panel<E>& panel, int column, const Epilogue<Out>& epilogue) {
-  constexpr auto kHeights = std::make_integer_sequence<int, tile_rows(kVectors)>();
-  static constexpr auto tiles = gemm_tiles<kVectors, NothingAhead, E, Out>(kHeights);
+  static constexpr auto tiles = gemm_tiles<kVectors, E, Out>(std::make_integer_sequence<int, tile_rows(kVectors)>());
+  constexpr int kLine = 64, kPanelTiles = int(kVectors * sizeof(Vec)) / kLine;  // tiles that fetch the panel ahead
   const int count = (rows + tile_rows(kVectors) - 1) / tile_rows(kVectors);
   for (int i = 0, row = 0; i < count; ++i) {
     const int height = rows / count + (i < rows % count ? 1 : 0);
-    if constexpr (kVectors == kPanelVectors) {
-      static constexpr auto fetching_tiles = gemm_tiles<kVectors, Ahead, E, Out>(kHeights);
-      const std::size_t steps = panel.depth / kDepthStep<E>;  // a line in each
-      if (panel.ahead && i < int(kVectors * sizeof(Vec) / 64)) {
-        const Ahead ahead{reinterpret_cast<const char*>(panel.ahead) + i * steps * 64};
-        fetching_tiles[height - 1](a, panel.data, panel.depth, ahead, row, column, epilogue);
-        row += height;
-        continue;
-      }
-    }
-    tiles[height - 1](a, panel.data, panel.depth, {}, row, column, epilogue);
+    const bool of_rows = panel.ahead == nullptr || i >= kPanelTiles;
+    const E* next = of_rows ? a.at(row + height, 0) : panel.ahead;
+    Ahead ahead{reinterpret_cast<const char*>(next), kLine, of_rows};
+    if (of_rows)
+      ahead.step = height * kDepthStep<E> * sizeof(E);
+    else
+      ahead.at += std::ptrdiff_t(i) * panel.depth / kDepthStep<E> * kLine;
+    tiles[height - 1](a, panel.data, panel.depth, ahead, row, column, epilogue);
     row += height;
   }
 }
