@@ -93,7 +93,9 @@ struct PackedMatrix {
   Buffer<float> bias;
 
   PackedMatrix() = default;
-  PackedMatrix(int rows, int cols) : layout(rows, cols), data(layout.size()), bias(layout.columns) {}
+  // With no values yet, and no bias.
+  PackedMatrix(int rows, int cols)
+      : layout(rows, cols), data(Buffer<E>::uninitialised(layout.size())), bias(layout.columns) {}
 
   int panels() const { return layout.panels(); }
   Panel<E> panel(int p) const { return layout.panel(data.data(), p); }

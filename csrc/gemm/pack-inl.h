@@ -36,20 +36,46 @@ Buffer<std::ptrdiff_t> offsets(int count, const Place& place) {
   return found;
 }
 
-// to[i] = from[at[i]], where that is not padding.
+// Are `count` offsets those of neighbours?
+inline bool neighbours(const std::ptrdiff_t* at, int count) {
+  bool are = at[0] >= 0;
+  for (int i = 1; i < count; ++i) are &= at[i] == at[0] + i;
+  return are;
+}
+
+// `count` elements, at most kGathered, in the type of products.
+template <class E>
+PVT_INLINE void convert(const E* from, int count, E* to) {
+  std::memcpy(to, from, count * sizeof(E));
+}
 template <class E, class T>
-PVT_INLINE void gather(const T* from, const std::ptrdiff_t* at, int count, E* to) {
-  if constexpr (std::is_same_v<T, E>) {
-    for (int i = 0; i < count; ++i)
-      if (at[i] >= 0) to[i] = from[at[i]];
-  } else {
-    float line[kPanel] = {};
-    for (int i = 0; i < count; ++i)
-      if (at[i] >= 0) line[i] = to_float(from[at[i]]);
-    for (int i = 0; i < count; i += kLanes) {
-      const Vec part = load(line + i);
-      count - i < kLanes ? store_first(to + i, part, count - i) : store(to + i, part);
+PVT_INLINE void convert(const T* from, int count, E* to) {
+  for (int i = 0; i < count; i += kLanes) {
+    const int some = std::min(kLanes, count - i);
+    store_columns(to + i, load_columns(from + i, some), some);
+  }
+}
+
+// to (rows, ld) = from[row_at[r] + column_at[c]], left as it is where either is negative: a block of a matrix or of its
+// transposed.
+constexpr int kGathered = 32;  // rows at most
+template <class E, class T>
+void gather(const T* from, const std::ptrdiff_t* row_at, int rows, const std::ptrdiff_t* column_at, int columns, E* to,
+            int ld) {
+  if (neighbours(column_at, columns)) {
+    for (int r = 0; r < rows; ++r)
+      if (row_at[r] >= 0) convert(from + row_at[r] + column_at[0], columns, to + r * ld);
+  } else if (neighbours(row_at, rows)) {
+    for (int c = 0; c < columns; ++c) {
+      if (column_at[c] < 0) continue;
+      E line[kGathered];
+      convert(from + row_at[0] + column_at[c], rows, line);
+      for (int r = 0; r < rows; ++r) to[r * ld + c] = line[r];
     }
+  } else {
+    for (int c = 0; c < columns; ++c)
+      for (int r = 0; r < rows; ++r)
+        if (row_at[r] >= 0 && column_at[c] >= 0) convert(from + row_at[r] + column_at[c], 1, to + r * ld + c);
   }
 }
 
@@ -58,7 +84,6 @@ PVT_INLINE void gather(const T* from, const std::ptrdiff_t* at, int count, E* to
 template <class E, class T, class Row, class Column>
 PackedMatrix<E> pack(const Linear& linear, int rows, int cols, const Row& row, const Column& column) {
   constexpr std::size_t kMinPacked = 1 << 14;  // elements that are worth other threads
-  constexpr int kRows = 32;                    // woven together
   PackedMatrix<E> packed(rows, cols);
   const Buffer<std::ptrdiff_t> row_at = offsets(rows, row), column_at = offsets(cols, column);
   const T* weight = static_cast<const T*>(linear.weight);
@@ -66,17 +91,17 @@ PackedMatrix<E> pack(const Linear& linear, int rows, int cols, const Row& row, c
   const auto pack_panel = [&](std::int64_t p) {
     const int first = int(p) * kPanel, width = layout.width(int(p)), count = std::min(width, cols - first);
     E* to = packed.data.data() + std::size_t(first) * layout.depth;
-    for (int k = 0; k < rows; k += kRows, to += kRows * width) {
-      const int height = std::min(kRows, rows - k);
-      const auto gather_rows = [&](E* block, int ld) PVT_LAMBDA {
-        for (int r = 0; r < height; ++r)
-          if (row_at[k + r] >= 0) gather(weight + row_at[k + r], column_at.data() + first, count, block + r * ld);
+    std::memset(to, 0, std::size_t(layout.depth) * width * sizeof(E));
+    for (int k = 0; k < rows; k += kGathered, to += kGathered * width) {
+      const int height = std::min(kGathered, rows - k);
+      const auto gather_to = [&](E* block, int ld) PVT_LAMBDA {
+        gather(weight, row_at.data() + k, height, column_at.data() + first, count, block, ld);
       };
       if constexpr (kDepthStep<E> == 1) {
-        gather_rows(to, width);
+        gather_to(to, width);
       } else {
-        E block[kRows * kPanel] = {};
-        gather_rows(block, kPanel);
+        E block[kGathered * kPanel] = {};
+        gather_to(block, kPanel);
         panel_of_rows(block, kPanel, height, width, to);
       }
     }

@@ -17,16 +17,6 @@ struct PackedNorm {
   }
 };
 
-// A vector of columns, or its first `count`.
-template <class T>
-PVT_INLINE void store_columns(T* to, Vec value, int count) {
-  count == kLanes ? store(to, value) : store_first(to, value, count);
-}
-template <class T>
-PVT_INLINE Vec load_columns(const T* from, int count) {
-  return count == kLanes ? load(from) : load_first(from, count);
-}
-
 // Adds to `count` sums, whole vectors, those of the other parts in order, each `stride` further.
 inline void fold_parts(float* sums, std::int64_t parts, std::size_t stride, std::size_t count) {
   for (std::int64_t part = 1; part < parts; ++part)

@@ -18,12 +18,18 @@ constexpr std::size_t kAlignment = 64;  // a cache line, and the widest vector
 
 constexpr std::size_t round_up(std::size_t n, std::size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Owned, zero-filled, aligned array.
+// Owned, aligned array.
 template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(std::size_t size) : data_(allocate(size)), size_(size) {}
+  // Zero-filled.
+  explicit Buffer(std::size_t size) : Buffer(uninitialised(size)) { std::memset(data_, 0, size * sizeof(T)); }
+  static Buffer uninitialised(std::size_t size) {
+    Buffer buffer;
+    buffer.data_ = allocate(size), buffer.size_ = size;
+    return buffer;
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr; }
@@ -42,10 +48,8 @@ class Buffer {
 
  private:
   static T* allocate(std::size_t size) {
-    const std::size_t bytes = round_up(size * sizeof(T) + 1, kAlignment);
-    void* memory = std::aligned_alloc(kAlignment, bytes);
+    void* memory = std::aligned_alloc(kAlignment, round_up(size * sizeof(T) + 1, kAlignment));
     if (memory == nullptr) throw std::bad_alloc();
-    std::memset(memory, 0, bytes);
     return static_cast<T*>(memory);
   }
 

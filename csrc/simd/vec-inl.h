@@ -74,6 +74,16 @@ PVT_INLINE void store_first(T* p, Vec v, int n) {
   std::memcpy(p, lanes, n * sizeof(T));
 }
 
+// A vector of columns, or its first `count`.
+template <class T>
+PVT_INLINE void store_columns(T* to, Vec value, int count) {
+  count == kLanes ? store(to, value) : store_first(to, value, count);
+}
+template <class T>
+PVT_INLINE Vec load_columns(const T* from, int count) {
+  return count == kLanes ? load(from) : load_first(from, count);
+}
+
 // Where an argument is NaN, the second one.
 PVT_INLINE Vec min(Vec a, Vec b);
 PVT_INLINE Vec max(Vec a, Vec b);
