@@ -9,8 +9,8 @@
 namespace pvt {
 namespace {
 
-constexpr std::size_t kBlock = 1024;   // bytes that take other keys each
-constexpr std::size_t kMinPart = 256;  // bytes: enough of them for a change all over to be in it
+constexpr std::size_t kBlock = 1024;                      // bytes that take other keys each
+constexpr std::size_t kMinPart = 256;                     // bytes: enough of them for a change all over to be in it
 constexpr std::size_t kMinShared = std::size_t{1} << 18;  // bytes of a region that are worth other threads
 
 using Keys = std::array<std::uint32_t, kBlock / 4 + 2>;

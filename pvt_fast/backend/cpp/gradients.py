@@ -135,9 +135,7 @@ def _residual(
     return gradients if residual_scale is None else [*gradients, None]
 
 
-def _op(
-    kind: str, kernels: Kernels, key: tuple, w: Any, needed: Sequence[bool], build: Callable[[Any], Any]
-) -> Any:
+def _op(kind: str, kernels: Kernels, key: tuple, w: Any, needed: Sequence[bool], build: Callable[[Any], Any]) -> Any:
     """The packed op; needed: of the activations first."""
     return build_op(kernels, w, build) if any(needed[1:]) else pack_op(kind, kernels, key, w, build)
 
