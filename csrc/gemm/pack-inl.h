@@ -106,11 +106,7 @@ PackedMatrix<E> pack(const Linear& linear, int rows, int cols, const Row& row, c
       }
     }
   };
-  if (layout.size() < kMinPacked) {
-    for (int p = 0; p < layout.panels(); ++p) pack_panel(p);
-  } else {
-    parallel_for(layout.panels(), pack_panel);
-  }
+  parallel_for_if(layout.size() >= kMinPacked, layout.panels(), pack_panel);
   return packed;
 }
 // The same with the bias of column n at column_bias(n) of torch's, if that is not negative.
@@ -141,6 +137,17 @@ PackedMatrix<E> pack_backward(const Linear& linear, int out, int in) {
   return pack<E, T>(linear, out, in, rows_of_torch(in), kElements);
 }
 
+// A panel's columns of a gradient of `rows` rows to torch's, whose rows are `ld` apart: column j to place(j), padding
+// where that is negative. Row by row, as the columns lie near each other there.
+template <class Place>
+void store_panel(const float* found, int rows, int columns, const Place& place, std::ptrdiff_t ld, float* to) {
+  std::ptrdiff_t places[kPanel];
+  for (int j = 0; j < columns; ++j) places[j] = place(j);
+  for (int n = 0; n < rows; ++n, found += kPanel, to += ld)
+    for (int j = 0; j < columns; ++j)
+      if (places[j] >= 0) to[places[j]] = found[j];
+}
+
 // The rows that a convolution multiplies: patches [dy][dx][channel] (channels last, each pixel padded with zeros to
 // `pitch` elements) or [dy][channel][dx].
 struct PatchRows {
@@ -162,12 +169,9 @@ struct PatchRows {
   auto torch_rows() const { return rows_of_torch(in * kernel * kernel); }
   // A panel's columns of the gradient (out, size), transposed to torch's (out, in, kernel, kernel).
   void store_gradient(const float* found, int out, int panel, int columns, float* to) const {
-    int places[kPanel];
-    const int count = std::min(columns, size() - panel * kPanel);
-    for (int j = 0; j < count; ++j) places[j] = torch_column(panel * kPanel + j);
-    for (int n = 0; n < out; ++n, found += kPanel, to += in * kernel * kernel)
-      for (int j = 0; j < count; ++j)
-        if (places[j] >= 0) to[places[j]] = found[j];
+    store_panel(
+        found, out, std::min(columns, size() - panel * kPanel), [&](int j) { return torch_column(panel * kPanel + j); },
+        in * kernel * kernel, to);
   }
 };
 

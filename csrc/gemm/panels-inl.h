@@ -46,7 +46,7 @@ void for_panels(std::int64_t images, const PackedMatrix<E>& weights, int rows, i
 // each, at a time as stay in cache for all panels.
 template <class E, class Body>
 void for_rows_and_panels(int rows, std::size_t depth, int begin, int end, const Body& body) {
-  constexpr std::size_t kStep = 48;  // whole tiles of any ISA
+  constexpr std::size_t kStep = 48;  // whole tiles, on most ISAs
   const int most = int(std::max(kStep, l2_bytes() / 4 / (depth * sizeof(E)) / kStep * kStep));
   for (int first = 0; first < rows; first += most)
     for (int panel = begin; panel < end; ++panel) body(first, std::min(most, rows - first), panel);

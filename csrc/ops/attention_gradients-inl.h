@@ -232,14 +232,11 @@ class AttentionGradientsOp final : public ResidualGradients {
     }
     if (float* to = grads[kProj]) {
       call.over_tokens.transpose(call.grad, call.transposed);
-      call.over_tokens.run(call.transposed, call.values, inner(), 0, call.kv.zeros, call.matrix_sums,
-                           [&](int panel, int columns, const float* found) {
-                             for (int j = 0; j < columns; ++j) {
-                               const std::ptrdiff_t column = heads().torch_row(panel * kPanel + j, 1);
-                               for (int n = 0; n < c && column >= 0; ++n)
-                                 to[n * std::ptrdiff_t(c) + column] = found[n * kPanel + j];
-                             }
-                           });
+      call.over_tokens.run(
+          call.transposed, call.values, inner(), 0, call.kv.zeros, call.matrix_sums,
+          [&](int panel, int columns, const float* found) {
+            store_panel(found, c, columns, [&](int j) { return heads().torch_row(panel * kPanel + j, 1); }, c, to);
+          });
     }
     if (float* to = grads[kQBias]) {
       fold_parts(call.query_biases, call.map.batch * call.parts, inner(), inner());

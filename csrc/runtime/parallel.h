@@ -53,4 +53,11 @@ void parallel_for(std::int64_t items, const Body& body) {
   });
 }
 
+// The same, on the calling thread and in order where the items are not worth handing to others.
+template <class Body>
+void parallel_for_if(bool worth, std::int64_t items, const Body& body) {
+  if (worth) return parallel_for(items, body);
+  for (std::int64_t item = 0; item < items; ++item) body(item);
+}
+
 }  // namespace pvt

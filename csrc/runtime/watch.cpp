@@ -69,15 +69,9 @@ Watch::Watch(const std::vector<Region>& regions) {
     watched.sums.resize((region.bytes + watched.part - 1) / watched.part);
     if (!watched.sums.empty()) all_.push_back(std::move(watched));
   }
-  for (Watched& watched : all_) {
-    const auto sum_part = [&](std::int64_t part) { watched.sums[part] = part_sum(watched, part); };
-    const std::int64_t parts = watched.sums.size();
-    if (watched.region.bytes < kMinShared) {
-      for (std::int64_t part = 0; part < parts; ++part) sum_part(part);
-    } else {
-      parallel_for(parts, sum_part);
-    }
-  }
+  for (Watched& watched : all_)
+    parallel_for_if(watched.region.bytes >= kMinShared, std::int64_t(watched.sums.size()),
+                    [&](std::int64_t part) { watched.sums[part] = part_sum(watched, part); });
 }
 
 std::uint64_t Watch::part_sum(const Watched& watched, std::size_t part) {
