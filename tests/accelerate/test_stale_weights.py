@@ -1193,8 +1193,13 @@ def test_checked_weights_do_not_raise_after_announced_changes(kind, state, chang
 
 def kept(model: nn.Module) -> int:
     """How many records there are of the model's parameters."""
+    return len(kinds_kept(model))
+
+
+def kinds_kept(model: nn.Module) -> list[str]:
+    """What each of them is packed for."""
     own = {parameter.data_ptr() for parameter in model.parameters()}
-    return sum(not own.isdisjoint(record.addresses) for record in packing.records.values())
+    return [place[0] for place, record in packing.records.items() if not own.isdisjoint(record.addresses)]
 
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
@@ -1230,7 +1235,18 @@ def test_frozen_weights_stay_packed():
     model(image()).square().mean().backward()
     count = kept(model)
     optimizer.step()
-    assert kept(model) == count - 2  # the head's for its forward and for its backward
+    assert kept(model) == count - 1  # the head's for its forward: for its backward nothing was kept
+
+
+def test_the_backward_keeps_what_is_packed_of_frozen_weights_only():
+    model = own()
+    model(image().requires_grad_()).square().mean().backward()
+    assert not any("gradients" in kind for kind in kinds_kept(model))
+    model.requires_grad_(False)
+    for _ in range(2):  # a record for each op, and no other for a second pass
+        model(image().requires_grad_()).square().mean().backward()
+        kinds = kinds_kept(model)
+        assert sum("gradients" in kind for kind in kinds) == sum("gradients" not in kind for kind in kinds) > 0
 
 
 @pytest.mark.parametrize("kind", MODELS)
